@@ -1,0 +1,52 @@
+"""Opening engines on PyTorch, and what doctor wants to know about it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+# PyTorch first, so that a missing package is named before anything heavy is imported.
+import torch
+import transformers  # noqa: F401
+import peft  # noqa: F401, I001
+
+from phi3_lora.backend import LoadRequest
+from phi3_lora.errors import BackendUnavailableError
+from phi3_lora_cuda.engine import CudaEngine
+from phi3_lora_cuda.model import load_model
+
+
+class CudaBackend:
+    """PyTorch with PEFT."""
+
+    name = "cuda"
+
+    def check(self, device: str = "auto") -> None:
+        """Make sure that the device exists.
+
+        Raises:
+            BackendUnavailableError: when a GPU is asked for and PyTorch sees none.
+        """
+        if device == "gpu" and not torch.cuda.is_available():
+            built = torch.version.cuda or "no CUDA"
+            raise BackendUnavailableError(
+                f"--backend cuda found no NVIDIA GPU (PyTorch {torch.__version__}, built for "
+                f"{built}): add --device cpu to run PyTorch on the CPU"
+            )
+
+    def open(self, request: LoadRequest) -> CudaEngine:
+        """Load a base model and put the LoRA layers on it."""
+        self.check(request.device)
+        use_gpu = request.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if use_gpu else "cpu")
+        return CudaEngine(load_model(request, device), request, device)
+
+    def describe(self) -> dict[str, Any]:
+        """Versions, devices and thread count."""
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            "devices": [*gpus, "cpu"],
+            "num_threads": torch.get_num_threads(),
+            "problems": [],
+        }

@@ -1,0 +1,259 @@
+"""The PyTorch engine: one optimizer step, scores and tensors at the border."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.backend import (
+    Batch,
+    Float32,
+    Int32,
+    LoadRequest,
+    Sampling,
+    Scores,
+    StepResult,
+    Tensors,
+)
+from phi3_lora.decoding import decode
+from phi3_lora.dropout import row_keys
+from phi3_lora.errors import TrainingError
+from phi3_lora.layout import per_document, split_batch
+from phi3_lora.rope import rotary_tables
+from torch import Tensor, nn
+
+from phi3_lora_cuda.decoder import CachedDecoder
+from phi3_lora_cuda.head import head_loss, head_scores
+from phi3_lora_cuda.model import LoadedPhi3
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CudaEngine:
+    """transformers' Phi-3 with PEFT's LoRA layers and torch's optimizer."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: LoadedPhi3, request: LoadRequest, device: torch.device) -> None:
+        self._model = model
+        self._request = request
+        self._device = device
+        self._parameters = self._named_parameters()
+        self._optimizer = self._make_optimizer() if self._parameters else None
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        named = {}
+        for path in self._model.layers:
+            a, b = self._model.lora_parameters(path)
+            named[lora_a_name(path)], named[lora_b_name(path)] = a, b
+        return named
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optim, parameters = self._request.optim, list(self._parameters.values())
+        # The rate of each step comes with the step.
+        if optim.name == "sgd":
+            return torch.optim.SGD(parameters, lr=0.0, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(
+            parameters,
+            lr=0.0,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    @property
+    def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (out, in)."""
+        return {p: (layer.out_features, layer.in_features) for p, layer in self._model.layers.items()}
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or cpu."""
+        return torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+
+    @property
+    def dtype(self) -> str:
+        """The base model's compute dtype."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states of a batch's tokens, (T, hidden)."""
+        starts = batch.doc_starts.tolist()
+        self._model.rotary.set_tables(
+            *rotary_tables(self._model.config, batch.doc_starts), self._device
+        )
+        tokens = torch.from_numpy(batch.tokens).to(self._device, torch.long)[None]
+        # Positions only satisfy the signature; the angles come from the rotary module.
+        positions = torch.zeros_like(tokens)
+        out = self._model.causal_lm.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, doc_starts=starts
+        )
+        return out.last_hidden_state[0]
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Indices and targets of the supervised rows, each (S,)."""
+        rows = np.flatnonzero(batch.loss_mask)
+        index = torch.from_numpy(rows).to(self._device)
+        return index, torch.from_numpy(batch.targets[rows]).to(self._device, torch.long)
+
+    def _backward(self, batch: Batch, *, loss_tokens: int, step: int) -> Tensor:
+        """Add the gradients of sum(nats) / loss_tokens; returns sum(nats)."""
+        self._model.causal_lm.train()
+        nats = torch.zeros((), dtype=torch.float64, device=self._device)
+        for part in split_batch(batch, self._request.micro_batch_tokens):
+            if self._request.lora is not None and self._request.lora.dropout > 0:
+                keys = row_keys(part, seed=self._request.seed, step=step)
+                self._model.dropout_keys.set(keys, self._device)
+            index, targets = self._rows(part)
+            if not len(index):
+                continue
+            hidden = self._hidden(part)[index]
+            loss = head_loss(hidden.detach(), self._model.head_weight, targets, loss_tokens)
+            hidden.backward(loss.grad)
+            nats += loss.nats
+        return nats
+
+    def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
+        """Take one optimizer step."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+        try:
+            nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        except torch.OutOfMemoryError as cause:
+            raise TrainingError(_out_of_memory_advice(self._request)) from cause
+        limit = self._request.optim.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for state in self._optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(step - 1)
+        self._optimizer.step()
+        return StepResult(nats / loss_tokens, norm)
+
+    def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
+        """Gradients under PEFT names; nothing is updated."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._backward(batch, loss_tokens=loss_tokens, step=step)
+        return {
+            name: torch.zeros_like(p).numpy() if p.grad is None else p.grad.float().cpu().numpy()
+            for name, p in self._parameters.items()
+        }
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        self._model.causal_lm.eval()
+        with torch.no_grad():
+            yield
+
+    def score(self, batch: Batch) -> Scores:
+        """Score each document's supervised tokens."""
+        logprobs, correct = [], []
+        with self._inference():
+            for part in split_batch(batch, self._request.micro_batch_tokens):
+                index, targets = self._rows(part)
+                rows = head_scores(self._hidden(part)[index], self._model.head_weight, targets)
+                logprobs.append(rows.logprob.numpy())
+                correct.append(rows.is_correct.numpy())
+        return Scores(
+            per_document(-np.concatenate(logprobs), batch),
+            per_document(np.concatenate(correct).astype(np.int64), batch),
+            per_document(np.ones(int(batch.loss_mask.sum()), np.int64), batch),
+        )
+
+    def logprobs(self, batch: Batch) -> Float32:
+        """Log-probability of each target, (T,)."""
+        found = []
+        with self._inference():
+            for part in split_batch(batch, self._request.micro_batch_tokens):
+                targets = torch.from_numpy(part.targets).to(self._device, torch.long)
+                rows = head_scores(self._hidden(part), self._model.head_weight, targets)
+                found.append(rows.logprob.numpy())
+        result = np.concatenate(found).astype(np.float32)
+        result[batch.doc_starts[1:] - 1] = 0.0
+        return result
+
+    def logits(self, batch: Batch, rows: Int32) -> Float32:
+        """Logits at the chosen positions, (len(rows), vocabulary)."""
+        with self._inference():
+            index = torch.from_numpy(np.asarray(rows, np.int64)).to(self._device)
+            hidden = self._hidden(batch)[index]
+            return np.asarray((hidden @ self._model.head_weight.T).float().cpu().numpy())
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """A context in which the model answers without its adapter."""
+        if self._model.peft_model is None:
+            return contextlib.nullcontext()
+        return self._model.peft_model.disable_adapter()
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """New ids after the prompt."""
+        # The decoder turns gradients off itself: a context here would stay open between tokens.
+        self._model.causal_lm.eval()
+        decoder = CachedDecoder(self._model, self._device)
+        return decode(decoder, self._model.config, prompt, sampling)
+
+    def read_adapter(self) -> Tensors:
+        """The adapter under PEFT names."""
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self._parameters.items()}
+
+    def write_adapter(self, weights: Tensors) -> None:
+        """Replace the adapter."""
+        assert weights.keys() == self._parameters.keys(), "not this adapter's tensors"
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.from_numpy(weights[name].copy()))
+
+    def read_optimizer(self) -> Tensors:
+        """Moments under the adapter's names."""
+        if self._optimizer is None:
+            return {}
+        found = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {})
+            for moment in _MOMENTS:
+                if moment in state:
+                    found[f"{name}.{moment}"] = state[moment].float().cpu().numpy().copy()
+        return found
+
+    def write_optimizer(self, state: Tensors) -> None:
+        """Replace the moments; the number of the next step comes with the step."""
+        assert self._optimizer is not None
+        self._optimizer.state.clear()
+        if not state:
+            return
+        for name, parameter in self._parameters.items():
+            moments = {m: torch.from_numpy(state[f"{name}.{m}"].copy()) for m in _MOMENTS}
+            on_device = {m: value.to(self._device) for m, value in moments.items()}
+            self._optimizer.state[parameter] = {"step": torch.zeros(()), **on_device}
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory held: the GPU's allocations, or the process on a CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        """Free the model."""
+        self._parameters, self._optimizer = {}, None
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory_advice(request: LoadRequest) -> str:
+    return (
+        f"out of GPU memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
+        "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
+        "same), set gradient_checkpointing: true, or lower max_length"
+    )

@@ -1,0 +1,123 @@
+"""Loading transformers' Phi-3 and putting PEFT's LoRA layers on it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import peft
+import torch
+import transformers
+from phi3_lora.backend import LoadRequest, LoraSpec
+from phi3_lora.errors import ModelError
+from phi3_lora.models import read_model_config
+from torch import nn
+
+from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary
+from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
+
+_ADAPTER = "default"
+
+
+class LoadedPhi3:
+    """transformers' model, its rotary module, and the LoRA layers by module path."""
+
+    def __init__(self, request: LoadRequest, device: torch.device) -> None:
+        self.config = read_model_config(request.model_dir)
+        self.dtype = _resolve_dtype(request, device, self.config.dtype)
+        self.causal_lm = _load_base(request, self.dtype, device)
+        self.rotary = GivenRotary()
+        self.causal_lm.model.rotary_emb = self.rotary
+        self.dropout_keys = DropoutKeys()
+        self.layers: dict[str, Any] = {}
+        self.peft_model: Any = None
+        if request.lora is None:
+            self.causal_lm.requires_grad_(False)
+        else:
+            self._add_lora(request.lora)
+        if request.gradient_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # Without an adapter below the first layer, its inputs need no gradient of their own.
+            self.causal_lm.enable_input_require_grads()
+        self.causal_lm.train(request.lora is not None)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(vocabulary, hidden)."""
+        return self.causal_lm.lm_head.weight
+
+    def _add_lora(self, spec: LoraSpec) -> None:
+        config = peft.LoraConfig(
+            r=spec.r,
+            lora_alpha=spec.scaling * spec.r,
+            target_modules=list(spec.modules),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            # PEFT asks transformers for attributes under older names.
+            warnings.simplefilter("ignore")
+            self.peft_model = peft.get_peft_model(self.causal_lm, config)
+        for path in spec.modules:
+            layer = self.causal_lm.get_submodule(path)
+            # alpha / r may differ from the wanted scale in the last bit.
+            layer.scaling[_ADAPTER] = spec.scaling
+            if spec.dropout > 0:
+                layer.lora_dropout[_ADAPTER] = HashDropout(
+                    path, layer.in_features, spec.dropout, self.dropout_keys
+                )
+            self.layers[path] = layer
+
+    def lora_parameters(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, in) and B (out, r) of a module."""
+        layer = self.layers[path]
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def _resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch.dtype:
+    name = request.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else request.gpu_dtype or own
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) -> Any:
+    """Phi3ForCausalLM by name: the folder's auto_map is never followed.
+
+    Raises:
+        ModelError: when the folder holds quantised weights.
+    """
+    if read_model_config(request.model_dir).quantization is not None:
+        raise ModelError(
+            f"{request.model_dir} holds quantised weights, which --backend cuda does not read yet; "
+            "use the unquantised model, or --backend mlx for a folder that mlx-lm quantised"
+        )
+    # Its notes (generation flags, unused rotary buffers) are not for our users.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.Phi3ForCausalLM.from_pretrained(
+            request.model_dir,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    return model.to(device)
+
+
+def load_model(request: LoadRequest, device: torch.device) -> LoadedPhi3:
+    """The model of a request on a device.
+
+    Raises:
+        ModelError: when transformers cannot load the folder.
+    """
+    try:
+        return LoadedPhi3(request, device)
+    except (OSError, ValueError, KeyError) as cause:
+        if isinstance(cause, ModelError):
+            raise
+        raise ModelError(f"transformers cannot load {request.model_dir}: {cause}") from cause

@@ -1,0 +1,268 @@
+"""The MLX engine: one optimizer step, scores and tensors at the border."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.backend import (
+    Batch,
+    Float32,
+    Int32,
+    LoadRequest,
+    Sampling,
+    Scores,
+    StepResult,
+    Tensors,
+)
+from phi3_lora.decoding import decode
+from phi3_lora.layout import per_document, split_batch
+
+from phi3_lora_mlx.decoder import CachedDecoder
+from phi3_lora_mlx.head import RowScores, head_loss, head_scores
+from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
+from phi3_lora_mlx.lora import linear_shape
+from phi3_lora_mlx.model import LoadedPhi3, trainable
+from phi3_lora_mlx.numerics import staged_sum
+from phi3_lora_mlx.optimizer import Optimizer
+
+Arrays = dict[str, mx.array]
+
+
+class MlxEngine:
+    """Our Phi-3 forward with native LoRA layers and optimizer."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, loaded: LoadedPhi3, request: LoadRequest, *, on_gpu: bool) -> None:
+        """Take a loaded model.
+
+        Args:
+            loaded: the model.
+            request: what was asked for.
+            on_gpu: use the padded layout and compile; works on a CPU too, which tests rely on.
+        """
+        self._loaded = loaded
+        self._request = request
+        self._on_gpu = on_gpu
+        self._parameters = trainable(loaded.model)
+        self._optimizer = Optimizer(request.optim, is_compiled=on_gpu)
+        step = mx.value_and_grad(self._surrogate)
+        self._value_and_grad = mx.compile(step) if on_gpu else step
+        # MLX name of each array -> PEFT name; the two are transposes of each other.
+        self._names: dict[str, str] = {}
+        for path in loaded.layers:
+            self._names[f"{path}.lora_a"] = lora_a_name(path)
+            self._names[f"{path}.lora_b"] = lora_b_name(path)
+
+    @property
+    def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (out, in)."""
+        return {path: linear_shape(layer.linear) for path, layer in self._loaded.layers.items()}
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or cpu."""
+        if not self._on_gpu:
+            return "cpu"
+        return str(mx.device_info().get("device_name", "gpu"))
+
+    @property
+    def dtype(self) -> str:
+        """The base model's compute dtype."""
+        return self._loaded.dtype
+
+    def _surrogate(self, parameters: Arrays, rows: Rows, scale: mx.array) -> tuple[Any, mx.array]:
+        """A number whose gradient is that of nats * scale, and nats.
+
+        The head gives the gradient of its input at once, so sum(hidden * that) has the right
+        gradient and its value is never computed.
+        """
+        model = self._loaded.model
+        model.update(tree_unflatten(list(parameters.items())))
+        self._loaded.state.dropout_rows = rows.dropout_rows
+        hidden = model(rows.tokens, rows.angles, rows.attention)[rows.select]
+        loss = head_loss(
+            model,
+            mx.stop_gradient(hidden),
+            rows.targets,
+            rows.weights * scale,
+            self._loaded.config.vocab_size,
+        )
+        product = hidden.astype(mx.float32) * mx.stop_gradient(loss.grad).astype(mx.float32)
+        return product.sum(), loss.nats
+
+    def _rows(self, batch: Batch, dropout: DropoutKey | None = None) -> Rows:
+        make = padded_rows if self._on_gpu else ragged_rows
+        return make(batch, self._loaded.config, dropout)
+
+    def _backward(self, batch: Batch, *, loss_tokens: int, step: int) -> tuple[Arrays, mx.array]:
+        """Gradients of sum(nats) / loss_tokens, and sum(nats)."""
+        request = self._request
+        has_dropout = request.lora is not None and request.lora.dropout > 0
+        key = DropoutKey(request.seed, step) if has_dropout else None
+        scale = mx.array(1.0 / loss_tokens, mx.float32)
+        gradients: Arrays = {}
+        nats = []
+        for part in micro_batches(batch, request.micro_batch_tokens, is_padded=self._on_gpu):
+            if not part.loss_mask.any():
+                continue
+            (_, part_nats), part_gradients = self._value_and_grad(
+                self._parameters, self._rows(part, key), scale
+            )
+            # The trace left its own arrays in the model.
+            self._install(self._parameters)
+            gradients = (
+                {n: g + part_gradients[n] for n, g in gradients.items()}
+                if gradients
+                else part_gradients
+            )
+            nats.append(part_nats)
+            # Free this micro-batch's activations before the next one.
+            mx.eval(gradients, part_nats)
+        self._loaded.state.dropout_rows = None
+        if not gradients:
+            return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
+        return gradients, staged_sum(mx.stack(nats))
+
+    def _install(self, parameters: Arrays) -> None:
+        self._loaded.model.update(tree_unflatten(list(parameters.items())))
+        self._parameters = parameters
+
+    def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
+        """Take one optimizer step."""
+        gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        new, norm = self._optimizer.step(self._parameters, gradients, lr=lr, step=step)
+        self._install(new)
+        loss = nats / loss_tokens
+        optimizer = self._optimizer
+        mx.async_eval(loss, norm, new, optimizer.exp_avg, optimizer.exp_avg_sq)
+        return StepResult(_Deferred(loss), _Deferred(norm))
+
+    def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
+        """Gradients under PEFT names; nothing is updated."""
+        gradients, _ = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        return self._to_peft(gradients)
+
+    def _score_rows(self, batch: Batch, select: np.ndarray) -> RowScores:
+        """Scores of chosen rows, whatever the loss mask says."""
+        rows = self._rows(batch)
+        hidden = self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
+        targets = mx.array(batch.targets[select])
+        return head_scores(self._loaded.model, hidden, targets, self._loaded.config.vocab_size)
+
+    def score(self, batch: Batch) -> Scores:
+        """Score each document's supervised tokens."""
+        logprobs, correct = [], []
+        for part in self._scoring_batches(batch):
+            rows = self._score_rows(part, np.flatnonzero(part.loss_mask))
+            logprobs.append(np.array(rows.logprob, dtype=np.float64))
+            correct.append(np.array(rows.is_correct).astype(np.int64))
+        return Scores(
+            per_document(-np.concatenate(logprobs), batch),
+            per_document(np.concatenate(correct), batch),
+            per_document(np.ones(int(batch.loss_mask.sum()), np.int64), batch),
+        )
+
+    def _scoring_batches(self, batch: Batch) -> list[Batch]:
+        limit = self._request.micro_batch_tokens
+        parts = micro_batches(batch, limit, is_padded=self._on_gpu)
+        return [part for part in parts if part.loss_mask.any()]
+
+    def logprobs(self, batch: Batch) -> Float32:
+        """Log-probability of each target, (T,)."""
+        parts = split_batch(batch, self._request.micro_batch_tokens)
+        found = [np.array(self._score_rows(p, np.arange(len(p.tokens))).logprob) for p in parts]
+        result = np.concatenate(found).astype(np.float32)
+        result[batch.doc_starts[1:] - 1] = 0.0
+        return result
+
+    def logits(self, batch: Batch, rows: Int32) -> Float32:
+        """Logits at the chosen positions, (len(rows), vocabulary)."""
+        placed = self._rows(batch)
+        model = self._loaded.model
+        hidden = model(placed.tokens, placed.angles, placed.attention)[mx.array(np.asarray(rows))]
+        return np.array(model.head(hidden).astype(mx.float32))
+
+    @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        self._loaded.state.is_enabled = False
+        try:
+            yield
+        finally:
+            self._loaded.state.is_enabled = True
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """A context in which the model answers without its adapter."""
+        return self._without_adapter()
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """New ids after the prompt."""
+        return decode(CachedDecoder(self._loaded), self._loaded.config, prompt, sampling)
+
+    def _to_peft(self, arrays: Arrays) -> Tensors:
+        return {
+            self._names[name]: np.ascontiguousarray(np.array(value.astype(mx.float32)).T)
+            for name, value in arrays.items()
+        }
+
+    def _from_peft(self, weights: Tensors, suffix: str = "") -> Arrays:
+        return {
+            name: mx.array(np.ascontiguousarray(weights[peft + suffix].T))
+            for name, peft in self._names.items()
+        }
+
+    def read_adapter(self) -> Tensors:
+        """The adapter under PEFT names."""
+        return self._to_peft(self._parameters)
+
+    def write_adapter(self, weights: Tensors) -> None:
+        """Replace the adapter."""
+        assert weights.keys() == set(self._names.values()), "not this adapter's tensors"
+        self._install(self._from_peft(weights))
+
+    def read_optimizer(self) -> Tensors:
+        """Moments under the adapter's names."""
+        moments = {"exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
+        return {
+            f"{name}.{moment}": value
+            for moment, arrays in moments.items()
+            for name, value in self._to_peft(arrays).items()
+        }
+
+    def write_optimizer(self, state: Tensors) -> None:
+        """Replace the moments; the number of the next step comes with the step."""
+        self._optimizer.exp_avg = self._from_peft(state, ".exp_avg") if state else {}
+        self._optimizer.exp_avg_sq = self._from_peft(state, ".exp_avg_sq") if state else {}
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory held: MLX's on a GPU, the process on a CPU."""
+        if self._on_gpu:
+            return int(mx.get_peak_memory())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        """Free the model."""
+        self._parameters = {}
+        del self._loaded, self._value_and_grad
+        mx.clear_cache()
+
+
+class _Deferred:
+    """A number that is on its way; float() waits for it."""
+
+    def __init__(self, value: mx.array) -> None:
+        self._value = value
+
+    def __float__(self) -> float:
+        return float(self._value.item())

@@ -1,0 +1,92 @@
+"""The output head and cross-entropy, only where the loss counts, a chunk of rows at a time.
+
+The head is frozen, so the gradient of its input is made at once and no logits are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from phi3_lora_mlx.numerics import staged_sum
+from phi3_lora_mlx.phi3 import Phi3
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits that a chunk holds at most."""
+
+
+class HeadLoss(NamedTuple):
+    """Of S supervised rows."""
+
+    nats: mx.array
+    """Sum of the negative log-probabilities."""
+    grad: mx.array
+    """Gradient of nats / loss_tokens with respect to the rows, (S, hidden)."""
+
+
+class RowScores(NamedTuple):
+    """Of each row, (S,)."""
+
+    logprob: mx.array
+    is_correct: mx.array
+
+
+def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def _softmax(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Largest logit, exp(logits - largest), and the staged sum of that, each with a last axis."""
+    largest = logits.max(axis=-1, keepdims=True)
+    exp = mx.exp(logits - largest)
+    return largest, exp, staged_sum(exp)[:, None]
+
+
+def head_loss(
+    model: Phi3, hidden: mx.array, targets: mx.array, weights: mx.array, vocab_size: int
+) -> HeadLoss:
+    """Cross-entropy of the rows and its gradient.
+
+    Args:
+        model: for its head.
+        hidden: (S, hidden) final hidden states.
+        targets: (S,).
+        weights: (S,) what each row counts in grad; a row of weight 0 counts nothing in nats.
+        vocab_size: of the model.
+    """
+    nats, grads = [], []
+    for part in _chunks(hidden.shape[0], vocab_size):
+        rows = hidden[part]
+        logits = model.head(rows).astype(mx.float32)
+        largest, exp, total = _softmax(logits)
+        index = targets[part][:, None]
+        chosen = mx.take_along_axis(logits, index, axis=-1)
+        row_nats = (mx.log(total) + largest - chosen)[:, 0]
+        nats.append(mx.where(weights[part] > 0, row_nats, 0.0))
+        slope = exp / total
+        slope = mx.put_along_axis(
+            slope, index, mx.take_along_axis(slope, index, axis=-1) - 1.0, axis=-1
+        )
+        slope = (slope * weights[part][:, None]).astype(hidden.dtype)
+        # Only the transposed product is evaluated; the primal output is not used.
+        grads.append(mx.vjp(model.head, [rows], [slope])[1][0])
+    return HeadLoss(staged_sum(mx.concatenate(nats)), mx.concatenate(grads))
+
+
+def head_scores(
+    model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: int
+) -> RowScores:
+    """Log-probability of each row's target and whether its logit is the largest."""
+    logprobs, correct = [], []
+    for part in _chunks(hidden.shape[0], vocab_size):
+        logits = model.head(hidden[part]).astype(mx.float32)
+        largest, _, total = _softmax(logits)
+        chosen = mx.take_along_axis(logits, targets[part][:, None], axis=-1)
+        logprobs.append((chosen - largest - mx.log(total))[:, 0])
+        correct.append(logits.argmax(axis=-1) == targets[part])
+        mx.eval(logprobs[-1], correct[-1])
+    return RowScores(mx.concatenate(logprobs), mx.concatenate(correct))

@@ -1,0 +1,122 @@
+"""How a micro-batch lies on the device; a pure function of its documents.
+
+On a CPU nothing is padded: attention slices the documents. A GPU compiles a step per shape, so
+rows are padded to few lengths and a mask keeps documents apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from phi3_lora.backend import Batch
+from phi3_lora.dropout import row_keys
+from phi3_lora.layout import split_batch
+from phi3_lora.models import ModelConfig
+from phi3_lora.rope import positions, rotary_tables
+
+from phi3_lora_mlx.attention import Attention
+from phi3_lora_mlx.phi3 import Angles
+
+ROW_TOKENS = 2048
+"""Padded rows hold at most this, or one longer document: a mask grows with the square."""
+_BUCKET = 256
+"""Up to ROW_TOKENS there are 8 lengths and 2 numbers of supervised rows each: 16 shapes."""
+
+
+class Rows(NamedTuple):
+    """A micro-batch as device arrays. S supervised rows, some of weight 0 where padded."""
+
+    tokens: mx.array
+    angles: Angles
+    attention: Attention
+    select: mx.array
+    """(S,) positions of the supervised rows."""
+    targets: mx.array
+    """(S,)."""
+    weights: mx.array
+    """(S,) 1.0, or 0.0 for padding."""
+    dropout_rows: mx.array | None
+    """(T,) keys, or None."""
+
+
+class DropoutKey(NamedTuple):
+    """What masks depend on besides the documents."""
+
+    seed: int
+    step: int
+
+
+def ragged_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -> Rows:
+    """Documents end to end, as they are."""
+    select = np.flatnonzero(batch.loss_mask)
+    return Rows(
+        tokens=mx.array(batch.tokens),
+        angles=_angles(batch, config),
+        attention=tuple(batch.doc_starts.tolist()),
+        select=mx.array(select),
+        targets=mx.array(batch.targets[select]),
+        weights=mx.ones((len(select),)),
+        dropout_rows=_keys(batch, dropout),
+    )
+
+
+def padded_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -> Rows:
+    """Documents end to end, padded to a bucket; the padding is a document of its own."""
+    length = len(batch.tokens)
+    total = padded_length(length)
+    starts = batch.doc_starts
+    if total > length:
+        starts = np.append(starts, total).astype(np.int32)
+    fill = total - length
+    padded = Batch(
+        np.pad(batch.tokens, (0, fill)),
+        np.pad(batch.targets, (0, fill)),
+        np.pad(batch.loss_mask, (0, fill)),
+        starts,
+    )
+    select = np.flatnonzero(padded.loss_mask)
+    count = total // 2 if len(select) <= total // 2 else total
+    weights = np.zeros(count, np.float32)
+    weights[: len(select)] = 1.0
+    select = np.pad(select, (0, count - len(select)))
+    return Rows(
+        tokens=mx.array(padded.tokens),
+        angles=_angles(padded, config),
+        attention=mx.array(_mask(padded, config.sliding_window)),
+        select=mx.array(select),
+        targets=mx.array(padded.targets[select]),
+        weights=mx.array(weights),
+        dropout_rows=_keys(padded, dropout),
+    )
+
+
+def padded_length(length: int) -> int:
+    """The bucket of a row: a multiple of 256 up to ROW_TOKENS, then powers of two."""
+    if length <= ROW_TOKENS:
+        return -(-length // _BUCKET) * _BUCKET
+    return int(2 ** np.ceil(np.log2(length)))
+
+
+def micro_batches(batch: Batch, limit: int, *, is_padded: bool) -> list[Batch]:
+    """A step's documents in parts that fit the token budget and, padded, one row."""
+    return split_batch(batch, min(limit, ROW_TOKENS) if is_padded else limit)
+
+
+def _mask(batch: Batch, window: int | None) -> np.ndarray:
+    document = np.repeat(np.arange(len(batch.doc_starts) - 1), np.diff(batch.doc_starts))
+    position = positions(batch.doc_starts)
+    distance = position[:, None] - position[None, :]
+    allowed = (document[:, None] == document[None, :]) & (distance >= 0)
+    return allowed if window is None else allowed & (distance < window)
+
+
+def _angles(batch: Batch, config: ModelConfig) -> Angles:
+    return Angles(*(mx.array(table) for table in rotary_tables(config, batch.doc_starts)))
+
+
+def _keys(batch: Batch, dropout: DropoutKey | None) -> mx.array | None:
+    if dropout is None:
+        return None
+    return mx.array(row_keys(batch, seed=dropout.seed, step=dropout.step))

@@ -1,0 +1,78 @@
+"""AdamW and SGD as torch computes them, on the adapter's arrays.
+
+Bias corrections are made in Python's float64 and passed in: MLX's own AdamW leaves them out by
+default and, where asked, rounds 1 - beta2**t to float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+from phi3_lora.backend import OptimSpec
+
+from phi3_lora_mlx.numerics import square_norm
+
+Arrays = dict[str, mx.array]
+
+
+class Optimizer:
+    """One update rule; the moments are its only state."""
+
+    def __init__(self, spec: OptimSpec, *, is_compiled: bool) -> None:
+        self._spec = spec
+        self.exp_avg: Arrays = {}
+        self.exp_avg_sq: Arrays = {}
+        self._apply = mx.compile(self._update) if is_compiled else self._update
+
+    def step(
+        self, parameters: Arrays, gradients: Arrays, *, lr: float, step: int
+    ) -> tuple[Arrays, mx.array]:
+        """New parameters, and the gradients' global norm before clipping.
+
+        Args:
+            parameters: by name.
+            gradients: by name.
+            lr: of this step.
+            step: from 1; bias correction needs nothing else of the past.
+        """
+        spec = self._spec
+        if spec.name == "adamw" and not self.exp_avg:
+            self.exp_avg = {name: mx.zeros_like(value) for name, value in parameters.items()}
+            self.exp_avg_sq = {name: mx.zeros_like(value) for name, value in parameters.items()}
+        beta1, beta2 = spec.betas
+        scalars = {
+            "decay": 1.0 - lr * spec.weight_decay,
+            "step_size": lr / (1.0 - beta1**step),
+            "root_correction": math.sqrt(1.0 - beta2**step),
+            "lr": lr,
+        }
+        # Arrays, so that a compiled update does not trace again for a new rate.
+        inputs = {name: mx.array(value, mx.float32) for name, value in scalars.items()}
+        new, self.exp_avg, self.exp_avg_sq, norm = self._apply(
+            parameters, gradients, self.exp_avg, self.exp_avg_sq, inputs
+        )
+        return new, norm
+
+    def _update(
+        self, parameters: Arrays, gradients: Arrays, first: Arrays, second: Arrays, s: Arrays
+    ) -> tuple[Arrays, Arrays, Arrays, mx.array]:
+        spec = self._spec
+        norm = mx.sqrt(mx.stack([square_norm(g) for g in gradients.values()]).sum())
+        if spec.max_grad_norm:
+            clip = mx.minimum(spec.max_grad_norm / (norm + 1e-6), 1.0)
+            gradients = {name: g * clip for name, g in gradients.items()}
+        if spec.name == "sgd":
+            new = {
+                name: p - s["lr"] * (gradients[name] + spec.weight_decay * p)
+                for name, p in parameters.items()
+            }
+            return new, first, second, norm
+        beta1, beta2 = spec.betas
+        first = {n: m + (gradients[n] - m) * (1.0 - beta1) for n, m in first.items()}
+        second = {n: beta2 * v + (1.0 - beta2) * gradients[n] ** 2 for n, v in second.items()}
+        new = {}
+        for name, p in parameters.items():
+            denominator = mx.sqrt(second[name]) / s["root_correction"] + spec.eps
+            new[name] = p * s["decay"] - s["step_size"] * (first[name] / denominator)
+        return new, first, second, norm

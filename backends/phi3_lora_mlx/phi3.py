@@ -1,0 +1,166 @@
+"""Phi-3's forward pass in MLX, for documents laid end to end and for cached decoding.
+
+Shape letters: T tokens, H heads, D head size. Module names are those of the safetensors files.
+Source: transformers, modeling_phi3.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from phi3_lora.models import ModelConfig
+
+from phi3_lora_mlx.attention import Attention, attend
+
+
+class Angles(NamedTuple):
+    """cos and sin at each token, each (T, rotary_dim / 2) float32."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+def rotate(x: mx.array, angles: Angles) -> mx.array:
+    """Apply the rotary embedding to x (heads, T, D); dimensions past rotary_dim stay.
+
+    Source: RoFormer, arXiv 2104.09864, equation 34, in the half-split order of transformers.
+    """
+    half = angles.cos.shape[-1]
+    cos, sin = angles.cos.astype(x.dtype), angles.sin.astype(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return mx.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+
+
+class SelfAttention(nn.Module):
+    """Attention with fused q, k, v and grouped key-value heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._config = config
+        heads = config.num_attention_heads * config.head_dim
+        key_values = config.num_key_value_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, heads + 2 * key_values, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
+        """x (T, hidden) to (T, hidden)."""
+        config, length = self._config, x.shape[0]
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        # (T, heads and both kinds of key-value heads, D) to (those, T, D).
+        qkv = self.qkv_proj(x).reshape(length, queries + 2 * keys, config.head_dim).swapaxes(0, 1)
+        q = rotate(qkv[:queries], angles)
+        k = rotate(qkv[queries : queries + keys], angles)
+        v = qkv[queries + keys :]
+        scale = config.head_dim**-0.5
+        if cache is not None:
+            k, v = (y[0] for y in cache.update_and_fetch(k[None], v[None]))
+        if k.shape[1] != length:
+            # One new token sees every cached one, or those in its window.
+            window = config.sliding_window or k.shape[1]
+            out = mx.fast.scaled_dot_product_attention(
+                q[None], k[None, :, -window:], v[None, :, -window:], scale=scale
+            )[0]
+        else:
+            out = attend(q, k, v, attention=attention, scale=scale, window=config.sliding_window)
+        return self.o_proj(out.swapaxes(0, 1).reshape(length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU with fused gate and up."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (T, hidden) to (T, hidden)."""
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(up * nn.silu(gate))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
+        """x (T, hidden) to (T, hidden)."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, attention, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm: `model.*` in the files."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Phi3(nn.Module):
+    """Phi3ForCausalLM."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._is_tied = config.tie_word_embeddings
+        self._checkpointed = False
+        self.model = Decoder(config)
+        if not self._is_tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        angles: Angles,
+        attention: Attention,
+        caches: list[Any] | None = None,
+    ) -> mx.array:
+        """Final hidden states of tokens (T,), as (T, hidden)."""
+        x = self.model.embed_tokens(tokens)
+        for i, layer in enumerate(self.model.layers):
+            if self._checkpointed:
+                x = _checkpointed(layer, x, angles, attention)
+            else:
+                x = layer(x, angles, attention, None if caches is None else caches[i])
+        return self.model.norm(x)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self._checkpointed = True
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits of hidden states (S, hidden), (S, vocabulary)."""
+        if self._is_tied:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Drop what is no parameter: rotary buffers, and a stored copy of a tied head."""
+        return {
+            name: value
+            for name, value in weights.items()
+            if not name.endswith("inv_freq") and not (self._is_tied and name.startswith("lm_head."))
+        }
+
+
+def _checkpointed(
+    layer: DecoderLayer, x: mx.array, angles: Angles, attention: Attention
+) -> mx.array:
+    """A layer whose activations are recomputed; its trainable arrays are inputs, to get gradients."""
+
+    def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
+        layer.update(parameters)
+        return layer(x, angles, attention, None)
+
+    return mx.checkpoint(run)(layer.trainable_parameters(), x)

@@ -1,0 +1,150 @@
+"""Adapter folders: one folder that PEFT, vLLM and mlx-lm load as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3_lora.adapters import mlx_layout, peft_layout
+from phi3_lora.adapters.adapter import Adapter, pair_problems
+from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models import read_json
+from phi3_lora.storage import replace_folder, write_bytes
+from phi3_lora.tensor_files import encode, read_header
+
+CONFIG_NAME = "adapter_config.json"
+LAYOUTS = ("peft", "mlx", "both")
+
+
+def find_layouts(folder: Path) -> dict[str, Path]:
+    """Layout name -> weights file, told by the tensors' names and never by a label.
+
+    Raises:
+        AdapterError: when the folder does not exist, or holds no adapter weights.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"no such adapter folder: {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        names = read_header(path, AdapterError)
+        layout = "peft" if peft_layout.is_peft(names) else "mlx" if mlx_layout.is_mlx(names) else ""
+        if not layout:
+            continue
+        usual = {"peft": peft_layout.WEIGHTS_NAME, "mlx": mlx_layout.WEIGHTS_NAME}[layout]
+        # mlx-lm leaves numbered checkpoints beside the final file.
+        if layout not in found or path.name == usual:
+            found[layout] = path
+    if not found:
+        raise AdapterError(
+            f"{folder} holds no adapter: expected {peft_layout.WEIGHTS_NAME} (PEFT) or "
+            f"{mlx_layout.WEIGHTS_NAME} (mlx-lm) with LoRA tensors"
+        )
+    return found
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder of either layout; with both files, they must agree.
+
+    Raises:
+        AdapterError: when a file is missing, damaged, or contradicts another.
+    """
+    layouts = find_layouts(folder)
+    config = read_adapter_config(folder)
+    adapters = []
+    if "peft" in layouts:
+        adapters.append(peft_layout.read_peft(layouts["peft"], config))
+    if "mlx" in layouts:
+        adapters.append(mlx_layout.read_mlx(layouts["mlx"], config))
+    for adapter in adapters:
+        problems = pair_problems(adapter.weights, adapter.r)
+        if problems:
+            raise AdapterError(listing(f"the adapter in {folder} is damaged:", problems))
+    if len(adapters) == 2:
+        _check_agree(folder, *adapters)
+    return adapters[0]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+        AdapterError: when it is missing or is no JSON object.
+    """
+    return read_json(folder / CONFIG_NAME, AdapterError)
+
+
+def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
+    problems = []
+    if abs(first.scaling - second.scaling) > 1e-6 * abs(first.scaling):
+        problems.append(f"scale {first.scaling:g} (PEFT) against {second.scaling:g} (mlx-lm)")
+    for name in sorted(set(first.weights) | set(second.weights)):
+        a, b = first.weights.get(name), second.weights.get(name)
+        if a is None or b is None:
+            problems.append(f"{name}: only in the {'mlx-lm' if a is None else 'PEFT'} file")
+        elif a.shape != b.shape or not np.array_equal(a, b):
+            problems.append(f"{name}: different values")
+    if problems:
+        problems.append("delete the file that you do not trust")
+        raise AdapterError(listing(f"the two adapter files in {folder} disagree:", problems))
+
+
+def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]:
+    """adapter_config.json for the layouts written."""
+    config: dict[str, Any] = {}
+    if "peft" in layouts:
+        config |= peft_layout.peft_config(adapter)
+    if "mlx" in layouts:
+        config |= mlx_layout.mlx_config(adapter)
+        config.setdefault("model", adapter.base_model)
+    return config
+
+
+def write_adapter_folder(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    to: str = "both",
+    files: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write an adapter folder in one move.
+
+    Args:
+        folder: where; an older adapter there is replaced.
+        adapter: what.
+        to: peft, mlx or both.
+        files: further text files, by name.
+
+    Returns:
+        Notes: which layout was left out and why.
+
+    Raises:
+        AdapterError: when the only layout asked for cannot hold the adapter.
+        StorageError: when the folder cannot be written; the old content stays.
+    """
+    layouts = ("peft", "mlx") if to == "both" else (to,)
+    notes = []
+    reason = mlx_layout.why_not_mlx(adapter) if "mlx" in layouts else None
+    if reason is not None:
+        if to == "mlx":
+            raise AdapterError(f"mlx-lm cannot hold this adapter: {reason}")
+        layouts = ("peft",)
+        notes.append(f"no {mlx_layout.WEIGHTS_NAME}: mlx-lm cannot hold this adapter: {reason}")
+
+    def fill(part: Path) -> None:
+        if "peft" in layouts:
+            data = encode(peft_layout.peft_tensors(adapter))
+            write_bytes(part / peft_layout.WEIGHTS_NAME, data)
+        if "mlx" in layouts:
+            write_bytes(part / mlx_layout.WEIGHTS_NAME, encode(mlx_layout.mlx_tensors(adapter)))
+        text = json.dumps(adapter_config(adapter, layouts), indent=2) + "\n"
+        write_bytes(part / CONFIG_NAME, text.encode())
+        for name, content in (files or {}).items():
+            write_bytes(part / name, content.encode())
+
+    replace_folder(folder, fill)
+    return notes
+

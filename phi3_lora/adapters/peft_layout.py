@@ -1,0 +1,92 @@
+"""PEFT's layout: adapter_model.safetensors with adapter_config.json.
+
+Source: PEFT, tuners/lora/config.py and utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.names import PEFT_PREFIX, short_targets
+from phi3_lora.backend import Tensors
+from phi3_lora.errors import AdapterError, listing
+from phi3_lora.tensor_files import read_all_float32
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
+_UNSUPPORTED = (
+    *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"),
+    *("lora_bias", "use_qalora", "trainable_token_indices", "target_parameters"),
+)
+
+
+def is_peft(names: Mapping[str, Any]) -> bool:
+    """Whether tensor names are PEFT's."""
+    return any(".lora_A.weight" in name for name in names)
+
+
+def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
+    """The adapter in a PEFT file.
+
+    Raises:
+        AdapterError: when the file is damaged or holds what cannot be used without loss.
+    """
+    weights = read_all_float32(path, AdapterError)
+    problems = [
+        f"adapter_config.json: {name} = {config[name]!r} is not supported"
+        for name in _UNSUPPORTED
+        if config.get(name) not in _EMPTY
+    ]
+    problems += [f"{name}: not a LoRA tensor of a linear layer" for name in _foreign(weights)]
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        problems.append(f"adapter_config.json: r must be an integer >= 1, got {config.get('r')!r}")
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        problems.append(
+            f"adapter_config.json: lora_alpha must be a number, got {config.get('lora_alpha')!r}"
+        )
+    if problems:
+        raise AdapterError(listing(f"{path} cannot be used:", problems))
+    return Adapter(
+        weights=weights,
+        r=config["r"],
+        lora_alpha=float(config["lora_alpha"]),
+        use_rslora=bool(config.get("use_rslora", False)),
+        lora_dropout=float(config.get("lora_dropout") or 0.0),
+        base_model=config.get("base_model_name_or_path"),
+    )
+
+
+def _foreign(weights: Mapping[str, Any]) -> list[str]:
+    endings = (".lora_A.weight", ".lora_B.weight")
+    return [n for n in weights if not (n.startswith(PEFT_PREFIX) and n.endswith(endings))]
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The keys of adapter_config.json that PEFT reads."""
+    alpha = adapter.lora_alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "r": adapter.r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": short_targets(adapter.modules, adapter.num_layers),
+        "use_rslora": adapter.use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def peft_tensors(adapter: Adapter) -> Tensors:
+    """The tensors of adapter_model.safetensors."""
+    return adapter.weights

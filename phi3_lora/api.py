@@ -1,0 +1,138 @@
+"""The Python API: train a configuration, load a model with an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phi3_lora.adapters.adapter import Adapter
+    from phi3_lora.backend import Engine
+    from phi3_lora.config.schema import RunConfig
+    from phi3_lora.data.records import Message
+    from phi3_lora.evaluation import Evaluation
+    from phi3_lora.loading import BaseModel
+    from phi3_lora.training.run import TrainResult
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False
+) -> TrainResult:
+    """Fine-tune and write the run folder.
+
+    Args:
+        config: a RunConfig, the same as a mapping, or the path of a YAML file.
+        resume: go on from the newest whole checkpoint of the run folder.
+
+    Raises:
+        Phi3LoraError: with what is wrong and what to do.
+    """
+    from phi3_lora.config.load import load_settings
+    from phi3_lora.config.schema import RunConfig
+    from phi3_lora.training.run import train as run_training
+
+    if isinstance(config, (str, Path)):
+        config = load_settings(config_file=Path(config)).config
+    elif not isinstance(config, RunConfig):
+        config = load_settings(base=config).config
+    return run_training(config, resume=resume)
+
+
+class LoadedModel:
+    """A base model with its adapter on a device; use it as a context manager or close it."""
+
+    def __init__(self, base: BaseModel, engine: Engine, adapter: Adapter | None) -> None:
+        self.base = base
+        self.engine = engine
+        self.adapter = adapter
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """The model's answer to a user message or a conversation."""
+        from phi3_lora.backend import Sampling
+
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=self.base.stop_ids,
+        )
+        ids = list(self.engine.generate(self.base.tokenizer.encode_prompt(messages), sampling))
+        return self.base.tokenizer.decode([i for i in ids if i not in sampling.stop_ids])
+
+    def score(self, data: str, *, max_length: int = 2048) -> Evaluation:
+        """Loss, perplexity and token accuracy on a data file."""
+        from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
+        from phi3_lora.data.records import read_conversations
+        from phi3_lora.evaluation import evaluate
+
+        rows = read_conversations(resolve_scoring_file(data))
+        dataset = build_dataset(rows, self.base.tokenizer, max_length=max_length, name=data)
+        return evaluate(self.engine, dataset.documents)
+
+    def save(self, folder: str | Path, *, to: str = "both") -> None:
+        """Write the adapter as a folder that PEFT and mlx-lm load.
+
+        Raises:
+            AdapterError: when there is no adapter, or the layout cannot hold it.
+        """
+        from phi3_lora.adapters.folder import write_adapter_folder
+        from phi3_lora.errors import AdapterError
+
+        if self.adapter is None:
+            raise AdapterError("the model was loaded without an adapter: there is nothing to save")
+        write_adapter_folder(Path(folder), self.adapter, to=to)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.engine.close()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(
+    model: str,
+    *,
+    adapter: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a base model, with an adapter of either layout or bare.
+
+    Args:
+        model: a folder, a hub id, or demo.
+        adapter: an adapter folder.
+        backend: mlx, cuda or auto.
+        device: auto, cpu or gpu.
+        dtype: float32, bfloat16, float16 or auto.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        Phi3LoraError: with what is wrong and what to do.
+    """
+    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+
+    base = look_at_model(model, revision)
+    weights = None if adapter is None else load_adapter(str(adapter), base)
+    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
+    return LoadedModel(base, opened.engine, weights)

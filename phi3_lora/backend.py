@@ -1,0 +1,196 @@
+"""The border between the core and a backend: plain numpy in, plain numpy out.
+
+A backend never sees a config file, a scheduler, a checkpoint or a log; the core never sees a
+device tensor. Shape letters: D documents, T tokens, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, SupportsFloat
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+Bool = NDArray[np.bool_]
+Tensors = dict[str, Float32]
+
+
+class Batch(NamedTuple):
+    """Whole documents laid end to end: no padding, no attention mask."""
+
+    tokens: Int32
+    """(T,) all ids of each document."""
+    targets: Int32
+    """(T,) the next token of the same document; 0 at its last position."""
+    loss_mask: Bool
+    """(T,) True where the loss counts; False at a document's last position."""
+    doc_starts: Int32
+    """(D + 1,) document d is tokens[doc_starts[d]:doc_starts[d + 1]]."""
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports; both numbers are deferred until float() is called."""
+
+    loss: SupportsFloat
+    """Nats per supervised token, of this rank's share divided by the step's global count."""
+    grad_norm: SupportsFloat
+    """L2 norm over all adapter gradients, before clipping."""
+
+
+class Scores(NamedTuple):
+    """Per document, each (D,)."""
+
+    nats: NDArray[np.float64]
+    """Sum of the negative log-probabilities of the supervised tokens."""
+    correct: NDArray[np.int64]
+    """Supervised tokens whose target has the largest logit."""
+    supervised: NDArray[np.int64]
+    """Supervised tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """The LoRA layers to put on a base model, with every name already resolved."""
+
+    modules: tuple[str, ...]
+    """Full module paths, for example model.layers.0.self_attn.qkv_proj."""
+    r: int
+    """Rank of A (R, in) and B (out, R)."""
+    scaling: float
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    dropout: float = 0.0
+    """Probability that an input feature of a LoRA layer is zeroed in training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimSpec:
+    """The optimizer of the adapter."""
+
+    name: str = "adamw"
+    """adamw (decoupled decay, bias-corrected, as torch.optim.AdamW) or sgd (no momentum)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadRequest:
+    """Everything a backend needs to open a model for training or scoring."""
+
+    model_dir: Path
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: gpu_dtype on a GPU, float32 on a CPU."""
+    gpu_dtype: str | None = None
+    """What auto means on a GPU; None is the model's own dtype."""
+    device: str = "auto"
+    """auto, cpu or gpu."""
+    lora: LoraSpec | None = None
+    """None opens the bare base model."""
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    seed: int = 0
+    micro_batch_tokens: int = 8192
+    """A micro-batch holds at most this many tokens, or one longer document."""
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Engine(Protocol):
+    """A base model with LoRA and its optimizer on one device. Every method is collective."""
+
+    @property
+    def rank(self) -> int:
+        """This process among world_size."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share each step."""
+
+    @property
+    def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Module path -> (out, in) of every LoRA layer."""
+
+    @property
+    def device_name(self) -> str:
+        """What the engine runs on, in words."""
+
+    @property
+    def dtype(self) -> str:
+        """The base model's compute dtype, for example float32."""
+
+    def train_step(
+        self, batch: Batch, *, loss_tokens: int, lr: float, step: int
+    ) -> StepResult:
+        """Take one optimizer step (the step-th, from 1) on this rank's share of its documents."""
+
+    def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
+        """Gradients of sum(nats) / loss_tokens under PEFT names; nothing is updated."""
+
+    def score(self, batch: Batch) -> Scores:
+        """Score each document's supervised tokens, without dropout."""
+
+    def logprobs(self, batch: Batch) -> Float32:
+        """Log-probability of each target, (T,); 0 at each document's last position."""
+
+    def logits(self, batch: Batch, rows: Int32) -> Float32:
+        """Logits at the chosen positions, (len(rows), vocabulary)."""
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """A context in which the model answers without its adapter."""
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """New token ids after the prompt, one by one; the stop token, if met, comes last."""
+
+    def read_adapter(self) -> Tensors:
+        """The adapter as float32 under PEFT names: lora_A (R, in), lora_B (out, R)."""
+
+    def write_adapter(self, weights: Tensors) -> None:
+        """Replace the adapter; names and shapes must be exactly those of read_adapter."""
+
+    def read_optimizer(self) -> Tensors:
+        """Moments under the adapter's names with the suffix .exp_avg or .exp_avg_sq."""
+
+    def write_optimizer(self, state: Tensors) -> None:
+        """Replace the moments; an empty dict resets them."""
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory the device (on a CPU: the process) has held."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class Backend(Protocol):
+    """A way to open engines; found through the entry-point group phi3_lora.backends."""
+
+    name: str
+
+    def check(self, device: str = "auto") -> None:
+        """Make sure that the backend can run here.
+
+        Raises:
+            BackendUnavailableError: with the reason and what to install or choose.
+        """
+
+    def open(self, request: LoadRequest) -> Engine:
+        """Load the base model and put the LoRA layers on it."""
+
+    def describe(self) -> dict[str, Any]:
+        """Versions, devices, thread counts and what slows this machine down, for doctor."""

@@ -1,0 +1,233 @@
+"""Settings from their sources: built-in < preset < config file < --set < flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phi3_lora.config.known import ALIASES, NO_EFFECT, ONLY, PRESETS
+from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingConfig
+from phi3_lora.errors import ConfigError, listing
+
+_SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "training_config": TrainingConfig,
+    "peft_config": LoraConfig,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Resolved settings, and what the user should know about them."""
+
+    config: RunConfig
+    notes: list[str] = field(default_factory=list)
+    """Known names that have no effect here."""
+
+
+def load_settings(
+    *,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    base: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> RunSettings:
+    """Merge all sources and check every name and value.
+
+    Args:
+        preset: a name in PRESETS.
+        config_file: YAML.
+        base: an already resolved configuration, under everything else.
+        assignments: `section.key=value` or `key=value`, the value in YAML.
+        flags: dotted name -> value; None values are left out.
+
+    Raises:
+        ConfigError: one message with every unknown name (and the nearest one) and bad value.
+    """
+    layers: list[Mapping[str, Any]] = [base or {}]
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"no preset {preset!r}; there are: {', '.join(sorted(PRESETS))}")
+        layers.append(PRESETS[preset])
+    if config_file is not None:
+        layers.append(read_yaml(config_file))
+    layers += [_nested(*_parse_assignment(text)) for text in assignments]
+    layers += [_nested(name, v) for name, v in (flags or {}).items() if v is not None]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer)
+    return resolve(merged)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: when it is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
+        raise ConfigError(f"{path} is not readable YAML: {cause}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set takes section.key=value, got {text!r}")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as cause:
+        raise ConfigError(f"--set {text}: the value is not YAML: {cause}") from None
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    section, dot, key = name.partition(".")
+    return {section: {key: value}} if dot else {section: value}
+
+
+def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for name, value in layer.items():
+        if name == "data" and not isinstance(value, Mapping):
+            value = {"train": value}
+        if name in _SECTIONS and isinstance(value, Mapping):
+            section = target.setdefault(name, {})
+            if isinstance(section, dict):
+                section.update({ALIASES.get(key, key): item for key, item in value.items()})
+                continue
+        target[name] = value
+
+
+def resolve(merged: Mapping[str, Any]) -> RunSettings:
+    """Check merged settings and build the configuration.
+
+    Raises:
+        ConfigError: as load_settings.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    values: dict[str, Any] = {}
+    for name, value in merged.items():
+        if name not in _SECTIONS:
+            continue
+        if not isinstance(value, Mapping):
+            problems.append(f"{name} must be a mapping, got {value!r}")
+            continue
+        known = _known_values(name, value, problems, notes)
+        values[name] = _section(_SECTIONS[name], name, known, problems)
+    top = {name: value for name, value in merged.items() if name not in _SECTIONS}
+    values.update(_checked(RunConfig, "", top, problems))
+    if problems:
+        raise ConfigError(listing("the configuration cannot be used:", problems))
+    return RunSettings(RunConfig(**values), notes)
+
+
+def _known_values(
+    section: str, value: Mapping[str, Any], problems: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """The values that have a field here; the other known names are noted or refused."""
+    kept = {}
+    for name, item in value.items():
+        if name in NO_EFFECT.get(section, {}):
+            notes.append(f"{section}.{name} has no effect: {NO_EFFECT[section][name]}")
+        elif name in ONLY.get(section, {}):
+            allowed = ONLY[section][name]
+            if item not in allowed:
+                problems.append(f"{section}.{name}: {item!r} is not supported; leave it out")
+        else:
+            kept[name] = item
+    if section == "training_config" and kept.get("eval_steps"):
+        kept.setdefault("eval_strategy", "steps")
+    return kept
+
+
+def _section(
+    kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]
+) -> Any:
+    before = len(problems)
+    checked = _checked(kind, section, value, problems)
+    if len(problems) > before:
+        return None
+    try:
+        return kind(**checked)
+    except ConfigError as cause:
+        problems.append(str(cause))
+        return None
+
+
+def _checked(
+    kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """Values by field name, in the field's type."""
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    found = {}
+    for name, item in value.items():
+        label = f"{section}.{name}" if section else str(name)
+        if name not in names:
+            problems.append(f"unknown key {label}{_nearest(str(name), section, names)}")
+            continue
+        try:
+            found[name] = _coerce(item, hints[name])
+        except (TypeError, ValueError):
+            problems.append(f"{label} must be {_type_name(hints[name])}, got {item!r}")
+    return found
+
+
+def _nearest(name: str, section: str, names: Sequence[str]) -> str:
+    candidates = [*names, *NO_EFFECT.get(section, {}), *ONLY.get(section, {}), *ALIASES]
+    if not section:
+        candidates += list(_SECTIONS)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if close:
+        return f": did you mean {close[0]}?"
+    homes = [s for s, kind in _SECTIONS.items() if name in {f.name for f in dataclasses.fields(kind)}]
+    return f": it belongs to {homes[0]}" if homes else f"; known: {', '.join(names)}"
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """A YAML value in a field's type; YAML 1.1 reads 2e-4 as a string."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        if types.NoneType in options:
+            return None
+        raise TypeError
+    if bool in options:
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if isinstance(value, bool):
+        raise TypeError
+    if int in options:
+        number = float(value)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    if float in options:
+        return float(value)
+    if isinstance(value, (list, tuple)) and any(typing.get_origin(o) is tuple for o in options):
+        if not all(isinstance(item, str) for item in value):
+            raise TypeError
+        return tuple(value)
+    if isinstance(value, str) and str in options:
+        return value
+    raise TypeError
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(hint, "a string or a list of strings" if "tuple" in str(hint) else str(hint))

@@ -1,0 +1,258 @@
+"""The settings of a run. Field names are those of transformers, TRL and PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi3_lora.backend import LoraSpec, OptimSpec
+from phi3_lora.errors import ConfigError
+from phi3_lora.models import DTYPES
+from phi3_lora.schedule import SCHEDULERS
+
+STRATEGIES = ("no", "steps", "epoch")
+OPTIMIZERS = {"adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+"""Accepted names and the update rule they mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """The adapter (`peft_config`)."""
+
+    r: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """The delta is (lora_alpha / r) B A."""
+    lora_dropout: float = 0.0
+    """Probability that an input feature of a LoRA layer is zeroed in training."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Module names, full paths, one regular expression, or all-linear."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, f"peft_config.r must be >= 1, got {self.r} (--rank)")
+        _require(
+            math.isfinite(self.lora_alpha) and self.lora_alpha > 0,
+            f"peft_config.lora_alpha must be > 0, got {self.lora_alpha} (--alpha)",
+        )
+        _require(
+            0.0 <= self.lora_dropout < 1.0,
+            f"peft_config.lora_dropout must be in [0, 1), got {self.lora_dropout} (--dropout)",
+        )
+        _require(
+            bool(self.target_modules),
+            "peft_config.target_modules is empty: name modules, or all-linear (--targets)",
+        )
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by.
+
+        Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
+        """
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def spec(self, modules: tuple[str, ...]) -> LoraSpec:
+        """What a backend needs, for resolved module paths."""
+        return LoraSpec(
+            modules=modules, r=self.r, scaling=self.scaling, dropout=self.lora_dropout
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The run (`training_config`)."""
+
+    learning_rate: float = 2e-4
+    """Largest learning rate of the schedule."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data, when max_steps is not positive."""
+    max_steps: int = -1
+    """Optimizer steps; a positive number wins over num_train_epochs."""
+    per_device_train_batch_size: int = 4
+    """Documents (with packing: rows) a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step; documents a step are the product, on any number of ranks."""
+    lr_scheduler_type: str = "cosine"
+    """linear, cosine, constant or constant_with_warmup."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    warmup_steps: int = 0
+    """Steps of warm-up; positive wins over warmup_ratio."""
+    optim: str = "adamw_torch"
+    """adamw_torch (also adamw, adamw_torch_fused) or sgd."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    max_length: int = 2048
+    """Tokens a document may have; longer ones are dropped and counted."""
+    packing: bool = False
+    """A step takes as many whole documents as fit into its rows of max_length tokens."""
+    seed: int = 0
+    """Of the adapter's start, the order of documents, and dropout."""
+    logging_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_strategy: str = "epoch"
+    """When to score the validation data: no, steps or epoch; with the last two also at the end."""
+    eval_steps: int = 0
+    """Steps between two evaluations; positive means eval_strategy: steps."""
+    save_strategy: str = "steps"
+    """When to save a checkpoint: no, steps or epoch; the end always counts."""
+    save_steps: int = 100
+    """Steps between two checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    bf16: bool = False
+    """Compute in bfloat16 on a GPU."""
+    fp16: bool = False
+    """Compute in float16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= smallest,
+                f"training_config.{name} must be >= {smallest}, got {value}",
+            )
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            _require(
+                value in allowed,
+                f"training_config.{name} must be one of {', '.join(allowed)}; got {value!r}",
+            )
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"training_config.{name} must be in [0, 1), got {value}")
+        _require(
+            self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate} (--lr)"
+        )
+        _require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            f"nothing to do: max_steps is {self.max_steps} and num_train_epochs is "
+            f"{self.num_train_epochs}; one must be > 0",
+        )
+        _require(not (self.bf16 and self.fp16), "bf16 and fp16 cannot both be true")
+
+    @property
+    def documents_per_step(self) -> int:
+        """Documents (with packing: rows) an optimizer step takes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def optim_spec(self) -> OptimSpec:
+        """What a backend needs of the optimizer."""
+        return OptimSpec(
+            name=OPTIMIZERS[self.optim],
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of this length."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
+    def when(self, strategy: str, every_steps: int, steps_per_epoch: int) -> int:
+        """Steps between two events of a strategy; 0 is never."""
+        return {"no": 0, "steps": every_steps, "epoch": steps_per_epoch}[strategy]
+
+
+_SMALLEST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "adam_epsilon": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "max_length": 2,
+    "seed": 0,
+    "logging_steps": 1,
+    "eval_steps": 0,
+    "save_steps": 1,
+    "save_total_limit": 0,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "lr_scheduler_type": SCHEDULERS,
+    "optim": tuple(OPTIMIZERS),
+    "eval_strategy": STRATEGIES,
+    "save_strategy": STRATEGIES,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The data (`data`)."""
+
+    train: str = ""
+    """A JSONL file, a folder with train.jsonl and perhaps valid.jsonl, or demo."""
+    valid: str | None = None
+    """A JSONL file to validate on."""
+    valid_fraction: float = 0.0
+    """Share of the training rows to validate on, when there is no validation file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 <= self.valid_fraction < 1.0,
+            f"data.valid_fraction must be in [0, 1), got {self.valid_fraction}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: str = ""
+    """A folder, a hub id, or demo."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """An adapter folder to start from."""
+    backend: str = "auto"
+    """mlx, cuda or auto."""
+    device: str = "auto"
+    """auto, cpu or gpu."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16 or auto."""
+    output_dir: str = ""
+    """The run folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    training_config: TrainingConfig = field(default_factory=TrainingConfig)
+    peft_config: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.device in ("auto", "cpu", "gpu"),
+            f"device must be auto, cpu or gpu; got {self.device!r}",
+        )
+        _require(
+            self.dtype in ("auto", *DTYPES),
+            f"dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}",
+        )
+        for name, flag in (("model", "--model"), ("output_dir", "--output")):
+            _require(bool(getattr(self, name)), f"{name} is missing: set it or pass {flag}")
+        _require(bool(self.data.train), "data is missing: set it or pass --data")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, as config.yaml holds them."""
+        raw = dataclasses.asdict(self)
+        targets = raw["peft_config"]["target_modules"]
+        raw["peft_config"]["target_modules"] = targets if isinstance(targets, str) else [*targets]
+        return raw
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

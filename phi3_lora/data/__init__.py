@@ -1,0 +1,1 @@
+"""From files of conversations to documents: token ids with a loss mask."""

@@ -1,0 +1,66 @@
+"""The error tree: what a user can cause or must act on. Everything else is a fault of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_SHOWN = 20
+"""Problems listed in one message; the rest are counted."""
+
+
+class Phi3LoraError(Exception):
+    """Base of every error that is shown to a user as a message, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(Phi3LoraError, ValueError):
+    """A setting is unknown, malformed or out of range."""
+
+
+class DataError(Phi3LoraError, ValueError):
+    """A data file or a row in it cannot be used."""
+
+
+class ModelError(Phi3LoraError, ValueError):
+    """A base model folder cannot be used."""
+
+
+class AdapterError(Phi3LoraError, ValueError):
+    """An adapter cannot be read, or does not fit."""
+
+
+class CheckpointError(Phi3LoraError, ValueError):
+    """A checkpoint is damaged or belongs to another run."""
+
+
+class RunFolderError(Phi3LoraError, ValueError):
+    """The output folder cannot be used."""
+
+
+class StorageError(Phi3LoraError, OSError):
+    """The disk is full or a file cannot be written."""
+
+
+class TrainingError(Phi3LoraError, RuntimeError):
+    """Training cannot go on: non-finite loss or no memory."""
+
+
+class BackendUnavailableError(Phi3LoraError, RuntimeError):
+    """A backend or the device it needs is missing on this machine."""
+
+
+class TrainingInterrupted(Phi3LoraError):  # noqa: N818 - not an error of anyone's
+    """A signal stopped training after a checkpoint was saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def listing(title: str, problems: Sequence[str]) -> str:
+    """One message for many problems: the title, at most MAX_SHOWN of them, and how many more."""
+    lines = [title, *(f"  {problem}" for problem in problems[:MAX_SHOWN])]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"  ... and {len(problems) - MAX_SHOWN:,} more")
+    return "\n".join(lines)

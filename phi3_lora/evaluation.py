@@ -1,0 +1,116 @@
+"""Loss, perplexity, token accuracy and exact match of a model on documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from phi3_lora.backend import Engine, Sampling
+from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.records import Conversation
+from phi3_lora.data.tokenizer import ChatTokenizer, Document
+
+SCORING_TOKENS = 4096
+"""Tokens a scoring batch holds at most, or one longer document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a model does on supervised tokens."""
+
+    loss: float
+    """Nats per supervised token."""
+    perplexity: float
+    token_accuracy: float
+    """Share of supervised tokens whose target has the largest logit."""
+    loss_tokens: int
+    num_documents: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer beside the expected one."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both are the same text, white space at the ends apart."""
+        return self.expected.strip() == self.given.strip()
+
+
+def token_batches(
+    documents: Sequence[Document], limit: int = SCORING_TOKENS
+) -> Iterator[Sequence[Document]]:
+    """Documents in order, in groups of at most so many tokens."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        if group and size + len(document.tokens) > limit:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += len(document.tokens)
+    if group:
+        yield group
+
+
+def evaluate(
+    engine: Engine,
+    documents: Sequence[Document],
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Score every document once.
+
+    Args:
+        engine: the model.
+        documents: at least one, each with a supervised token.
+        on_progress: called with the number of documents just scored.
+    """
+    nats, correct, supervised = 0.0, 0, 0
+    for group in token_batches(documents):
+        scores = engine.score(make_batch(group))
+        nats += float(scores.nats.sum())
+        correct += int(scores.correct.sum())
+        supervised += int(scores.supervised.sum())
+        on_progress(len(group))
+    loss = nats / supervised
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        token_accuracy=correct / supervised,
+        loss_tokens=supervised,
+        num_documents=len(documents),
+    )
+
+
+def answer_conversations(
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    rows: Sequence[Conversation],
+    sampling: Sampling,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Let the model give each conversation's last answer itself.
+
+    A conversation that does not end with an answer is left out.
+    """
+    answers = []
+    for row in rows:
+        on_progress(1)
+        *context, last = row.messages
+        if last["role"] != "assistant":
+            continue
+        ids = list(engine.generate(tokenizer.encode_prompt(context), sampling))
+        if ids and ids[-1] in sampling.stop_ids:
+            ids.pop()
+        answers.append(Answer(context[-1]["content"], last["content"], tokenizer.decode(ids)))
+    return answers

@@ -1,0 +1,39 @@
+"""How backends cut a step's documents into micro-batches; a pure function of the documents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from phi3_lora.backend import Batch
+
+
+def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
+    """Consecutive whole documents in parts of at most so many tokens, or one longer document."""
+    starts = batch.doc_starts
+    parts, first = [], 0
+    for last in range(1, len(starts)):
+        if starts[last] - starts[first] > max_tokens and last - 1 > first:
+            parts.append(documents_between(batch, first, last - 1))
+            first = last - 1
+    if first < len(starts) - 1:
+        parts.append(documents_between(batch, first, len(starts) - 1))
+    return parts
+
+
+def documents_between(batch: Batch, first: int, last: int) -> Batch:
+    """The documents first .. last - 1 as a batch of their own."""
+    a, b = int(batch.doc_starts[first]), int(batch.doc_starts[last])
+    starts = (batch.doc_starts[first : last + 1] - a).astype(np.int32)
+    return Batch(batch.tokens[a:b], batch.targets[a:b], batch.loss_mask[a:b], starts)
+
+
+def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """Sums of per-supervised-token values over each document, (D,).
+
+    Args:
+        values: one number for each True of loss_mask, in order.
+        batch: the documents.
+    """
+    full = np.zeros(len(batch.tokens), dtype=values.dtype)
+    full[batch.loss_mask] = values
+    return np.add.reduceat(full, batch.doc_starts[:-1])

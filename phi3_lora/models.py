@@ -1,0 +1,262 @@
+"""The shape of a Phi-3 model, read from its config.json and checked; no weights are touched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3_lora.errors import ModelError, Phi3LoraError, listing
+
+PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding, from either style of config."""
+
+    theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A Phi-3 model's shape."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    stop_ids: frozenset[int]
+    dtype: str
+    quantization: Mapping[str, Any] | None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def attention_factor(self) -> float:
+        """What LongRoPE multiplies cos and sin by; 1 without LongRoPE.
+
+        Source: transformers, modeling_rope_utils.py, _compute_longrope_parameters.
+        """
+        if self.rope.long_factor is None:
+            return 1.0
+        if self.rope.attention_factor is not None:
+            return self.rope.attention_factor
+        factor = self.max_position_embeddings / self.original_max_position_embeddings
+        if factor <= 1.0:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
+
+    def uses_long_factors(self, length: Any) -> Any:
+        """Whether documents of these lengths (tokens) use LongRoPE's long factors."""
+        if self.rope.long_factor is None:
+            return np.zeros_like(length, dtype=bool)
+        return np.asarray(length) > self.original_max_position_embeddings
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of every linear layer that LoRA can adapt."""
+        heads = self.num_attention_heads * self.head_dim
+        fused = heads + 2 * self.num_key_value_heads * self.head_dim
+        shape = {
+            "self_attn.qkv_proj": (fused, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, heads),
+            "mlp.gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+        return {
+            f"model.layers.{i}.{name}": shape[name]
+            for i in range(self.num_hidden_layers)
+            for name in PROJECTIONS
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of an unquantised model folder."""
+        hidden = (self.hidden_size,)
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            "model.norm.weight": hidden,
+            **{f"{path}.weight": shape for path, shape in self.linear_shapes().items()},
+        }
+        for i in range(self.num_hidden_layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{i}.{norm}.weight"] = hidden
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+
+def read_json(path: Path, error: type[Phi3LoraError] = ModelError) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: when the file is missing, is not JSON, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as cause:
+        raise error(f"{path} is not readable JSON: {cause}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_model_config(model_dir: Path) -> ModelConfig:
+    """The checked shape of the model in a folder.
+
+    Raises:
+        ModelError: when config.json is missing, is not of a Phi-3 model, or contradicts itself;
+            all contradictions are listed at once.
+    """
+    raw = read_json(model_dir / "config.json")
+    _refuse_other_models(raw, model_dir)
+    try:
+        config = _parse(raw, model_dir)
+    except KeyError as missing:
+        raise ModelError(f"{model_dir}/config.json lacks {missing}") from None
+    except (TypeError, AttributeError) as cause:
+        raise ModelError(f"{model_dir}/config.json has a value of the wrong type: {cause}") from None
+    problems = _contradictions(config, raw)
+    if problems:
+        raise ModelError(listing(f"{model_dir}/config.json cannot be used:", problems))
+    return config
+
+
+def _refuse_other_models(raw: Mapping[str, Any], model_dir: Path) -> None:
+    architectures = raw.get("architectures") or ["Phi3ForCausalLM"]
+    if raw.get("model_type") != "phi3" or "Phi3ForCausalLM" not in architectures:
+        raise ModelError(
+            f"{model_dir} is not a Phi-3 architecture: config.json says model_type "
+            f"{raw.get('model_type')!r}, architectures {architectures}; only model_type 'phi3' "
+            "with Phi3ForCausalLM works (Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini)"
+        )
+    unsafe = sorted(k for k in raw if k.endswith("_internal") or k == "model_file")
+    if unsafe:
+        raise ModelError(
+            f"{model_dir}/config.json holds {', '.join(unsafe)}, which can make a library run code "
+            "from elsewhere; delete the key if you trust the rest of the folder"
+        )
+    biased = [k for k in ("attention_bias", "mlp_bias") if raw.get(k)]
+    if biased:
+        raise ModelError(f"{model_dir}/config.json sets {', '.join(biased)}: Phi-3 has no biases")
+
+
+def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
+    heads = int(raw["num_attention_heads"])
+    hidden = int(raw["hidden_size"])
+    max_positions = int(raw.get("max_position_embeddings", 4096))
+    scaling = dict(raw.get("rope_scaling") or {})
+    rope = {**scaling, **(raw.get("rope_parameters") or {})}
+    original = raw.get("original_max_position_embeddings") or rope.get(
+        "original_max_position_embeddings"
+    )
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    window = raw.get("sliding_window")
+    return ModelConfig(
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=hidden,
+        intermediate_size=int(raw["intermediate_size"]),
+        num_hidden_layers=int(raw["num_hidden_layers"]),
+        num_attention_heads=heads,
+        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=int(raw.get("head_dim") or (hidden // heads if heads else 0)),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+        max_position_embeddings=max_positions,
+        original_max_position_embeddings=int(original or max_positions),
+        sliding_window=None if window is None else int(window),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rope=_parse_rope(raw, rope),
+        stop_ids=_stop_ids(raw, model_dir),
+        dtype=dtype,
+        quantization=raw.get("quantization") or raw.get("quantization_config"),
+    )
+
+
+def _parse_rope(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "longrope", "su", "yarn"):
+        raise ModelError(f"rope type {kind!r} is not one of Phi-3's: default, longrope")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if kind == "default":
+        return RopeConfig(theta=float(theta), partial_rotary_factor=float(partial))
+    factor = rope.get("attention_factor")
+    return RopeConfig(
+        theta=float(theta),
+        partial_rotary_factor=float(partial),
+        short_factor=tuple(float(x) for x in rope["short_factor"]),
+        long_factor=tuple(float(x) for x in rope["long_factor"]),
+        attention_factor=None if factor is None else float(factor),
+    )
+
+
+def _stop_ids(raw: Mapping[str, Any], model_dir: Path) -> frozenset[int]:
+    path = model_dir / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    found: set[int] = set()
+    for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def _contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{name} must be >= 1, got {getattr(config, name)}"
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim"),
+        )
+        if getattr(config, name) < 1
+    ]
+    if problems:
+        return problems
+    if config.hidden_size % config.num_attention_heads and not raw.get("head_dim"):
+        problems.append(
+            f"hidden_size {config.hidden_size} is not divisible by "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        problems.append(
+            f"num_attention_heads {config.num_attention_heads} is not divisible by "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    for name in ("bos_token_id", "pad_token_id"):
+        value = raw.get(name)
+        if isinstance(value, int) and value >= config.vocab_size:
+            problems.append(f"{name} {value} is outside the vocabulary of {config.vocab_size}")
+    if config.dtype not in DTYPES:
+        problems.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act {raw['hidden_act']!r} is not silu")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(config.rope, name)
+        if factors is not None and len(factors) != config.rotary_dim // 2:
+            problems.append(
+                f"rope {name} has {len(factors)} entries; rotary dimension "
+                f"{config.rotary_dim} needs {config.rotary_dim // 2}"
+            )
+    return problems

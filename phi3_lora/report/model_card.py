@@ -1,0 +1,53 @@
+"""The README.md of an adapter folder: a model card with the facts of its run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.evaluation import Evaluation
+from phi3_lora.training.loop import Progress
+
+
+def model_card(
+    adapter: Adapter,
+    config: RunConfig,
+    facts: dict[str, Any],
+    identity: str,
+    progress: Progress,
+    evaluation: Evaluation | None,
+) -> str:
+    """Markdown with the YAML head that the hub reads."""
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
+    if "/" in config.model and not config.model.startswith((".", "/", "~")):
+        head["base_model"] = config.model
+    training = config.training_config
+    rows = {
+        "Base model": f"`{config.model}`",
+        "Base identity (sha256)": f"`{identity}`",
+        "Training data": f"`{config.data.train}`: {facts['num_documents']:,} documents, "
+        f"{facts['loss_tokens']:,} supervised tokens",
+        "Plan hash (sha256)": f"`{facts['plan_hash']}`",
+        "Steps": f"{progress.step:,} of {facts['total_steps']:,}, "
+        f"{facts['documents_per_step']} documents a step",
+        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}",
+        "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
+        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "Seed": str(training.seed),
+    }
+    if progress.last_loss is not None:
+        rows["Training loss"] = f"{progress.last_loss:.4f} nats per supervised token"
+    if evaluation is not None:
+        rows["Validation loss"] = f"{evaluation.loss:.4f} (perplexity {evaluation.perplexity:.3f})"
+    elif progress.best_eval_loss is not None:
+        rows["Best validation loss"] = f"{progress.best_eval_loss:.4f}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# LoRA adapter\n\n"
+        f"Trained with phi3-lora.\n\n| | |\n|---|---|\n{table}\n\n"
+        "`adapter_model.safetensors` loads in PEFT, `adapters.safetensors` in mlx-lm; both read "
+        "`adapter_config.json`.\n"
+    )

@@ -1,0 +1,95 @@
+"""Writing files so that a crash, a signal or a full disk leaves the old state or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from phi3_lora.errors import StorageError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing below a path into a StorageError that says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as cause:
+        if cause.errno in _NO_SPACE:
+            message = f"no space left while writing {path}: free some space and run again"
+        else:
+            message = f"cannot write {path}: {cause.strerror or cause}"
+        raise StorageError(message) from cause
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file and flush it to the disk; the name may be seen half-written."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one move: readers see the old content or the new.
+
+    Raises:
+        StorageError: when the file cannot be written; the old content stays.
+    """
+    part = path.with_name(path.name + ".part")
+    with explained(path):
+        try:
+            write_bytes(part, data)
+            os.replace(part, path)
+            fsync_folder(path.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a new folder and move it into place, whole; an older one of that name is replaced.
+
+    Args:
+        folder: the final name.
+        fill: writes the content into the folder it is given.
+
+    Raises:
+        StorageError: when something cannot be written; the old folder stays.
+    """
+    part = folder.with_name(folder.name + ".part")
+    old = folder.with_name(folder.name + ".old")
+    with explained(folder):
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            fill(part)
+            fsync_folder(part)
+            if folder.exists():
+                # rename() onto a non-empty folder fails, so the old one steps aside first.
+                os.rename(folder, old)
+            os.rename(part, folder)
+            fsync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)

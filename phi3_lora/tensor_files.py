@@ -1,0 +1,149 @@
+"""Reading safetensors without a framework, bfloat16 included, and judging the file first.
+
+Source: the safetensors format: 8 bytes of header length, a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from phi3_lora.backend import Float32, Tensors
+from phi3_lora.errors import Phi3LoraError
+
+MAX_HEADER_BYTES = 100_000_000
+_NUMPY_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "U32": np.uint32,
+    "BOOL": np.bool_,
+}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    num_bytes: int
+
+
+def read_header(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
+    """The tensors of a file, by name, after checking that the file can hold them.
+
+    Raises:
+        error: when the file is missing, truncated, or is not safetensors at all.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise error(
+                    f"{path} is not a whole safetensors file ({size:,} bytes): download or copy "
+                    "it again"
+                )
+            header = json.loads(file.read(length))
+        return _entries(path, header, start=8 + length, size=size)
+    except FileNotFoundError:
+        raise error(f"no such file: {path}") from None
+    except error:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise error(f"{path} is not a safetensors file: {cause}") from None
+
+
+def _entries(path: Path, header: object, *, start: int, size: int) -> dict[str, TensorInfo]:
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        kind = _NUMPY_TYPES.get(entry["dtype"])
+        if kind is not None and end - begin != int(np.prod(shape)) * np.dtype(kind).itemsize:
+            raise ValueError(f"{name}: {end - begin} bytes do not hold {shape} {entry['dtype']}")
+        if begin < 0 or start + end > size:
+            raise ValueError(f"truncated: {name} ends after the last byte")
+        found[name] = TensorInfo(path, entry["dtype"], shape, start + begin, end - begin)
+    used = max((t.offset + t.num_bytes for t in found.values()), default=start)
+    if used != size:
+        raise ValueError(f"{size - used} bytes belong to no tensor")
+    return found
+
+
+def read_raw(info: TensorInfo) -> NDArray[np.generic]:
+    """A tensor as stored, memory-mapped; bfloat16 as the uint16 of its bits."""
+    kind = np.dtype(_NUMPY_TYPES[info.dtype])
+    if 0 in info.shape:
+        return np.empty(info.shape, kind)
+    return np.memmap(info.path, kind, mode="r", offset=info.offset, shape=info.shape)
+
+
+def read_float32(info: TensorInfo) -> Float32:
+    """A tensor as float32; exact for float32, float16 and bfloat16."""
+    raw = read_raw(info)
+    if info.dtype == "BF16":
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.array(raw, dtype=np.float32)
+
+
+def is_finite(info: TensorInfo, chunk: int = 1 << 24) -> bool:
+    """Whether a stored tensor holds neither NaN nor infinity; integers always pass."""
+    if info.dtype not in _FLOATS:
+        return True
+    flat = read_raw(info).reshape(-1)
+    for start in range(0, flat.size, chunk):
+        part = flat[start : start + chunk]
+        if info.dtype == "BF16":
+            # All eight exponent bits set: infinity or NaN.
+            bad = bool(((part & np.uint16(0x7F80)) == 0x7F80).any())
+        else:
+            bad = not np.isfinite(part).all()
+        if bad:
+            return False
+    return True
+
+
+def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
+    """Every tensor of a file as float32.
+
+    Raises:
+        error: when the file is damaged or holds a tensor that is not of a float type.
+    """
+    header = read_header(path, error)
+    odd = [f"{name} ({info.dtype})" for name, info in header.items() if info.dtype not in _FLOATS]
+    if odd:
+        raise error(f"{path} holds tensors that are not of a float type: {', '.join(odd)}")
+    return {name: read_float32(info) for name, info in header.items()}
+
+
+def encode(tensors: Mapping[str, Float32]) -> bytes:
+    """A safetensors file in memory, with the metadata that PyTorch and MLX tools look for."""
+    ready = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return bytes(save(ready, metadata={"format": "pt"}))
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file in bytes."""
+    return os.stat(path).st_size

@@ -1,0 +1,132 @@
+"""Checkpoints: everything that a run needs to go on, whole or not at all.
+
+A folder step-000100 holds the adapter (PEFT), optimizer.safetensors, state.json and, written
+last, manifest.json with the sha256 of the others. A folder without a true manifest is not one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.folder import CONFIG_NAME, adapter_config
+from phi3_lora.adapters.peft_layout import WEIGHTS_NAME, peft_tensors
+from phi3_lora.backend import Tensors
+from phi3_lora.errors import CheckpointError, listing
+from phi3_lora.storage import replace_folder, write_bytes
+from phi3_lora.tensor_files import encode, read_all_float32
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+MANIFEST_NAME = "manifest.json"
+_FOLDER = re.compile(r"^step-(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint in memory."""
+
+    path: Path
+    weights: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step taken."""
+        return int(self.state["step"])
+
+
+class CheckpointFolder:
+    """The checkpoints of a run."""
+
+    def __init__(self, run_dir: Path, *, keep: int) -> None:
+        """Open RUN/checkpoints; it need not exist.
+
+        Args:
+            run_dir: the run folder.
+            keep: newest checkpoints kept after a save; 0 keeps all.
+        """
+        self.path = run_dir / "checkpoints"
+        self._keep = keep
+
+    def names(self) -> list[Path]:
+        """Checkpoint folders, newest first, whole or not."""
+        if not self.path.is_dir():
+            return []
+        found = [(int(m[1]), p) for p in self.path.iterdir() if (m := _FOLDER.match(p.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def save(self, adapter: Adapter, optimizer: Tensors, state: dict[str, Any]) -> Path:
+        """Write a checkpoint in one move, then delete the oldest ones.
+
+        Raises:
+            StorageError: when it cannot be written; the older ones stay.
+        """
+        contents = {
+            WEIGHTS_NAME: encode(peft_tensors(adapter)),
+            CONFIG_NAME: json.dumps(adapter_config(adapter, ("peft",)), indent=2).encode(),
+            OPTIMIZER_NAME: encode(optimizer),
+            STATE_NAME: json.dumps(state, indent=2).encode(),
+        }
+        manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+
+        def fill(part: Path) -> None:
+            for name, data in contents.items():
+                write_bytes(part / name, data)
+            write_bytes(part / MANIFEST_NAME, json.dumps(manifest, indent=2).encode())
+
+        folder = self.path / f"step-{state['step']:06d}"
+        replace_folder(folder, fill)
+        if self._keep:
+            for old in self.names()[self._keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that passes its manifest, and what is wrong with newer ones.
+
+        Raises:
+            CheckpointError: when there are checkpoints and none is whole.
+        """
+        problems = []
+        for path in self.names():
+            try:
+                return load_checkpoint(path), problems
+            except CheckpointError as problem:
+                problems.append(str(problem))
+        if problems:
+            raise CheckpointError(listing(f"no whole checkpoint in {self.path}:", problems))
+        return None, problems
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose every file has the sha256 that its manifest says.
+
+    Raises:
+        CheckpointError: when a file is missing or was changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_text())
+        for name, expected in manifest.items():
+            if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+                raise CheckpointError(f"{path.name}: {name} does not have the recorded sha256")
+        state = json.loads((path / STATE_NAME).read_text())
+    except CheckpointError:
+        raise
+    except FileNotFoundError as cause:
+        raise CheckpointError(f"{path.name}: {Path(cause.filename).name} is missing") from None
+    except (OSError, ValueError, AttributeError) as cause:
+        raise CheckpointError(f"{path.name}: {cause}") from None
+    return Checkpoint(
+        path,
+        read_all_float32(path / WEIGHTS_NAME, CheckpointError),
+        read_all_float32(path / OPTIMIZER_NAME, CheckpointError),
+        state,
+    )

@@ -1,0 +1,171 @@
+"""The one training loop. To follow a step: fit -> _take_step -> Engine.train_step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi3_lora.backend import Engine
+from phi3_lora.config.schema import TrainingConfig
+from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.tokenizer import Document
+from phi3_lora.errors import TrainingError
+from phi3_lora.evaluation import Evaluation, evaluate
+from phi3_lora.plan import Plan, Step, rank_share
+from phi3_lora.schedule import learning_rate
+from phi3_lora.training.metrics import Window
+from phi3_lora.training.signals import StopRequest
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; what a checkpoint stores besides tensors."""
+
+    step: int = 0
+    window: Window = field(default_factory=Window)
+    best_eval_loss: float | None = None
+    last_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, exact in JSON."""
+        return {
+            "step": self.step,
+            "window": self.window.to_dict(),
+            "best_eval_loss": self.best_eval_loss,
+            "last_loss": self.last_loss,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Progress:
+        """The inverse of to_dict; other keys are ignored."""
+        names = ("step", "best_eval_loss", "last_loss", "tokens", "seconds")
+        return cls(window=Window(**state["window"]), **{name: state[name] for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls; the loop itself touches no file and no screen."""
+
+    on_step: Callable[[Progress, float], None] = lambda progress, loss: None
+    """After each step, with the step's loss."""
+    on_metrics: Callable[[dict[str, Any]], None] = lambda record: None
+    """A line of metrics.jsonl."""
+    on_checkpoint: Callable[[Progress], None] = lambda progress: None
+    on_best: Callable[[Progress, Evaluation], None] = lambda progress, evaluation: None
+    """After an evaluation better than all before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be learnt and how."""
+
+    config: TrainingConfig
+    plan: Plan
+    documents: Sequence[Document]
+    eval_documents: Sequence[Document] = ()
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step."""
+        total = self.plan.total_steps
+        return learning_rate(
+            step,
+            kind=self.config.lr_scheduler_type,
+            peak_lr=self.config.learning_rate,
+            warmup_steps=self.config.num_warmup_steps(total),
+            total_steps=total,
+        )
+
+    def is_due(self, step: int, strategy: str, every_steps: int) -> bool:
+        """Whether an event of this strategy falls on a step; the last step counts unless `no`."""
+        every = self.config.when(strategy, every_steps, self.plan.steps_per_epoch)
+        return every > 0 and (step % every == 0 or step == self.plan.total_steps)
+
+
+def fit(
+    engine: Engine, task: Task, hooks: Hooks, progress: Progress, stop: StopRequest
+) -> Progress:
+    """Train from where progress stands to the end of the plan, or until a stop is asked for.
+
+    Raises:
+        TrainingError: when the loss is not finite; nothing is saved after that.
+    """
+    config = task.config
+    for step in task.plan.steps(after=progress.step):
+        loss, grad_norm = _take_step(engine, task, step, progress)
+        hooks.on_step(progress, loss)
+        number, is_last = step.number, step.number == task.plan.total_steps
+        if number % config.logging_steps == 0 or is_last:
+            line = progress.window.line(
+                step=number,
+                epoch=step.epoch,
+                grad_norm=grad_norm,
+                lr=task.lr(number),
+                peak_memory_bytes=engine.peak_memory_bytes(),
+            )
+            progress.last_loss = line["loss"]
+            progress.window = Window()
+            hooks.on_metrics(line)
+        every = config.eval_steps or config.logging_steps
+        if task.eval_documents and task.is_due(number, config.eval_strategy, every):
+            _evaluate(engine, task, hooks, progress)
+        if stop or is_last or task.is_due(number, config.save_strategy, config.save_steps):
+            hooks.on_checkpoint(progress)
+        if stop:
+            break
+    return progress
+
+
+def _take_step(
+    engine: Engine, task: Task, step: Step, progress: Progress
+) -> tuple[float, float]:
+    """One optimizer step on this rank's share of the step's documents."""
+    began = time.perf_counter()
+    chosen = [task.documents[i] for i in step.documents]
+    loss_tokens = sum(d.loss_tokens for d in chosen)
+    mine = rank_share(step.documents, engine.rank, engine.world_size)
+    result = engine.train_step(
+        make_batch([task.documents[i] for i in mine]),
+        loss_tokens=loss_tokens,
+        lr=task.lr(step.number),
+        step=step.number,
+    )
+    loss, grad_norm = float(result.loss), float(result.grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        sources = ", ".join(d.source for d in chosen[:4])
+        raise TrainingError(
+            f"step {step.number}: the loss is {loss}, the gradient norm {grad_norm}; lower the "
+            f"learning rate (now {task.config.learning_rate:g}) or look at the rows of this step: "
+            f"{sources}"
+        )
+    seconds = time.perf_counter() - began
+    tokens = sum(len(d.tokens) for d in chosen)
+    progress.step = step.number
+    progress.tokens += tokens
+    progress.seconds += seconds
+    progress.window.add(
+        nats=loss * loss_tokens, loss_tokens=loss_tokens, tokens=tokens, seconds=seconds
+    )
+    return loss, grad_norm
+
+
+def _evaluate(engine: Engine, task: Task, hooks: Hooks, progress: Progress) -> None:
+    evaluation = evaluate(engine, task.eval_documents)
+    hooks.on_metrics(
+        {
+            "step": progress.step,
+            "eval_loss": evaluation.loss,
+            "eval_perplexity": evaluation.perplexity,
+            "eval_token_accuracy": evaluation.token_accuracy,
+            "eval_loss_tokens": evaluation.loss_tokens,
+        }
+    )
+    if progress.best_eval_loss is None or evaluation.loss < progress.best_eval_loss:
+        progress.best_eval_loss = evaluation.loss
+        hooks.on_best(progress, evaluation)

@@ -1,0 +1,321 @@
+"""A training run from its configuration to its run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_lora.adapters.adapter import Adapter, initial_weights
+from phi3_lora.adapters.folder import write_adapter_folder
+from phi3_lora.adapters.names import resolve_targets
+from phi3_lora.backend import Backend, Engine, LoadRequest, LoraSpec
+from phi3_lora.config.load import resolve
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
+from phi3_lora.errors import TrainingError, TrainingInterrupted
+from phi3_lora.evaluation import Evaluation
+from phi3_lora.loading import BaseModel, check_base, load_adapter, look_at_model
+from phi3_lora.plan import Plan
+from phi3_lora.registry import choose_backend
+from phi3_lora.report.model_card import model_card
+from phi3_lora.report.observer import Observer, SilentObserver
+from phi3_lora.training import resume as resuming
+from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
+from phi3_lora.training.loop import Hooks, Progress, Task, fit
+from phi3_lora.training.metrics import MetricsFile
+from phi3_lora.training.rundir import check_same_run, locked, read_config, write_config
+from phi3_lora.training.signals import stop_on_signal
+from phi3_lora.weights import num_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run leaves behind."""
+
+    adapter: str
+    """Folder of the trained adapter."""
+    steps: int
+    final_loss: float | None
+    best_eval_loss: float | None
+    plan_hash: str
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything about a run that needs no weights."""
+
+    config: RunConfig
+    base: BaseModel
+    lora: LoraSpec
+    start: Adapter | None
+    """The adapter to start from, if not from scratch."""
+    train: Dataset
+    valid: Dataset | None
+    plan: Plan
+    plan_hash: str
+
+    @property
+    def task(self) -> Task:
+        """What the loop needs."""
+        valid = self.valid.documents if self.valid else ()
+        return Task(self.config.training_config, self.plan, self.train.documents, valid)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of the layers to adapt."""
+        available = self.base.config.linear_shapes()
+        return {module: available[module] for module in self.lora.modules}
+
+    def facts(self) -> dict[str, Any]:
+        """The run's figures before it starts."""
+        return {
+            "model": self.config.model,
+            "num_parameters": num_parameters(self.base.config),
+            "num_trainable_parameters": sum(self.lora.r * (o + i) for o, i in self.shapes.values()),
+            "num_modules": len(self.lora.modules),
+            "num_documents": len(self.train.documents),
+            "num_eval_documents": len(self.valid.documents) if self.valid else 0,
+            "num_tokens": self.train.num_tokens,
+            "loss_tokens": self.train.loss_tokens,
+            "documents_per_step": self.config.training_config.documents_per_step,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "total_steps": self.plan.total_steps,
+            "plan_hash": self.plan_hash,
+        }
+
+
+def prepare(config: RunConfig, observer: Observer) -> Prepared:
+    """Read and check everything but the weights: model shape, adapter, data, plan.
+
+    Raises:
+        Phi3LoraError: when any of it cannot be used.
+    """
+    base = look_at_model(config.model, config.revision)
+    training = config.training_config
+    start = None if config.adapter is None else load_adapter(config.adapter, base)
+    if start is None:
+        modules = resolve_targets(config.peft_config.target_modules, base.config.linear_shapes())
+        lora = config.peft_config.spec(modules)
+    else:
+        # A given adapter brings its own shape; only dropout is the run's.
+        lora = dataclasses.replace(start.spec, dropout=config.peft_config.lora_dropout)
+        observer.note(f"rank, alpha and targets are those of {config.adapter}")
+    train, valid = load_splits(
+        resolve_data(config.data.train, config.data.valid),
+        base.tokenizer,
+        max_length=training.max_length,
+        valid_fraction=config.data.valid_fraction,
+        seed=training.seed,
+    )
+    for note in [*train.notes, *(valid.notes if valid else [])]:
+        observer.note(note)
+    plan = Plan(
+        train.documents,
+        rows_per_step=training.documents_per_step,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        packing=training.packing,
+        max_length=training.max_length,
+    )
+    return Prepared(config, base, lora, start, train, valid, plan, plan.hash())
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, observer: Observer | None = None
+) -> TrainResult:
+    """Fine-tune and write the run folder.
+
+    Args:
+        config: the run; with resume, settings that may not change must equal the stored ones.
+        resume: go on from the newest whole checkpoint in config.output_dir.
+        observer: where progress and notes go; the default is silent.
+
+    Raises:
+        Phi3LoraError: with what is wrong and what to do.
+    """
+    observer = observer or SilentObserver()
+    run_dir = Path(config.output_dir)
+    with locked(run_dir, resume=resume):
+        if resume:
+            stored = resolve({**read_config(run_dir), "output_dir": config.output_dir}).config
+            check_same_run(stored, config)
+        prepared = prepare(config, observer)
+        backend, device, note = choose_backend(config.backend, config.device)
+        if note:
+            observer.note(note)
+        identity = check_base(prepared.base)
+        run = _Run(prepared, run_dir, identity, observer)
+        checkpoint = run.find_checkpoint() if resume else None
+        engine = _open(prepared, backend, device)
+        try:
+            return run.train(engine, backend, checkpoint)
+        finally:
+            engine.close()
+
+
+def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
+    config = prepared.config
+    training = config.training_config
+    return backend.open(
+        LoadRequest(
+            model_dir=prepared.base.path,
+            dtype=config.dtype,
+            gpu_dtype="bfloat16" if training.bf16 else "float16" if training.fp16 else None,
+            device=device,
+            lora=prepared.lora,
+            optim=training.optim_spec,
+            seed=training.seed,
+            micro_batch_tokens=training.per_device_train_batch_size * training.max_length,
+            gradient_checkpointing=training.gradient_checkpointing,
+        )
+    )
+
+
+class _Run:
+    """The files of a run while it trains."""
+
+    def __init__(
+        self, prepared: Prepared, run_dir: Path, identity: str, observer: Observer
+    ) -> None:
+        self.prepared = prepared
+        self.run_dir = run_dir
+        self.identity = identity
+        self.observer = observer
+        self.metrics = MetricsFile(run_dir)
+        keep = prepared.config.training_config.save_total_limit
+        self.checkpoints = CheckpointFolder(run_dir, keep=keep)
+
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, after checking that it belongs to this model and data."""
+        checkpoint, problems = self.checkpoints.newest_whole()
+        for problem in problems:
+            self.observer.note(f"skipped a damaged checkpoint: {problem}")
+        if checkpoint is None:
+            self.observer.note("no checkpoint yet: starting from step 0")
+            return None
+        resuming.check_belongs(checkpoint, self.identity, self.prepared.plan_hash)
+        return checkpoint
+
+    def train(
+        self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None
+    ) -> TrainResult:
+        """Run the loop and write the final adapter."""
+        prepared, observer = self.prepared, self.observer
+        environment = resuming.environment(engine, backend)
+        progress = self._restore(engine, checkpoint, environment)
+        write_config(self.run_dir, prepared.config)
+        training = prepared.config.training_config
+        if (training.bf16 or training.fp16) and engine.dtype == "float32":
+            observer.note("bf16 and fp16 have no effect on a CPU: computing in float32")
+        event = "start" if checkpoint is None else "resume"
+        facts = prepared.facts()
+        self.metrics.append(
+            {"event": event, **environment, "model_identity": self.identity, **facts}
+            | {"step": progress.step}
+        )
+        observer.start({**facts, **environment}, progress.step)
+        hooks = Hooks(
+            on_step=observer.step,
+            on_metrics=self._log,
+            on_checkpoint=lambda p: self._save_checkpoint(engine, p, environment),
+            on_best=lambda p, e: self._save_adapter(engine, "best", p, e),
+        )
+        with stop_on_signal() as stop:
+            try:
+                fit(engine, prepared.task, hooks, progress, stop)
+            except TrainingError as cause:
+                raise TrainingError(f"{cause}\n{self._last_good()}") from cause
+        if stop and progress.step < prepared.plan.total_steps:
+            raise TrainingInterrupted(
+                f"stopped at step {progress.step} of {prepared.plan.total_steps}, saved; go on "
+                f"with: phi3-lora train --resume --output {self.run_dir}",
+                stop.exit_code,
+            )
+        self._save_adapter(engine, "adapter", progress, None)
+        observer.finish()
+        return TrainResult(
+            adapter=str(self.run_dir / "adapter"),
+            steps=progress.step,
+            final_loss=progress.last_loss,
+            best_eval_loss=progress.best_eval_loss,
+            plan_hash=prepared.plan_hash,
+            tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
+            peak_memory_bytes=engine.peak_memory_bytes(),
+        )
+
+    def _restore(
+        self, engine: Engine, checkpoint: Checkpoint | None, environment: dict[str, Any]
+    ) -> Progress:
+        prepared = self.prepared
+        if checkpoint is not None:
+            engine.write_adapter(checkpoint.weights)
+            engine.write_optimizer(checkpoint.optimizer)
+            self.metrics.cut_back(checkpoint.step)
+            changed = resuming.changed_environment(checkpoint, environment)
+            if changed:
+                self.observer.note(
+                    "resuming elsewhere, so not bit for bit the same run: " + "; ".join(changed)
+                )
+            return Progress.from_dict(checkpoint.state)
+        self.metrics.cut_back(-1)
+        seed = prepared.config.training_config.seed
+        start = prepared.start
+        engine.write_adapter(
+            initial_weights(prepared.shapes, r=prepared.lora.r, seed=seed)
+            if start is None
+            else start.weights
+        )
+        return Progress()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.metrics.append(record)
+        self.observer.metrics(record)
+
+    def _adapter(self, engine: Engine) -> Adapter:
+        config, start = self.prepared.config, self.prepared.start
+        peft = config.peft_config
+        return Adapter(
+            weights=engine.read_adapter(),
+            r=self.prepared.lora.r,
+            lora_alpha=peft.lora_alpha if start is None else start.lora_alpha,
+            use_rslora=peft.use_rslora if start is None else start.use_rslora,
+            lora_dropout=self.prepared.lora.dropout,
+            base_model=config.model,
+            num_layers=self.prepared.base.config.num_hidden_layers,
+        )
+
+    def _save_checkpoint(
+        self, engine: Engine, progress: Progress, environment: dict[str, Any]
+    ) -> None:
+        state = {
+            **progress.to_dict(),
+            "plan_hash": self.prepared.plan_hash,
+            "model_identity": self.identity,
+            "environment": environment,
+        }
+        path = self.checkpoints.save(self._adapter(engine), engine.read_optimizer(), state)
+        self.observer.saved(path)
+
+    def _save_adapter(
+        self, engine: Engine, name: str, progress: Progress, evaluation: Evaluation | None
+    ) -> None:
+        adapter = self._adapter(engine)
+        card = model_card(
+            adapter, self.prepared.config, self.prepared.facts(), self.identity, progress, evaluation
+        )
+        notes = write_adapter_folder(self.run_dir / name, adapter, files={"README.md": card})
+        for note in notes:
+            self.observer.note(note)
+
+    def _last_good(self) -> str:
+        names = self.checkpoints.names()
+        return f"last good checkpoint: {names[0]}" if names else "no checkpoint was saved before"

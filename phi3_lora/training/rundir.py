@@ -1,0 +1,120 @@
+"""The run folder: who may use it, and the configuration it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phi3_lora.config.load import read_yaml
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.errors import RunFolderError, listing
+from phi3_lora.storage import explained, replace_file
+
+CONFIG_NAME = "config.yaml"
+LOCK_NAME = ".lock"
+
+_MAY_CHANGE = {
+    *("backend", "device", "dtype", "output_dir"),
+    *("training_config.per_device_train_batch_size", "training_config.gradient_accumulation_steps"),
+    *("training_config.logging_steps", "training_config.gradient_checkpointing"),
+    *("training_config.eval_strategy", "training_config.eval_steps"),
+    *("training_config.save_strategy", "training_config.save_steps"),
+    *("training_config.save_total_limit", "training_config.bf16", "training_config.fp16"),
+    # Judged by what they hold, not by where they lie.
+    *("model", "revision", "adapter", "data.train", "data.valid"),
+}
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the run folder for one process; a folder made here and left empty is removed.
+
+    Raises:
+        RunFolderError: when another process holds it, it holds another run, or there is no run
+            to resume.
+    """
+    existed = run_dir.exists()
+    if existed and not run_dir.is_dir():
+        raise RunFolderError(f"{run_dir} is a file: choose another --output")
+    has_run = (run_dir / CONFIG_NAME).exists()
+    if resume and not has_run:
+        raise RunFolderError(f"{run_dir} holds no run to resume: leave out --resume to start one")
+    if not resume and existed and any(p.name != LOCK_NAME for p in run_dir.iterdir()):
+        what = "another run" if has_run else "other files"
+        raise RunFolderError(
+            f"{run_dir} already holds {what}: choose another --output, or --resume to go on with it"
+        )
+    with explained(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / LOCK_NAME, "w")  # noqa: SIM115 - the lock lives as long as the file
+    try:
+        # flock, not the file's existence: the kernel drops it even on SIGKILL.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunFolderError(
+            f"another process is training into {run_dir}: wait for it or choose another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        if not existed and not any(p.name != LOCK_NAME for p in run_dir.iterdir()):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        lock.close()
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Store the resolved configuration."""
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    replace_file(run_dir / CONFIG_NAME, text.encode())
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The stored configuration.
+
+    Raises:
+        RunFolderError: when there is none.
+    """
+    if not (run_dir / CONFIG_NAME).exists():
+        raise RunFolderError(f"{run_dir} holds no run to resume: leave out --resume to start one")
+    return read_yaml(run_dir / CONFIG_NAME)
+
+
+def check_same_run(stored: RunConfig, now: RunConfig) -> None:
+    """Check that a resumed run's settings mean the same run.
+
+    Raises:
+        RunFolderError: with every setting that differs and may not.
+    """
+    old, new = _flat(stored.to_dict()), _flat(now.to_dict())
+    problems = [
+        f"{name}: the run has {old[name]!r}, now {new[name]!r}"
+        for name in old
+        if name not in _MAY_CHANGE and old[name] != new[name]
+    ]
+    before = stored.training_config.documents_per_step
+    after = now.training_config.documents_per_step
+    if before != after:
+        problems.append(
+            "per_device_train_batch_size x gradient_accumulation_steps: "
+            f"the run takes {before} documents a step, now {after}"
+        )
+    if problems:
+        problems.append("to train on with other settings, start a new run with --adapter")
+        raise RunFolderError(listing("cannot resume with another configuration:", problems))
+
+
+def _flat(raw: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return flat

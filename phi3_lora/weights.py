@@ -1,0 +1,113 @@
+"""The base model's files: found, checked against config.json, and identified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from phi3_lora.errors import ModelError, listing
+from phi3_lora.models import ModelConfig, read_json
+from phi3_lora.tensor_files import TensorInfo, is_finite, read_header
+
+_SAMPLE_BYTES = 64
+_VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
+
+
+def tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model folder, sharded or not.
+
+    Raises:
+        ModelError: when a file is missing or damaged, or a shard index names what is not there.
+    """
+    single = model_dir / "model.safetensors"
+    index_path = model_dir / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(single, ModelError)
+    if not index_path.exists():
+        raise ModelError(
+            f"{model_dir} has no model.safetensors and no model.safetensors.index.json; "
+            "weights in another format (.bin, .gguf) must be converted to safetensors first"
+        )
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index_path} has no weight_map")
+    files = sorted(set(weight_map.values()))
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index_path} names files outside its folder: {', '.join(outside)}")
+    found: dict[str, TensorInfo] = {}
+    for name in files:
+        found.update(read_header(model_dir / name, ModelError))
+    return found
+
+
+def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
+    """Check names, shapes and finiteness of all weights, and return their index.
+
+    A quantised folder's packed tensors are checked by the backend that can unpack them.
+
+    Raises:
+        ModelError: one message that lists every missing, extra, mis-shaped or non-finite tensor.
+    """
+    found = tensor_index(model_dir)
+    expected = config.tensor_shapes()
+    problems = []
+    if config.quantization is None:
+        problems += [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+        problems += [
+            f"wrong shape: {name} is {found[name].shape}, config.json needs {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ]
+        # Old exports store the tied head and the rotary buffers; neither is a parameter.
+        allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        problems += [
+            f"extra: {name} {info.shape}"
+            for name, info in found.items()
+            if name not in expected and name not in allowed and not name.endswith("inv_freq")
+        ]
+    problems += [
+        f"not finite: {name} holds NaN or infinity"
+        for name, info in found.items()
+        if not is_finite(info)
+    ]
+    if problems:
+        raise ModelError(listing(f"the weights in {model_dir} cannot be used:", problems))
+    return found
+
+
+def model_identity(model_dir: Path, tensors: dict[str, TensorInfo]) -> str:
+    """sha256 over the config, the tensors' names, types and shapes, and a sample of their bytes.
+
+    It does not depend on the folder's path or on how the tensors are sharded.
+    """
+    raw = read_json(model_dir / "config.json")
+    for key in _VOLATILE_KEYS:
+        raw.pop(key, None)
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
+    for name in sorted(tensors):
+        info = tensors[name]
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        digest.update(_sample(info))
+    return digest.hexdigest()
+
+
+def _sample(info: TensorInfo) -> bytes:
+    """The first, middle and last bytes of a tensor."""
+    size = min(_SAMPLE_BYTES, info.num_bytes)
+    middle = info.offset + (info.num_bytes - size) // 2
+    last = info.offset + info.num_bytes - size
+    with open(info.path, "rb") as file:
+        pieces = []
+        for where in (info.offset, middle, last):
+            file.seek(where)
+            pieces.append(file.read(size))
+    return b"".join(pieces)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the base model."""
+    return sum(int(np.prod(shape)) for shape in config.tensor_shapes().values())
