@@ -193,4 +193,7 @@ class Backend(Protocol):
         """Load the base model and put the LoRA layers on it."""
 
     def describe(self) -> dict[str, Any]:
-        """Versions, devices, thread counts and what slows this machine down, for doctor."""
+        """`versions` (package -> version), `devices`, `num_threads` and perhaps `blas`."""
+
+    def diagnose(self) -> list[str]:
+        """What slows this backend down here, each with the line that mends it."""

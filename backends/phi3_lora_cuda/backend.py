@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from typing import Any
 
@@ -48,5 +49,13 @@ class CudaBackend:
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
             "devices": [*gpus, "cpu"],
             "num_threads": torch.get_num_threads(),
-            "problems": [],
         }
+
+    def diagnose(self) -> list[str]:
+        """A GPU that PyTorch was not built for."""
+        if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+            return [
+                f"there is an NVIDIA GPU, but PyTorch {torch.__version__} cannot use it: "
+                "pip install --force-reinstall torch"
+            ]
+        return []

@@ -1,0 +1,40 @@
+"""phi3-lora convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phi3_lora_cli.options import note, output_options, print_json
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--to", type=click.Choice(["peft", "mlx", "both"]), required=True)
+@click.option("--model", metavar="ID|DIR|demo", help="The base model: makes the config shorter.")
+@output_options
+def command(source: str, target: str, to: str, model: str | None, as_json: bool) -> None:
+    """Move an adapter between PEFT's and mlx-lm's layout.
+
+    SRC's layout is told by its content. The result is read back and compared.
+
+    \b
+    Example:
+      phi3-lora convert mlx_adapter peft_adapter --to peft
+    """
+    from phi3_lora.adapters.convert import convert
+    from phi3_lora.hub import resolve_model_dir
+    from phi3_lora.models import read_model_config
+
+    config = None if model is None else read_model_config(resolve_model_dir(model))
+    result = convert(Path(source), Path(target), to=to, config=config)
+    for text in result.notes:
+        note(text)
+    if as_json:
+        raw = result.to_dict()
+        print_json({k: v for k, v in raw.items() if k != "notes"})
+        return
+    exact = "exactly" if result.lossless else f"to {result.max_weight_difference:.2e}"
+    click.echo(f"{result.source} -> {result.to}: {result.tensors} tensors, {exact}, in {target}")

@@ -1,0 +1,124 @@
+"""phi3-lora evaluate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from phi3_lora_cli.options import (
+    backend_options,
+    model_options,
+    note,
+    output_options,
+    print_json,
+)
+
+
+@click.command()
+@model_options
+@click.option("--data", required=True, metavar="FILE|DIR|demo", help="JSONL; DIR/valid.jsonl.")
+@backend_options
+@click.option("--generate", is_flag=True, help="Also let the model answer, and count exact matches.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows.")
+@click.option("--samples", type=click.IntRange(min=0), default=3, help="Answers shown.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, help="With --generate.")
+@click.option("--max-length", type=click.IntRange(min=2), default=2048, help="Tokens a row may have.")
+@output_options
+def command(
+    model: str,
+    revision: str | None,
+    adapter: str | None,
+    data: str,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    generate: bool,
+    limit: int | None,
+    samples: int,
+    max_new_tokens: int,
+    max_length: int,
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and token accuracy of a model on a data file.
+
+    The loss is in nats per supervised token. With --generate the model gives each row's last
+    answer itself, greedily; exact match is the share of answers equal to the expected text.
+
+    \b
+    Example:
+      phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
+    """
+    from phi3_lora.backend import Sampling
+    from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
+    from phi3_lora.data.records import read_conversations
+    from phi3_lora.evaluation import answer_conversations, evaluate
+    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+
+    base = look_at_model(model, revision)
+    weights = None if adapter is None else load_adapter(adapter, base)
+    rows = read_conversations(resolve_scoring_file(data))[:limit]
+    dataset = build_dataset(rows, base.tokenizer, max_length=max_length, name=data)
+    for text in dataset.notes:
+        note(text)
+    opened = open_engine(
+        base,
+        backend=backend or "auto",
+        device=device or "auto",
+        dtype=dtype or "auto",
+        adapter=weights,
+    )
+    if opened.note:
+        note(opened.note)
+    with _progress(len(dataset.documents), "scoring") as advance:
+        scores = evaluate(opened.engine, dataset.documents, advance)
+    result: dict[str, Any] = scores.to_dict()
+    answers = []
+    if generate:
+        sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
+        with _progress(len(rows), "answering") as advance:
+            answers = answer_conversations(opened.engine, base.tokenizer, rows, sampling, advance)
+        result["exact_match"] = sum(a.is_exact for a in answers) / max(1, len(answers))
+        result["num_answers"] = len(answers)
+    opened.engine.close()
+    for answer in answers[:samples]:
+        click.echo(f"prompt    {answer.prompt}\nexpected  {answer.expected}", err=True)
+        click.echo(f"answer    {answer.given}\n", err=True)
+    if as_json:
+        print_json(result)
+    else:
+        _print_table(result)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar on a terminal's stderr, nothing elsewhere."""
+
+    def __init__(self, total: int, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(label, total=total)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return lambda count: self._bar.update(self._task, advance=count)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    shown = {
+        "loss": ("loss", "{:.4f} nats per supervised token"),
+        "perplexity": ("perplexity", "{:.4f}"),
+        "token_accuracy": ("token accuracy", "{:.2%}"),
+        "exact_match": ("exact match", "{:.2%}"),
+        "num_answers": ("answers", "{:,}"),
+        "loss_tokens": ("supervised tokens", "{:,}"),
+        "num_documents": ("documents", "{:,}"),
+    }
+    for name, (label, form) in shown.items():
+        if name in result:
+            click.echo(f"{label.ljust(18)} {form.format(result[name])}")

@@ -1,0 +1,53 @@
+"""From exceptions to messages and exit codes; users see a traceback only with --debug."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+
+def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
+    """Run a command and return the exit code of the contract.
+
+    0 done; 1 a fault of ours; 2 wrong usage, config, data or file; 3 a check found a difference;
+    130 and 143 interrupted.
+    """
+    from phi3_lora.errors import Phi3LoraError
+
+    show_traceback = "--debug" in arguments
+    try:
+        result = group.main(args=list(arguments), prog_name="phi3-lora", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _say("interrupted", 130)
+    except click.ClickException as problem:
+        problem.show()
+        return 2
+    except Phi3LoraError as problem:
+        if show_traceback:
+            raise
+        return _say(f"error: {problem}", problem.exit_code)
+    except MemoryError:
+        return _say("error: out of memory: lower --batch-size or --max-length", 2)
+    except BrokenPipeError:
+        # The reader of our output has left; nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as fault:
+        if show_traceback:
+            raise
+        return _say(
+            f"internal error: {type(fault).__name__}: {fault}\nThis is a fault of phi3-lora. Run "
+            "again with --debug and report the traceback.",
+            1,
+        )
+
+
+def _say(message: str, exit_code: int) -> int:
+    click.echo(message, err=True)
+    return exit_code

@@ -1,0 +1,80 @@
+"""phi3-lora generate."""
+
+from __future__ import annotations
+
+import click
+
+from phi3_lora_cli.options import backend_options, model_options, note, output_options, print_json
+
+
+@click.command()
+@model_options
+@click.option("--prompt", required=True, metavar="TEXT", help="The user's message; - for stdin.")
+@click.option("--system", metavar="TEXT", help="A system message before it.")
+@backend_options
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 (default) is greedy."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@output_options
+def command(
+    model: str,
+    revision: str | None,
+    adapter: str | None,
+    prompt: str,
+    system: str | None,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Answer one prompt; the text is streamed to stdout.
+
+    \b
+    Example:
+      phi3-lora generate --model demo --prompt "Hello"
+    """
+    from phi3_lora.backend import Sampling
+    from phi3_lora.data.records import Message
+    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+
+    if prompt == "-":
+        prompt = click.get_text_stream("stdin").read().rstrip("\n")
+    base = look_at_model(model, revision)
+    weights = None if adapter is None else load_adapter(adapter, base)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    ids = base.tokenizer.encode_prompt(messages)
+    opened = open_engine(
+        base,
+        backend=backend or "auto",
+        device=device or "auto",
+        dtype=dtype or "auto",
+        adapter=weights,
+    )
+    if opened.note:
+        note(opened.note)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=base.stop_ids
+    )
+    new_ids: list[int] = []
+    shown = ""
+    for token in opened.engine.generate(ids, sampling):
+        new_ids.append(token)
+        text = base.tokenizer.decode([i for i in new_ids if i not in sampling.stop_ids])
+        # A character may span tokens; half of one decodes to the replacement character.
+        if not as_json and not text.endswith("\ufffd"):
+            click.echo(text[len(shown) :], nl=False)
+            shown = text
+    opened.engine.close()
+    text = base.tokenizer.decode([i for i in new_ids if i not in sampling.stop_ids])
+    stopped = bool(new_ids) and new_ids[-1] in sampling.stop_ids
+    if as_json:
+        reason = "stop" if stopped else "length"
+        print_json({"text": text, "token_ids": new_ids, "finish_reason": reason})
+    else:
+        click.echo(text[len(shown) :])

@@ -1,0 +1,57 @@
+"""phi3-lora inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi3_lora_cli.options import output_options, print_json
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@output_options
+def command(adapter: str, as_json: bool) -> None:
+    """Show an adapter's layout, rank, effective scale, layers and norms.
+
+    \b
+    Example:
+      phi3-lora inspect runs/demo/adapter
+    """
+    from phi3_lora.adapters.inspection import inspect_adapter
+
+    facts = inspect_adapter(Path(adapter))
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    layers = facts["layers"]
+    click.echo(f"layout      {facts['layout']}")
+    click.echo(f"base model  {facts['base_model'] or 'not recorded'}")
+    kind = "alpha / sqrt(r), rsLoRA" if facts["use_rslora"] else "alpha / r"
+    click.echo(f"rank        {facts['r']}, alpha {facts['lora_alpha']:g}")
+    click.echo(f"scale       {facts['effective_scale']:g} ({kind})")
+    click.echo(f"parameters  {facts['num_parameters']:,}")
+    if layers:
+        click.echo(f"layers      {len(layers)} ({layers[0]} to {layers[-1]})")
+    for tool, answer in facts["loads_in"].items():
+        click.echo(f"loads in    {tool}: {answer}")
+    table = Table(title="Frobenius norm of each delta", title_justify="left")
+    table.add_column("layer", justify="right")
+    for target in facts["target_modules"]:
+        table.add_column(target.rsplit(".", 1)[-1], justify="right")
+    for layer in layers:
+        norms = [facts["delta_norms"].get(f"model.layers.{layer}.{t}") for t in facts["target_modules"]]
+        table.add_row(str(layer), *("-" if n is None else f"{n:.4g}" for n in norms))
+    Console().print(table)
+    if facts["no_op_modules"]:
+        count = len(facts["no_op_modules"])
+        click.echo(f"{count} of {len(facts['delta_norms'])} modules change nothing (their delta is 0)")

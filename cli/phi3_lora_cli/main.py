@@ -1,0 +1,104 @@
+"""The command group. Commands are imported when called, so that --help is fast."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from phi3_lora_cli.faults import run_reporting_faults
+
+COMMANDS = {
+    "train": ("train", "Fine-tune a Phi-3 model with LoRA."),
+    "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
+    "generate": ("generate", "Answer one prompt."),
+    "convert": ("convert", "Move an adapter between PEFT and mlx-lm."),
+    "inspect": ("inspect", "Show what an adapter holds and what loads it."),
+    "doctor": ("doctor", "Show what this machine can run and what is missing."),
+}
+"""Name -> module with a `command`, and the line that --help shows."""
+ALIASES = {"eval": "evaluate"}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order of a run."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of a name or alias."""
+        name = ALIASES.get(name, name)
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"phi3_lora_cli.{COMMANDS[name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, with the nearest name for an unknown one."""
+        name = args[0] if args else ""
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
+            hint = f": did you mean {close[0]}?" if close else ""
+            ctx.fail(f"no command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The command list, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    lines = [f"phi3-lora {version('phi3-lora')}"]
+    for name in ("mlx", "mlx-lm", "torch", "transformers", "peft"):
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    click.echo("\n".join(lines))
+    ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Show the versions of phi3-lora and its backends.",
+)
+def group() -> None:
+    """LoRA fine-tuning of the Phi-3 family on MLX and PyTorch, with the same numbers.
+
+    \b
+    Example, with the built-in model and data:
+      phi3-lora train --model demo --data demo --preset demo --output runs/demo
+      phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the program and exit with its code."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run_reporting_faults(group, argv))
+
+
+if __name__ == "__main__":
+    main()

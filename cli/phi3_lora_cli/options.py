@@ -1,0 +1,70 @@
+"""Options that commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def output_options(function: F) -> F:
+    """--json and --debug."""
+    return _stack(
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
+    )(function)
+
+
+def backend_options(function: F) -> F:
+    """--backend, --device and --dtype."""
+    return _stack(
+        click.option("--backend", metavar="[mlx|cuda|auto]", help="Default: auto."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Default: auto."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            help="Of the base model. Default: auto (float32 on a CPU, the model's own on a GPU).",
+        ),
+    )(function)
+
+
+def model_options(function: F) -> F:
+    """--model, --revision and --adapter, for commands that read a model."""
+    return _stack(
+        click.option("--model", required=True, metavar="ID|DIR|demo", help="The base model."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option("--adapter", metavar="DIR", help="An adapter of PEFT or mlx-lm."),
+    )(function)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Exactly one JSON object on stdout; a number that JSON lacks becomes null."""
+    click.echo(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def note(text: str) -> None:
+    """Something that people should know; on stderr, so that --json stays clean."""
+    click.echo(f"note: {text}", err=True)

@@ -1,0 +1,137 @@
+"""phi3-lora train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi3_lora_cli.options import backend_options, note, output_options, print_json
+
+_FLAGS = {
+    "model": "model",
+    "revision": "revision",
+    "adapter": "adapter",
+    "backend": "backend",
+    "device": "device",
+    "dtype": "dtype",
+    "data": "data.train",
+    "valid": "data.valid",
+    "valid_fraction": "data.valid_fraction",
+    "max_steps": "training_config.max_steps",
+    "epochs": "training_config.num_train_epochs",
+    "batch_size": "training_config.per_device_train_batch_size",
+    "grad_accum": "training_config.gradient_accumulation_steps",
+    "lr": "training_config.learning_rate",
+    "max_length": "training_config.max_length",
+    "packing": "training_config.packing",
+    "seed": "training_config.seed",
+    "rank": "peft_config.r",
+    "alpha": "peft_config.lora_alpha",
+    "dropout": "peft_config.lora_dropout",
+    "targets": "peft_config.target_modules",
+}
+"""Flag -> setting."""
+
+
+@click.command()
+@click.option("--model", metavar="ID|DIR|demo", help="The base model.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--data", metavar="FILE|DIR|demo", help="JSONL, or a folder with train.jsonl.")
+@click.option("--valid", metavar="FILE", help="JSONL to validate on.")
+@click.option("--valid-fraction", type=float, help="Share of --data to validate on.")
+@click.option("--output", metavar="RUN", help="The run folder.")
+@click.option("--adapter", metavar="DIR", help="Start from this adapter.")
+@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="YAML file.")
+@click.option("--preset", metavar="NAME", help="demo or sample-finetune.")
+@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="A setting.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; load no weights, write nothing.")
+@backend_options
+@click.option("--max-steps", type=int, help="Optimizer steps.")
+@click.option("--epochs", type=float, help="Passes over the data. Default: 1.")
+@click.option("--batch-size", type=int, help="Documents a micro-batch. Default: 4.")
+@click.option("--grad-accum", type=int, help="Micro-batches a step. Default: 1.")
+@click.option("--lr", type=float, help="Peak learning rate. Default: 2e-4.")
+@click.option("--rank", type=int, help="LoRA rank. Default: 16.")
+@click.option("--alpha", type=float, help="LoRA alpha. Default: 32.")
+@click.option("--dropout", type=float, help="LoRA dropout. Default: 0.")
+@click.option("--targets", metavar="NAMES", help="Comma-separated modules. Default: all-linear.")
+@click.option("--max-length", type=int, help="Tokens a document may have. Default: 2048.")
+@click.option("--packing/--no-packing", default=None, help="Fill rows of --max-length.")
+@click.option("--seed", type=int, help="Default: 0.")
+@click.option("-v", "--verbose", is_flag=True, help="Also name every saved file.")
+@click.option("-q", "--quiet", is_flag=True, help="Notes and errors only.")
+@output_options
+def command(
+    output: str | None,
+    config_file: Path | None,
+    preset: str | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    verbose: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Fine-tune a Phi-3 model with LoRA.
+
+    \b
+    Examples:
+      phi3-lora train --model demo --data demo --preset demo --output runs/demo
+      phi3-lora train --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl --output runs/a
+      phi3-lora train --resume --output runs/a
+    """
+    from phi3_lora.config.load import load_settings
+    from phi3_lora.report.console import ConsoleObserver
+    from phi3_lora.training.run import train
+    from phi3_lora.training.rundir import read_config
+
+    if flags["targets"] is not None and flags["targets"] != "all-linear":
+        flags["targets"] = [name.strip() for name in flags["targets"].split(",") if name.strip()]
+    base = None
+    if resume:
+        if output is None:
+            raise click.UsageError("--resume needs --output: the run folder to go on with")
+        base = read_config(Path(output))
+    settings = load_settings(
+        preset=preset,
+        config_file=config_file,
+        base=base,
+        assignments=assignments,
+        flags={_FLAGS[name]: value for name, value in flags.items()} | {"output_dir": output},
+    )
+    for text in settings.notes:
+        note(text)
+    observer = ConsoleObserver(verbosity=1 if verbose else -1 if quiet else 0)
+    if dry_run:
+        _show_plan(settings.config, observer, as_json=as_json)
+        return
+    try:
+        result = train(settings.config, resume=resume, observer=observer)
+    finally:
+        observer.close()
+    if as_json:
+        print_json(result.to_dict())
+    elif not quiet:
+        click.echo(f"adapter: {result.adapter}", err=True)
+        click.echo(
+            f"try it: phi3-lora generate --model {settings.config.model} --adapter "
+            f"{result.adapter} --prompt '...'",
+            err=True,
+        )
+
+
+def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:
+    from phi3_lora.training.run import prepare
+
+    facts = prepare(config, observer).facts()
+    if as_json:
+        print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        click.echo(f"{name.ljust(width)}  {text}")

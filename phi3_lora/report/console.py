@@ -1,0 +1,108 @@
+"""A run on the terminal: a progress bar where there is a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from phi3_lora.report.observer import Progressing
+
+
+class ConsoleObserver:
+    """Prints to stderr; stdout is for results."""
+
+    def __init__(self, *, verbosity: int = 0) -> None:
+        """Open the console.
+
+        Args:
+            verbosity: -1 prints notes only, 0 also progress, 1 also every saved file.
+        """
+        self.console = Console(stderr=True, highlight=False)
+        self._verbosity = verbosity
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._speed = ""
+
+    def note(self, text: str) -> None:
+        """One line, also while the bar is shown."""
+        self.console.print(f"note: {text}", markup=False)
+
+    def start(self, facts: dict[str, Any], step: int) -> None:
+        """The run in four lines, then the bar."""
+        if self._verbosity < 0:
+            return
+        self._say(
+            f"model {facts['model']}: {facts['num_parameters'] / 1e6:,.1f} M parameters, "
+            f"{facts['num_trainable_parameters']:,} trainable in {facts['num_modules']} modules"
+        )
+        self._say(
+            f"data: {facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens, "
+            f"{facts['loss_tokens']:,} in the loss; {facts['num_eval_documents']:,} to validate on"
+        )
+        self._say(
+            f"plan: {facts['total_steps']:,} steps of {facts['documents_per_step']} documents "
+            f"({facts['steps_per_epoch']:,} an epoch) on any number of ranks, "
+            f"hash {facts['plan_hash'][:12]}"
+        )
+        self._say(f"backend {facts['backend']} on {facts['device']}, {facts['dtype']}")
+        if step:
+            self._say(f"resuming after step {step:,}")
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("", total=facts["total_steps"], status="")
+            self._progress.update(self._task, completed=step)
+            self._progress.start()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def step(self, progress: Progressing, loss: float) -> None:
+        """Move the bar."""
+        if self._progress is not None and self._task is not None:
+            status = f"loss {loss:.4f}{self._speed}"
+            self._progress.update(self._task, completed=progress.step, status=status)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """A line of metrics."""
+        if "tokens_per_second" in record:
+            self._speed = (
+                f" | {record['tokens_per_second']:,.0f} tokens/s"
+                f" | {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+            )
+        if self._verbosity < 0:
+            return
+        if "loss" in record:
+            self._say(
+                f"step {record['step']:>6,}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+                f"grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+            )
+        elif "eval_loss" in record:
+            self._say(
+                f"step {record['step']:>6,}  validation loss {record['eval_loss']:.4f}  perplexity "
+                f"{record['eval_perplexity']:.3f}  token accuracy "
+                f"{record['eval_token_accuracy']:.1%}"
+            )
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+        if self._verbosity > 0:
+            self._say(f"saved {path}")
+
+    def finish(self) -> None:
+        """Leave the bar as it is."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
