@@ -64,7 +64,9 @@ class MlxBackend:
 
     def diagnose(self) -> list[str]:
         """A slow BLAS under MLX, with the line that mends it; takes up to a second."""
-        if has_gpu() or not sys.platform.startswith("linux"):
+        from phi3_lora_mlx import BLAS
+
+        if BLAS is not None or has_gpu() or not sys.platform.startswith("linux"):
             return []
         own, numpy_speed = cpu_gflops(mlx_product), cpu_gflops(np.matmul)
         if own >= _SLOW_SHARE * numpy_speed:

@@ -100,7 +100,7 @@ ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
-        "training_config": {"learning_rate": 2e-3, "per_device_train_batch_size": 8},
+        "training_config": {"learning_rate": 5e-3, "per_device_train_batch_size": 8},
     },
     "sample-finetune": {
         "training_config": {
