@@ -135,9 +135,7 @@ class Engine(Protocol):
     def dtype(self) -> str:
         """The base model's compute dtype, for example float32."""
 
-    def train_step(
-        self, batch: Batch, *, loss_tokens: int, lr: float, step: int
-    ) -> StepResult:
+    def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step (the step-th, from 1) on this rank's share of its documents."""
 
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:

@@ -50,7 +50,7 @@ class BackendUnavailableError(Phi3LoraError, RuntimeError):
     """A backend or the device it needs is missing on this machine."""
 
 
-class TrainingInterrupted(Phi3LoraError):  # noqa: N818 - not an error of anyone's
+class TrainingInterrupted(Phi3LoraError):
     """A signal stopped training after a checkpoint was saved."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -139,7 +139,9 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     except KeyError as missing:
         raise ModelError(f"{model_dir}/config.json lacks {missing}") from None
     except (TypeError, AttributeError) as cause:
-        raise ModelError(f"{model_dir}/config.json has a value of the wrong type: {cause}") from None
+        raise ModelError(
+            f"{model_dir}/config.json has a value of the wrong type: {cause}"
+        ) from None
     problems = _contradictions(config, raw)
     if problems:
         raise ModelError(listing(f"{model_dir}/config.json cannot be used:", problems))

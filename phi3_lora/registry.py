@@ -38,8 +38,7 @@ def load_backend(name: str) -> Backend:
         return cast(Backend, entries[name].load()())
     except ModuleNotFoundError as missing:
         raise BackendUnavailableError(
-            f"--backend {name} needs the package {missing.name!r}: "
-            f"pip install 'phi3-lora[{name}]'"
+            f"--backend {name} needs the package {missing.name!r}: pip install 'phi3-lora[{name}]'"
         ) from None
 
 

@@ -36,7 +36,7 @@ def positions(doc_starts: Int32) -> Int32:
 
 
 def rotary_tables(config: ModelConfig, doc_starts: Int32) -> tuple[Float32, Float32]:
-    """cos and sin of the angles of whole documents laid end to end, each (T, rotary_dim / 2).
+    """Cos and sin of the angles of whole documents laid end to end, each (T, rotary_dim / 2).
 
     Each document chooses LongRoPE's short or long factors by its own length.
     """
@@ -49,7 +49,7 @@ def rotary_tables(config: ModelConfig, doc_starts: Int32) -> tuple[Float32, Floa
 def tables_at(
     config: ModelConfig, where: Int32, is_long: np.ndarray | bool
 ) -> tuple[Float32, Float32]:
-    """cos and sin at the given positions, each (T, rotary_dim / 2).
+    """Cos and sin at the given positions, each (T, rotary_dim / 2).
 
     Args:
         config: the model's shape.

@@ -93,9 +93,7 @@ def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def random_documents(
-    lengths: list[int], *, seed: int = 0, vocab_size: int = 264
-) -> list[Document]:
+def random_documents(lengths: list[int], *, seed: int = 0, vocab_size: int = 264) -> list[Document]:
     """Documents of random ids; about the last half of each is supervised."""
     rng = np.random.default_rng(seed)
     documents = []

@@ -6,10 +6,11 @@ import shutil
 from importlib.metadata import version
 from typing import Any
 
+import peft  # noqa: F401
+
 # PyTorch first, so that a missing package is named before anything heavy is imported.
 import torch
 import transformers  # noqa: F401
-import peft  # noqa: F401, I001
 
 from phi3_lora.backend import LoadRequest
 from phi3_lora.errors import BackendUnavailableError

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from phi3_lora.backend import Float32
-from phi3_lora.rope import tables_at
 from transformers import DynamicCache
 
+from phi3_lora.backend import Float32
+from phi3_lora.rope import tables_at
 from phi3_lora_cuda.model import LoadedPhi3
 
 
@@ -33,9 +33,7 @@ class CachedDecoder:
     @torch.no_grad()
     def _forward(self, ids: Sequence[int], *, first: int, is_long: bool) -> Float32:
         where = np.arange(first, first + len(ids), dtype=np.int32)
-        self._model.rotary.set_tables(
-            *tables_at(self._model.config, where, is_long), self._device
-        )
+        self._model.rotary.set_tables(*tables_at(self._model.config, where, is_long), self._device)
         tokens = torch.tensor([list(ids)], device=self._device)
         out = self._model.causal_lm.model(
             input_ids=tokens,

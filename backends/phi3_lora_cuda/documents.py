@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from phi3_lora.backend import Float32
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from phi3_lora.backend import Float32
 
 ATTENTION_NAME = "phi3_lora_documents"
 
@@ -31,7 +32,7 @@ class GivenRotary(nn.Module):
         self._tables = (cos_full, sin_full)
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (1, T, rotary_dim), in the dtype of x as transformers gives them."""
+        """Cos and sin, each (1, T, rotary_dim), in the dtype of x as transformers gives them."""
         assert self._tables is not None
         cos, sin = self._tables
         return cos.to(x.dtype), sin.to(x.dtype)

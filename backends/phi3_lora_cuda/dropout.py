@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from phi3_lora.dropout import MULTIPLIERS, UInt32, feature_keys, module_key, threshold
 from torch import Tensor, nn
+
+from phi3_lora.dropout import MULTIPLIERS, UInt32, feature_keys, module_key, threshold
 
 
 class DropoutKeys:
@@ -37,7 +38,7 @@ class HashDropout(nn.Module):
         self.register_buffer("features", _to_tensor(feature_keys(num_features)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (1, T, in) with dropped features zeroed and the others scaled up."""
+        """X (1, T, in) with dropped features zeroed and the others scaled up."""
         if not self.training or self._keys.rows is None:
             return x
         rows = _lowbias32(self._keys.rows ^ self._module)

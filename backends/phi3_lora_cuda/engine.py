@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import (
     Batch,
@@ -27,8 +29,6 @@ from phi3_lora.dropout import row_keys
 from phi3_lora.errors import TrainingError
 from phi3_lora.layout import per_document, split_batch
 from phi3_lora.rope import rotary_tables
-from torch import Tensor, nn
-
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.head import head_loss, head_scores
 from phi3_lora_cuda.model import LoadedPhi3
@@ -72,7 +72,9 @@ class CudaEngine:
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Module path -> (out, in)."""
-        return {p: (layer.out_features, layer.in_features) for p, layer in self._model.layers.items()}
+        return {
+            p: (layer.out_features, layer.in_features) for p, layer in self._model.layers.items()
+        }
 
     @property
     def device_name(self) -> str:

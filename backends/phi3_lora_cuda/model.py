@@ -9,11 +9,11 @@ from typing import Any
 import peft
 import torch
 import transformers
+from torch import nn
+
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
 from phi3_lora.models import read_model_config
-from torch import nn
-
 from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 

@@ -40,9 +40,7 @@ def attend(
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
-def _causal(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None
-) -> mx.array:
+def _causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> mx.array:
     length = q.shape[1]
     is_windowed = window is not None and length > window
     if length < _STAGED_KEYS and not is_windowed:

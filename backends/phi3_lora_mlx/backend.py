@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm  # noqa: F401 - a missing package is named here
 import numpy as np
+
 from phi3_lora.backend import LoadRequest
 from phi3_lora.errors import BackendUnavailableError
-
 from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.model import load_model
 

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
+
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import (
     Batch,
@@ -25,7 +26,6 @@ from phi3_lora.backend import (
 )
 from phi3_lora.decoding import decode
 from phi3_lora.layout import per_document, split_batch
-
 from phi3_lora_mlx.decoder import CachedDecoder
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows

@@ -77,9 +77,7 @@ def head_loss(
     return HeadLoss(staged_sum(mx.concatenate(nats)), mx.concatenate(grads))
 
 
-def head_scores(
-    model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: int
-) -> RowScores:
+def head_scores(model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: int) -> RowScores:
     """Log-probability of each row's target and whether its logit is the largest."""
     logprobs, correct = [], []
     for part in _chunks(hidden.shape[0], vocab_size):

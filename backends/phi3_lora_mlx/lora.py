@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
 from phi3_lora.dropout import MULTIPLIERS, feature_keys, module_key, threshold
 
 
@@ -50,7 +51,7 @@ class LoRALinear(nn.Module):
         self.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x (..., in) to (..., out), in the dtype of the base layer's output."""
+        """X (..., in) to (..., out), in the dtype of the base layer's output."""
         y = self.linear(x)
         state = self._shared[0]
         if not state.is_enabled:
@@ -83,5 +84,3 @@ def _lowbias32(x: mx.array) -> mx.array:
     x = (x ^ (x >> 16)) * first
     x = (x ^ (x >> 15)) * second
     return x ^ (x >> 16)
-
-

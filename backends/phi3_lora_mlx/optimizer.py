@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-from phi3_lora.backend import OptimSpec
 
+from phi3_lora.backend import OptimSpec
 from phi3_lora_mlx.numerics import square_norm
 
 Arrays = dict[str, mx.array]

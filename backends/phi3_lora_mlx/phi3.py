@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from phi3_lora.models import ModelConfig
 
+from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.attention import Attention, attend
 
 
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
-        """x (T, hidden) to (T, hidden)."""
+        """X (T, hidden) to (T, hidden)."""
         config, length = self._config, x.shape[0]
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         # (T, heads and both kinds of key-value heads, D) to (those, T, D).
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x (T, hidden) to (T, hidden)."""
+        """X (T, hidden) to (T, hidden)."""
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(up * nn.silu(gate))
 
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
-        """x (T, hidden) to (T, hidden)."""
+        """X (T, hidden) to (T, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), angles, attention, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -19,11 +19,15 @@ from phi3_lora_cli.options import (
 @model_options
 @click.option("--data", required=True, metavar="FILE|DIR|demo", help="JSONL; DIR/valid.jsonl.")
 @backend_options
-@click.option("--generate", is_flag=True, help="Also let the model answer, and count exact matches.")
+@click.option(
+    "--generate", is_flag=True, help="Also let the model answer, and count exact matches."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows.")
 @click.option("--samples", type=click.IntRange(min=0), default=3, help="Answers shown.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, help="With --generate.")
-@click.option("--max-length", type=click.IntRange(min=2), default=2048, help="Tokens a row may have.")
+@click.option(
+    "--max-length", type=click.IntRange(min=2), default=2048, help="Tokens a row may have."
+)
 @output_options
 def command(
     model: str,
@@ -90,7 +94,7 @@ def command(
         _print_table(result)
 
 
-class _progress:  # noqa: N801 - used like a function
+class _progress:
     """A bar on a terminal's stderr, nothing elsewhere."""
 
     def __init__(self, total: int, label: str) -> None:

@@ -49,9 +49,13 @@ def _print(facts: dict[str, Any]) -> None:
     for target in facts["target_modules"]:
         table.add_column(target.rsplit(".", 1)[-1], justify="right")
     for layer in layers:
-        norms = [facts["delta_norms"].get(f"model.layers.{layer}.{t}") for t in facts["target_modules"]]
+        norms = [
+            facts["delta_norms"].get(f"model.layers.{layer}.{t}") for t in facts["target_modules"]
+        ]
         table.add_row(str(layer), *("-" if n is None else f"{n:.4g}" for n in norms))
     Console().print(table)
     if facts["no_op_modules"]:
         count = len(facts["no_op_modules"])
-        click.echo(f"{count} of {len(facts['delta_norms'])} modules change nothing (their delta is 0)")
+        click.echo(
+            f"{count} of {len(facts['delta_norms'])} modules change nothing (their delta is 0)"
+        )

@@ -49,7 +49,7 @@ class Adapter:
         )
 
     def delta(self, module: str) -> Float32:
-        """scaling B A of a module, (out, in), in float64 rounded once."""
+        """Scaling B A of a module, (out, in), in float64 rounded once."""
         a = self.weights[lora_a_name(module)].astype(np.float64)
         b = self.weights[lora_b_name(module)].astype(np.float64)
         return (self.scaling * (b @ a)).astype(np.float32)

@@ -32,7 +32,9 @@ class Conversion:
         return {"from": raw.pop("source"), **raw}
 
 
-def convert(source: Path, target: Path, *, to: str, config: ModelConfig | None = None) -> Conversion:
+def convert(
+    source: Path, target: Path, *, to: str, config: ModelConfig | None = None
+) -> Conversion:
     """Read an adapter of either layout, write it in another, and read the result back.
 
     Args:

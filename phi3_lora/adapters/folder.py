@@ -147,4 +147,3 @@ def write_adapter_folder(
 
     replace_folder(folder, fill)
     return notes
-

@@ -155,9 +155,7 @@ def _known_values(
     return kept
 
 
-def _section(
-    kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]
-) -> Any:
+def _section(kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]) -> Any:
     before = len(problems)
     checked = _checked(kind, section, value, problems)
     if len(problems) > before:
@@ -195,7 +193,9 @@ def _nearest(name: str, section: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
     if close:
         return f": did you mean {close[0]}?"
-    homes = [s for s, kind in _SECTIONS.items() if name in {f.name for f in dataclasses.fields(kind)}]
+    homes = [
+        s for s, kind in _SECTIONS.items() if name in {f.name for f in dataclasses.fields(kind)}
+    ]
     return f": it belongs to {homes[0]}" if homes else f"; known: {', '.join(names)}"
 
 

@@ -57,9 +57,7 @@ class LoraConfig:
 
     def spec(self, modules: tuple[str, ...]) -> LoraSpec:
         """What a backend needs, for resolved module paths."""
-        return LoraSpec(
-            modules=modules, r=self.r, scaling=self.scaling, dropout=self.lora_dropout
-        )
+        return LoraSpec(modules=modules, r=self.r, scaling=self.scaling, dropout=self.lora_dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,9 +165,7 @@ class ChatTokenizer:
                 ids.append(self._special[token][0])
                 offsets.append((start, end))
                 continue
-            piece: Encoding = self._plain.encode(
-                rendered.text[start:end], add_special_tokens=False
-            )
+            piece: Encoding = self._plain.encode(rendered.text[start:end], add_special_tokens=False)
             ids += piece.ids
             offsets += [(start + a, start + b) for a, b in piece.offsets]
         return ids, offsets
@@ -245,5 +242,3 @@ def _special_token_strings(config: dict[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             strings[name] = text
     return strings
-
-

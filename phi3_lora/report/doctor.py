@@ -18,8 +18,7 @@ def examine() -> dict[str, Any]:
     problems = [text for facts in backends.values() for text in facts["problems"]]
     if not any(facts["available"] for facts in backends.values()):
         problems.append(
-            "no backend can run: pip install 'phi3-lora[mlx]' on a Mac, "
-            "'phi3-lora[cuda]' elsewhere"
+            "no backend can run: pip install 'phi3-lora[mlx]' on a Mac, 'phi3-lora[cuda]' elsewhere"
         )
     return {
         "phi3_lora": version("phi3-lora"),

@@ -122,9 +122,7 @@ def fit(
     return progress
 
 
-def _take_step(
-    engine: Engine, task: Task, step: Step, progress: Progress
-) -> tuple[float, float]:
+def _take_step(engine: Engine, task: Task, step: Step, progress: Progress) -> tuple[float, float]:
     """One optimizer step on this rank's share of the step's documents."""
     began = time.perf_counter()
     chosen = [task.documents[i] for i in step.documents]

@@ -205,9 +205,7 @@ class _Run:
         resuming.check_belongs(checkpoint, self.identity, self.prepared.plan_hash)
         return checkpoint
 
-    def train(
-        self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None
-    ) -> TrainResult:
+    def train(self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None) -> TrainResult:
         """Run the loop and write the final adapter."""
         prepared, observer = self.prepared, self.observer
         environment = resuming.environment(engine, backend)
@@ -310,7 +308,12 @@ class _Run:
     ) -> None:
         adapter = self._adapter(engine)
         card = model_card(
-            adapter, self.prepared.config, self.prepared.facts(), self.identity, progress, evaluation
+            adapter,
+            self.prepared.config,
+            self.prepared.facts(),
+            self.identity,
+            progress,
+            evaluation,
         )
         notes = write_adapter_folder(self.run_dir / name, adapter, files={"README.md": card})
         for note in notes:
