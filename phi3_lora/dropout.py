@@ -8,6 +8,7 @@ Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018).
 
 from __future__ import annotations
 
+import itertools
 from zlib import crc32
 
 import numpy as np
@@ -33,8 +34,7 @@ def row_keys(batch: Batch, *, seed: int, step: int) -> UInt32:
     """A key for each token of a batch, (T,)."""
     starts = batch.doc_starts
     documents = [
-        crc32(batch.tokens[a:b].astype("<i4").tobytes())
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        crc32(batch.tokens[a:b].astype("<i4").tobytes()) for a, b in itertools.pairwise(starts)
     ]
     lengths = np.diff(starts)
     position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)

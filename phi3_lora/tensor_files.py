@@ -117,7 +117,7 @@ def is_finite(info: TensorInfo, chunk: int = 1 << 24) -> bool:
         part = flat[start : start + chunk]
         if info.dtype == "BF16":
             # All eight exponent bits set: infinity or NaN.
-            bad = bool(((part & np.uint16(0x7F80)) == 0x7F80).any())
+            bad = bool((np.bitwise_and(part.view(np.uint16), 0x7F80) == 0x7F80).any())
         else:
             bad = not np.isfinite(part).all()
         if bad:

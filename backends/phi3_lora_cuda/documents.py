@@ -6,6 +6,7 @@ rotary module. Source: transformers, AttentionInterface.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def document_attention(
         )
         return out.transpose(1, 2), None
     parts = []
-    for start, end in zip(doc_starts[:-1], doc_starts[1:], strict=True):
+    for start, end in itertools.pairwise(doc_starts):
         length = end - start
         windowed = sliding_window is not None and length > sliding_window
         mask = window_mask(length, sliding_window, query.device) if windowed else None

@@ -35,14 +35,14 @@ class HashDropout(nn.Module):
         self._module = _signed(module_key(module))
         self._threshold = threshold(probability)
         self._scale = 1.0 / (1.0 - probability)
-        self.register_buffer("features", _to_tensor(feature_keys(num_features)), persistent=False)
+        self._features = _to_tensor(feature_keys(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (1, T, in) with dropped features zeroed and the others scaled up."""
         if not self.training or self._keys.rows is None:
             return x
         rows = _lowbias32(self._keys.rows ^ self._module)
-        bits = _lowbias32(rows[:, None] ^ self.features.to(x.device)[None, :])
+        bits = _lowbias32(rows[:, None] ^ self._features.to(x.device)[None, :])
         keep = _shift(bits, 8) >= self._threshold
         return x * (keep.to(x.dtype) * self._scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -34,7 +35,7 @@ def attend(
     if isinstance(attention, mx.array):
         return _masked(q, k, v, scale=scale, mask=attention)
     parts = []
-    for start, end in zip(attention[:-1], attention[1:], strict=True):
+    for start, end in itertools.pairwise(attention):
         span = slice(start, end)
         parts.append(_causal(q[:, span], k[:, span], v[:, span], scale=scale, window=window))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)

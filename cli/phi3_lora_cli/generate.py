@@ -32,7 +32,7 @@ def command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Answer one prompt; the text is streamed to stdout.
+    r"""Answer one prompt; the text is streamed to stdout.
 
     \b
     Example:

@@ -76,7 +76,7 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Fine-tune a Phi-3 model with LoRA.
+    r"""Fine-tune a Phi-3 model with LoRA.
 
     \b
     Examples:

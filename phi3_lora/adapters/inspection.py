@@ -55,8 +55,5 @@ def _loads_in(adapter: Adapter, layouts: dict[str, Path]) -> dict[str, str]:
     mlx_reason = why_not_mlx(adapter)
     needs = "phi3-lora convert --to {}"
     peft = "yes" if "peft" in layouts else needs.format("peft")
-    if "mlx" in layouts:
-        mlx = "yes"
-    else:
-        mlx = f"no: {mlx_reason}" if mlx_reason else needs.format("mlx")
+    mlx = "yes" if "mlx" in layouts else f"no: {mlx_reason}" if mlx_reason else needs.format("mlx")
     return {"phi3-lora": "yes", "peft": peft, "mlx-lm": mlx}

@@ -172,7 +172,8 @@ class ChatTokenizer:
 
     def _segments(self, rendered: _Rendered) -> list[tuple[int, int, str | None]]:
         """The text as (start, end, special token or None), white space that tokens eat left out."""
-        text, found = rendered.text, []
+        text = rendered.text
+        found: list[tuple[int, int, str | None]] = []
         at = segment = 0
         inside = [c for c in rendered.contents if c[0] < c[1]]
         starts = [c[0] for c in inside]

@@ -95,7 +95,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: when there are checkpoints and none is whole.
         """
-        problems = []
+        problems: list[str] = []
         for path in self.names():
             try:
                 return load_checkpoint(path), problems

@@ -209,7 +209,9 @@ def test_other_names_of_fields() -> None:
 
 
 def test_eval_steps_mean_the_steps_strategy() -> None:
-    assert load(None, "training_config.eval_steps=5").config.training_config.eval_strategy == "steps"
+    assert (
+        load(None, "training_config.eval_steps=5").config.training_config.eval_strategy == "steps"
+    )
 
 
 def test_data_may_be_a_string() -> None:

@@ -9,7 +9,16 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from phi3_lora.adapters.adapter import initial_weights
-from phi3_lora.backend import Batch, Float32, Int32, OptimSpec, Sampling, Scores, StepResult, Tensors
+from phi3_lora.backend import (
+    Batch,
+    Float32,
+    Int32,
+    OptimSpec,
+    Sampling,
+    Scores,
+    StepResult,
+    Tensors,
+)
 
 MODULE = "model.layers.0.mlp.down_proj"
 A_NAME = f"base_model.model.{MODULE}.lora_A.weight"
