@@ -265,4 +265,4 @@ class _Deferred:
         self._value = value
 
     def __float__(self) -> float:
-        return float(self._value.item())
+        return float(self._value.item())  # type: ignore[arg-type]

@@ -157,7 +157,7 @@ class Phi3(nn.Module):
 def _checkpointed(
     layer: DecoderLayer, x: mx.array, angles: Angles, attention: Attention
 ) -> mx.array:
-    """A layer whose activations are recomputed; its trainable arrays are inputs, to get gradients."""
+    """A layer whose activations are recomputed; its trainable arrays are its inputs."""
 
     def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
         layer.update(parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from phi3_lora_cli.options import backend_options, model_options, note, output_options, print_json
@@ -43,7 +45,7 @@ def command(
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read().rstrip("\n")
+        prompt = sys.stdin.read().rstrip("\n")
     base = look_at_model(model, revision)
     weights = None if adapter is None else load_adapter(adapter, base)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -187,16 +187,20 @@ def _checked(
 
 
 def _nearest(name: str, section: str, names: Sequence[str]) -> str:
-    candidates = [*names, *NO_EFFECT.get(section, {}), *ONLY.get(section, {}), *ALIASES]
-    if not section:
-        candidates += list(_SECTIONS)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    if close:
-        return f": did you mean {close[0]}?"
     homes = [
-        s for s, kind in _SECTIONS.items() if name in {f.name for f in dataclasses.fields(kind)}
+        home
+        for home, kind in _SECTIONS.items()
+        if name in {f.name for f in dataclasses.fields(kind)}
     ]
-    return f": it belongs to {homes[0]}" if homes else f"; known: {', '.join(names)}"
+    if homes:
+        return f": it belongs to {homes[0]}"
+    own = [*names, *ALIASES, *(() if section else _SECTIONS)]
+    others = [*NO_EFFECT.get(section, {}), *ONLY.get(section, {})]
+    for candidates in (own, others):
+        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+        if close:
+            return f": did you mean {close[0]}?"
+    return f"; known: {', '.join(names)}"
 
 
 def _coerce(value: Any, hint: Any) -> Any:

@@ -134,7 +134,8 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(0.0 <= value < 1.0, f"training_config.{name} must be in [0, 1), got {value}")
         _require(
-            self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate} (--lr)"
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate must be > 0 and finite, got {self.learning_rate} (--lr)",
         )
         _require(
             self.max_steps > 0 or self.num_train_epochs > 0,
