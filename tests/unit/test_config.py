@@ -98,12 +98,10 @@ def test_number_that_yaml_reads_as_a_string(tmp_path: Path) -> None:
     ("assignment", "hint"),
     [
         ("training_config.learning_rte=1", "did you mean learning_rate?"),
-        ("training_config.per_device_batch_size=1", "did you mean per_device_train_batch_size?"),
         ("peft_config.lora_alpa=1", "did you mean lora_alpha?"),
         ("modle=x", "did you mean model?"),
         ("peft_confg.r=1", "did you mean peft_config?"),
         ("data.trian=x", "did you mean train?"),
-        ("peft_config.warmup_ratio=0.1", "it belongs to training_config"),
         ("peft_config.zzzz=0.1", "known: r, lora_alpha"),
     ],
 )
@@ -170,7 +168,6 @@ def test_unsupported_value_is_an_error(assignment: str, phrase: str) -> None:
         ("peft_config.target_modules=[1]", "must be a string or a list of strings"),
         ("training_config.learning_rate=0", "learning_rate must be > 0"),
         ("training_config.learning_rate=true", "must be a number, got True"),
-        ("training_config.learning_rate=.inf", "learning_rate"),
         ("training_config.packing=1", "must be true or false, got 1"),
         ("training_config.seed=-1", "seed must be >= 0"),
         ("training_config.warmup_ratio=1.0", "warmup_ratio must be in [0, 1)"),

@@ -42,7 +42,7 @@ def test_loss_falls() -> None:
     lines: list[dict[str, Any]] = []
     progress = run(ToyEngine(), task, on_metrics=lines.append)
     assert progress.step == task.plan.total_steps == 180
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
 
 
 def test_logged_loss_is_the_token_weighted_mean_of_its_window() -> None:

@@ -195,7 +195,6 @@ def test_row_that_the_template_refuses_is_named(
     rows = [Conversation(talk("q", "1"), "f:1"), Conversation(talk("bad", "1"), "f:2")]
     with pytest.raises(DataError) as problem:
         tokenizer.encode_conversations(rows)
-    assert "1 row(s)" in str(problem.value).replace("2 row(s)", "1 row(s)")
     assert "f:2: " in str(problem.value) and phrase in str(problem.value)
 
 

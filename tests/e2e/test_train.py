@@ -1,0 +1,146 @@
+"""The program from its command line: train, kill, resume, score elsewhere, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi3_lora.errors import AdapterError
+from phi3_lora.tensor_files import read_all_float32
+from tests.tiny import chat, write_model, write_rows
+
+PROGRAM = [sys.executable, "-m", "phi3_lora_cli"]
+
+
+def phi3_lora(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [chat(f"question {i}", f"answer {i * 7 % 11}") for i in range(40)]
+    data = write_rows(folder / "rows.jsonl", rows)
+    return str(write_model(folder / "model")), str(data)
+
+
+def arguments(inputs: tuple[str, str], run: Path, backend: str) -> list[str]:
+    model, data = inputs
+    return [
+        *("train", "--model", model, "--data", data, "--output", str(run)),
+        *("--backend", backend, "--device", "cpu", "--max-steps", "60", "--lr", "1e-3"),
+        *("--set", "training_config.save_steps=5", "--set", "training_config.logging_steps=3"),
+    ]
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    a, b = (read_all_float32(p, AdapterError) for p in (first, second))
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
+    inputs: tuple[str, str], tmp_path: Path, backend: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert phi3_lora(*arguments(inputs, whole, backend)).returncode == 0
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (broken / "checkpoints" / "step-000010").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = phi3_lora("train", "--resume", "--output", str(broken), "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["steps"] == 60
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "checkpoints/step-000060/optimizer.safetensors",
+    ):
+        assert same_tensors(whole / name, broken / name), name
+    losses = [
+        [json.loads(x).get("loss") for x in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, broken)
+    ]
+    assert [x for x in losses[0] if x] == [x for x in losses[1] if x]
+
+
+def test_a_run_started_on_one_backend_goes_on_on_the_other(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    moved = tmp_path / "moved"
+    assert phi3_lora(*arguments(inputs, whole, "cuda")).returncode == 0
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments(inputs, moved, "mlx")], stderr=subprocess.DEVNULL
+    )
+    while not (moved / "checkpoints" / "step-000005").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    resumed = phi3_lora(
+        *("train", "--resume", "--output", str(moved), "--backend", "cuda", "--device", "cpu"),
+        "--json",
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    expected = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert json.loads(resumed.stdout)["final_loss"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_wrong_input_is_exit_2_with_a_message_and_nothing_written(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    model, data = inputs
+    run = tmp_path / "run"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\nnot json\n')
+    base = ["train", "--output", str(run), "--backend", "cuda", "--device", "cpu"]
+    cases = {
+        "no such model folder": ["--model", "/nowhere", "--data", data],
+        "no such data file": ["--model", model, "--data", "/nowhere.jsonl"],
+        "bad.jsonl:2: not JSON": ["--model", model, "--data", str(bad)],
+        "matches no layer": ["--model", model, "--data", data, "--targets", "q_proj"],
+        "did you mean learning_rate": [
+            *("--model", model, "--data", data, "--set", "training_config.learning_rat=1"),
+        ],
+        "must be >= 1, got 0": ["--model", model, "--data", data, "--rank", "0"],
+    }
+    for phrase, extra in cases.items():
+        found = phi3_lora(*base, *extra)
+        assert found.returncode == 2, found.stderr
+        assert phrase in found.stderr and "Traceback" not in found.stderr
+        assert not run.exists()
+
+
+def test_core_and_command_line_import_no_framework() -> None:
+    code = (
+        "import sys, phi3_lora.api, phi3_lora.training.run, phi3_lora.adapters.convert, "
+        "phi3_lora_cli.main, phi3_lora_cli.train, phi3_lora_cli.evaluate, phi3_lora_cli.doctor; "
+        "print([m for m in ('torch', 'mlx', 'transformers', 'peft') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_wheel_holds_four_packages_and_the_demo(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert top == {"phi3_lora", "phi3_lora_mlx", "phi3_lora_cuda", "phi3_lora_cli"}
+    assert "phi3_lora/demo/model/model.safetensors" in names
+    assert wheel.stat().st_size <= 8_000_000
