@@ -168,6 +168,7 @@ def test_unsupported_value_is_an_error(assignment: str, phrase: str) -> None:
         ("peft_config.target_modules=[1]", "must be a string or a list of strings"),
         ("training_config.learning_rate=0", "learning_rate must be > 0"),
         ("training_config.learning_rate=true", "must be a number, got True"),
+        ("training_config.learning_rate=.inf", "learning_rate must be > 0"),
         ("training_config.packing=1", "must be true or false, got 1"),
         ("training_config.seed=-1", "seed must be >= 0"),
         ("training_config.warmup_ratio=1.0", "warmup_ratio must be in [0, 1)"),

@@ -54,7 +54,6 @@ def without(name: str) -> dict[str, Any]:
         (tiny_config(pad_token_id=264), "pad_token_id 264 is outside the vocabulary of 264"),
         (tiny_config(hidden_act="gelu"), "hidden_act 'gelu' is not silu"),
         (tiny_config(hidden_size=None), "value of the wrong type"),
-        (tiny_config(rope_scaling={"type": "linear", "factor": 2}), "rope type 'linear'"),
         (tiny_config(rope_scaling=longrope(long_factor=[1.0] * 7)), "rope long_factor has 7"),
         (tiny_config(rope_scaling=longrope(short_factor=[])), "rope short_factor has 0"),
         (tiny_config(rope_scaling={"type": "longrope"}), "lacks 'short_factor'"),

@@ -104,6 +104,15 @@ def test_prompt_and_answer_are_a_prefix_of_the_training_ids(
     assert encode(tokenizer, messages).tokens[: len(expected)].tolist() == expected
 
 
+@pytest.mark.parametrize("question", ["q", f"q {END} "])
+@pytest.mark.parametrize("space", ["  ", "\n\n", "\t", "\u3000", "\x85"])
+def test_marker_eats_the_space_before_an_answer(
+    tokenizer: ChatTokenizer, space: str, question: str
+) -> None:
+    document = encode(tokenizer, talk(question, f"{space}a"))
+    assert learnt(tokenizer, document) == f"a{END}"
+
+
 def test_end_of_turn_is_the_templates(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.end_of_turn_id == IDS[END]
 

@@ -1,0 +1,112 @@
+"""What every backend must do, run per backend, against the core's own references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi3_lora.backend import Engine, LoadRequest
+from phi3_lora.data.dataset import make_batch
+from phi3_lora.models import read_model_config
+from phi3_lora_cuda import CudaBackend
+from phi3_lora_mlx import MlxBackend
+from phi3_lora_mlx.engine import MlxEngine
+from phi3_lora_mlx.model import load_model
+from tests.tiny import lora_spec, random_adapter, random_documents, write_model
+
+
+def open_mlx(request: LoadRequest) -> Engine:
+    return MlxBackend().open(request)
+
+
+def open_mlx_padded(request: LoadRequest) -> Engine:
+    """The layout and compiled step of a GPU, on the CPU."""
+    return MlxEngine(load_model(request, on_gpu=False), request, on_gpu=True)
+
+
+def open_cuda(request: LoadRequest) -> Engine:
+    return CudaBackend().open(request)
+
+
+OPENERS = {"mlx": open_mlx, "mlx-padded": open_mlx_padded, "cuda": open_cuda}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), num_key_value_heads=2)
+
+
+def opened(folder: Path, opener: str, dropout: float = 0.0, **changes: object) -> Engine:
+    config = read_model_config(folder)
+    spec = lora_spec(config, dropout=dropout)
+    engine = OPENERS[opener](LoadRequest(model_dir=folder, device="cpu", lora=spec, **changes))
+    engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
+    return engine
+
+
+def gradients(engine: Engine, lengths: tuple[int, ...] = (12, 30, 7)) -> dict:
+    batch = make_batch(random_documents(list(lengths)))
+    return engine.gradients(batch, loss_tokens=int(batch.loss_mask.sum()), step=3)
+
+
+def largest_relative(a: dict, b: dict) -> float:
+    return max(float(np.linalg.norm(a[k] - b[k]) / np.linalg.norm(b[k])) for k in b)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_adapter_comes_back_bit_equal(folder: Path, opener: str) -> None:
+    engine = opened(folder, opener)
+    weights = random_adapter(read_model_config(folder).linear_shapes(), r=4, seed=5)
+    engine.write_adapter(weights)
+    found = engine.read_adapter()
+    assert found.keys() == weights.keys()
+    assert all(np.array_equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_optimizer_state_comes_back_bit_equal(folder: Path, opener: str) -> None:
+    engine = opened(folder, opener)
+    batch = make_batch(random_documents([12]))
+    engine.train_step(batch, loss_tokens=int(batch.loss_mask.sum()), lr=1e-3, step=1)
+    state = engine.read_optimizer()
+    assert len(state) == 2 * len(engine.read_adapter())
+    other = opened(folder, opener)
+    other.write_optimizer(state)
+    found = other.read_optimizer()
+    assert all(np.array_equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("opener", ["mlx", "mlx-padded"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_equal_those_of_pytorch_with_and_without_dropout(
+    folder: Path, opener: str, dropout: float
+) -> None:
+    expected = gradients(opened(folder, "cuda", dropout))
+    assert largest_relative(gradients(opened(folder, opener, dropout)), expected) <= 1e-5
+
+
+def test_dropout_changes_the_gradients(folder: Path) -> None:
+    plain, dropped = (gradients(opened(folder, "cuda", p)) for p in (0.0, 0.3))
+    assert largest_relative(dropped, plain) > 0.1
+
+
+@pytest.mark.parametrize("opener", ["mlx", "cuda"])
+def test_gradient_checkpointing_changes_nothing(folder: Path, opener: str) -> None:
+    expected = gradients(opened(folder, opener))
+    found = gradients(opened(folder, opener, gradient_checkpointing=True))
+    assert largest_relative(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_scores_agree_with_logprobs(folder: Path, opener: str) -> None:
+    engine = opened(folder, opener)
+    batch = make_batch(random_documents([12, 30, 7]))
+    scores, logprobs = engine.score(batch), engine.logprobs(batch)
+    starts = batch.doc_starts
+    for d in range(3):
+        part = slice(starts[d], starts[d + 1])
+        nats = -logprobs[part][batch.loss_mask[part]].sum()
+        assert scores.nats[d] == pytest.approx(nats, rel=1e-5)
+        assert scores.supervised[d] == batch.loss_mask[part].sum()
