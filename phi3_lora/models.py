@@ -133,12 +133,14 @@ def read_model_config(model_dir: Path) -> ModelConfig:
             all contradictions are listed at once.
     """
     raw = read_json(model_dir / "config.json")
-    _refuse_other_models(raw, model_dir)
     try:
+        _refuse_other_models(raw, model_dir)
         config = _parse(raw, model_dir)
+    except ModelError:
+        raise
     except KeyError as missing:
         raise ModelError(f"{model_dir}/config.json lacks {missing}") from None
-    except (TypeError, AttributeError) as cause:
+    except (TypeError, ValueError, AttributeError, OverflowError) as cause:
         raise ModelError(
             f"{model_dir}/config.json has a value of the wrong type: {cause}"
         ) from None

@@ -79,7 +79,9 @@ def _entries(path: Path, header: object, *, start: int, size: int) -> dict[str, 
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
+        shape = tuple(entry["shape"])
+        if any(not isinstance(n, int) or n < 0 for n in (begin, end, *shape)):
+            raise ValueError(f"{name}: offsets and shape must be whole numbers >= 0")
         kind = _NUMPY_TYPES.get(entry["dtype"])
         if kind is not None and end - begin != int(np.prod(shape)) * np.dtype(kind).itemsize:
             raise ValueError(f"{name}: {end - begin} bytes do not hold {shape} {entry['dtype']}")

@@ -16,7 +16,7 @@ from phi3_lora_cli.options import note, output_options, print_json
 @click.option("--model", metavar="ID|DIR|demo", help="The base model: makes the config shorter.")
 @output_options
 def command(source: str, target: str, to: str, model: str | None, as_json: bool) -> None:
-    r"""Move an adapter between PEFT's and mlx-lm's layout.
+    """Move an adapter between PEFT's and mlx-lm's layout.
 
     SRC's layout is told by its content. The result is read back and compared.
 

@@ -44,7 +44,7 @@ def command(
     max_length: int,
     as_json: bool,
 ) -> None:
-    r"""Loss, perplexity and token accuracy of a model on a data file.
+    """Loss, perplexity and token accuracy of a model on a data file.
 
     The loss is in nats per supervised token. With --generate the model gives each row's last
     answer itself, greedily; exact match is the share of answers equal to the expected text.

@@ -34,7 +34,7 @@ def command(
     seed: int,
     as_json: bool,
 ) -> None:
-    r"""Answer one prompt; the text is streamed to stdout.
+    """Answer one prompt; the text is streamed to stdout.
 
     \b
     Example:

@@ -14,7 +14,7 @@ from phi3_lora_cli.options import output_options, print_json
 @click.argument("adapter", metavar="ADAPTER")
 @output_options
 def command(adapter: str, as_json: bool) -> None:
-    r"""Show an adapter's layout, rank, effective scale, layers and norms.
+    """Show an adapter's layout, rank, effective scale, layers and norms.
 
     \b
     Example:

@@ -85,7 +85,7 @@ def _print_versions(ctx: click.Context, param: click.Parameter, value: bool) -> 
     help="Show the versions of phi3-lora and its backends.",
 )
 def group() -> None:
-    r"""LoRA fine-tuning of the Phi-3 family on MLX and PyTorch, with the same numbers.
+    """LoRA fine-tuning of the Phi-3 family on MLX and PyTorch, with the same numbers.
 
     \b
     Example, with the built-in model and data:

@@ -76,7 +76,7 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    r"""Fine-tune a Phi-3 model with LoRA.
+    """Fine-tune a Phi-3 model with LoRA.
 
     \b
     Examples:

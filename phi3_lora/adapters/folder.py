@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,22 @@ def read_adapter(folder: Path) -> Adapter:
     layouts = find_layouts(folder)
     config = read_adapter_config(folder)
     adapters = []
-    if "peft" in layouts:
-        adapters.append(peft_layout.read_peft(layouts["peft"], config))
-    if "mlx" in layouts:
-        adapters.append(mlx_layout.read_mlx(layouts["mlx"], config))
+    try:
+        if "peft" in layouts:
+            adapters.append(peft_layout.read_peft(layouts["peft"], config))
+        if "mlx" in layouts:
+            adapters.append(mlx_layout.read_mlx(layouts["mlx"], config))
+    except AdapterError:
+        raise
+    except (TypeError, ValueError) as cause:
+        raise AdapterError(
+            f"{folder}/{CONFIG_NAME} has a value of the wrong type: {cause}"
+        ) from None
     for adapter in adapters:
+        if not 0 < adapter.lora_alpha < math.inf:
+            raise AdapterError(
+                f"{folder}: the scale must be a number > 0, got alpha {adapter.lora_alpha}"
+            )
         problems = pair_problems(adapter.weights, adapter.r)
         if problems:
             raise AdapterError(listing(f"the adapter in {folder} is damaged:", problems))

@@ -181,7 +181,7 @@ def _checked(
             continue
         try:
             found[name] = _coerce(item, hints[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{label} must be {_type_name(hints[name])}, got {item!r}")
     return found
 

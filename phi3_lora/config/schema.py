@@ -138,7 +138,7 @@ class TrainingConfig:
             f"learning_rate must be > 0 and finite, got {self.learning_rate} (--lr)",
         )
         _require(
-            self.max_steps > 0 or self.num_train_epochs > 0,
+            self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
             f"nothing to do: max_steps is {self.max_steps} and num_train_epochs is "
             f"{self.num_train_epochs}; one must be > 0",
         )

@@ -16,6 +16,10 @@ from phi3_lora.data.template import ChatTemplate
 from phi3_lora.errors import DataError, ModelError, listing
 from phi3_lora.models import read_json
 
+_NOT_SPACES = "\x1c\x1d\x1e\x1f"
+"""White space to Python, not to Unicode, nor to the tokenizers library."""
+_SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in _NOT_SPACES)
+
 
 class Document(NamedTuple):
     """One conversation as the model sees it."""
@@ -89,7 +93,7 @@ class ChatTokenizer:
 
     def _special_at(self, text: str, at: int) -> str | None:
         """The longest special token that begins at a character, white space apart."""
-        while at < len(text) and text[at].isspace():
+        while at < len(text) and _is_space(text[at]):
             at += 1
         matches = [token for token in self._special if text.startswith(token, at)]
         return max(matches, key=len, default=None)
@@ -189,11 +193,11 @@ class ChatTokenizer:
                 continue
             flags = self._special[token][1]
             before = text[segment:at]
-            kept = len(before.rstrip()) if flags.lstrip else len(before)
+            kept = len(before.rstrip(_SPACES)) if flags.lstrip else len(before)
             found.append((segment, segment + kept, None))
             end = at + len(token)
             found.append((at, end, token))
-            while flags.rstrip and end < len(text) and text[end].isspace():
+            while flags.rstrip and end < len(text) and _is_space(text[end]):
                 end += 1
             at = segment = end
         found.append((segment, len(text), None))
@@ -216,6 +220,11 @@ class ChatTokenizer:
             touches = (spans[:, 1] > start) & (spans[:, 0] < end)
             supervised |= touches & (~marker | (spans[:, 0] >= start))
         return Document(tokens, supervised, source)
+
+
+def _is_space(character: str) -> bool:
+    """Whether a marker that eats white space eats this."""
+    return character in _SPACES
 
 
 def _template_source(model_dir: Path, config: dict[str, Any]) -> str:
