@@ -193,17 +193,19 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         original_max_position_embeddings=int(original or max_positions),
         sliding_window=None if window is None else int(window),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope=_parse_rope(raw, rope),
+        rope=_parse_rope(raw, rope, model_dir),
         stop_ids=_stop_ids(raw, model_dir),
         dtype=dtype,
         quantization=raw.get("quantization") or raw.get("quantization_config"),
     )
 
 
-def _parse_rope(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeConfig:
+def _parse_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], model_dir: Path) -> RopeConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "longrope", "su", "yarn"):
-        raise ModelError(f"rope type {kind!r} is not one of Phi-3's: default, longrope")
+        raise ModelError(
+            f"{model_dir}/config.json: rope type {kind!r} is not one of Phi-3's: default, longrope"
+        )
     theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if kind == "default":
