@@ -75,23 +75,23 @@ class Opened:
 def open_engine(
     base: BaseModel,
     *,
-    backend: str,
-    device: str,
-    dtype: str,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
     adapter: Adapter | None,
 ) -> Opened:
-    """Open a model for scoring and generation, with an adapter or bare.
+    """Open a model for scoring and generation, with an adapter or bare; None means auto.
 
     Raises:
         BackendUnavailableError: when the backend or device is missing.
         ModelError: when the weights cannot be used.
     """
-    chosen, wanted, note = choose_backend(backend, device)
+    chosen, wanted, note = choose_backend(backend or "auto", device or "auto")
     check_base(base)
     engine = chosen.open(
         LoadRequest(
             model_dir=base.path,
-            dtype=dtype,
+            dtype=dtype or "auto",
             device=wanted,
             lora=None if adapter is None else dataclasses.replace(adapter.spec, dropout=0.0),
         )

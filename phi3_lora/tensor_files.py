@@ -6,7 +6,6 @@ Source: the safetensors format: 8 bytes of header length, a JSON header, the ten
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -144,8 +143,3 @@ def encode(tensors: Mapping[str, Float32]) -> bytes:
     """A safetensors file in memory, with the metadata that PyTorch and MLX tools look for."""
     ready = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return bytes(save(ready, metadata={"format": "pt"}))
-
-
-def file_bytes(path: Path) -> int:
-    """Size of a file in bytes."""
-    return os.stat(path).st_size

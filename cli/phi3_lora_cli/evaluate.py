@@ -65,13 +65,7 @@ def command(
     dataset = build_dataset(rows, base.tokenizer, max_length=max_length, name=data)
     for text in dataset.notes:
         note(text)
-    opened = open_engine(
-        base,
-        backend=backend or "auto",
-        device=device or "auto",
-        dtype=dtype or "auto",
-        adapter=weights,
-    )
+    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
     if opened.note:
         note(opened.note)
     with _progress(len(dataset.documents), "scoring") as advance:

@@ -51,13 +51,7 @@ def command(
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer.encode_prompt(messages)
-    opened = open_engine(
-        base,
-        backend=backend or "auto",
-        device=device or "auto",
-        dtype=dtype or "auto",
-        adapter=weights,
-    )
+    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
     if opened.note:
         note(opened.note)
     sampling = Sampling(

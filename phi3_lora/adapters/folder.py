@@ -18,7 +18,6 @@ from phi3_lora.storage import replace_folder, write_bytes
 from phi3_lora.tensor_files import encode, read_header
 
 CONFIG_NAME = "adapter_config.json"
-LAYOUTS = ("peft", "mlx", "both")
 
 
 def find_layouts(folder: Path) -> dict[str, Path]:

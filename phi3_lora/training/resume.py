@@ -14,6 +14,7 @@ from phi3_lora.training.checkpoint import Checkpoint
 
 def environment(engine: Engine, backend: Backend) -> dict[str, Any]:
     """What a run's bits depend on besides its settings."""
+    described = backend.describe()
     return {
         "backend": backend.name,
         "device": engine.device_name,
@@ -25,9 +26,9 @@ def environment(engine: Engine, backend: Backend) -> dict[str, Any]:
             "phi3-lora": version("phi3-lora"),
             "python": platform.python_version(),
             "numpy": version("numpy"),
-            **backend.describe()["versions"],
+            **described["versions"],
         },
-        **{k: v for k, v in backend.describe().items() if k in ("num_threads", "blas")},
+        **{k: v for k, v in described.items() if k in ("num_threads", "blas")},
     }
 
 
