@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from phi3_lora.backend import Float32
 from phi3_lora.rope import tables_at
+from phi3_lora_cuda.documents import Documents
 from phi3_lora_cuda.model import LoadedPhi3
 
 
@@ -35,12 +36,14 @@ class CachedDecoder:
         where = np.arange(first, first + len(ids), dtype=np.int32)
         self._model.rotary.set_tables(*tables_at(self._model.config, where, is_long), self._device)
         tokens = torch.tensor([list(ids)], device=self._device)
+        bounds = np.array([0, len(ids)], np.int32)
+        documents = Documents.of(bounds, self._device) if first == 0 else None
         out = self._model.causal_lm.model(
             input_ids=tokens,
             position_ids=torch.from_numpy(where).to(self._device)[None],
             past_key_values=self._cache,
             use_cache=True,
-            doc_starts=[0, len(ids)] if first == 0 else None,
+            documents=documents,
         )
         logits = out.last_hidden_state[0, -1] @ self._model.head_weight.T
         return np.asarray(logits.float().cpu().numpy())

@@ -6,15 +6,24 @@ rotary module. Source: transformers, AttentionInterface.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from phi3_lora.backend import Float32
+from phi3_lora.backend import Float32, Int32
+
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
 ATTENTION_NAME = "phi3_lora_documents"
 
@@ -39,6 +48,23 @@ class GivenRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+class Documents(NamedTuple):
+    """Where the documents of a row lie."""
+
+    starts: list[int]
+    """D + 1 bounds."""
+    starts_on_device: Tensor
+    """The same, int32."""
+    longest: int
+    """Tokens."""
+
+    @classmethod
+    def of(cls, doc_starts: Int32, device: torch.device) -> Documents:
+        """The documents of a batch."""
+        on_device = torch.from_numpy(doc_starts).to(device, torch.int32)
+        return cls(doc_starts.tolist(), on_device, int(np.diff(doc_starts).max()))
+
+
 def document_attention(
     module: nn.Module,
     query: Tensor,
@@ -48,7 +74,7 @@ def document_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    doc_starts: list[int] | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document.
@@ -62,20 +88,22 @@ def document_attention(
         scaling: of the scores.
         dropout: always 0 for Phi-3.
         sliding_window: keys a query sees at most, itself included.
-        doc_starts: bounds of the documents; None is one new token after a cached sequence.
+        documents: None is one new token after a cached sequence.
         kwargs: what other attention functions read.
 
     Returns:
         (1, T, heads, head_dim), and no weights.
     """
-    if doc_starts is None:
+    if documents is None:
         window = key.shape[2] if sliding_window is None else sliding_window
         out = scaled_dot_product_attention(
             query, key[:, :, -window:], value[:, :, -window:], scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
+    if query.is_cuda and query.dtype != torch.float32 and has_varlen_attention():
+        return _in_one_kernel(query, key, value, documents, scaling, sliding_window), None
     parts = []
-    for start, end in itertools.pairwise(doc_starts):
+    for start, end in itertools.pairwise(documents.starts):
         length = end - start
         windowed = sliding_window is not None and length > sliding_window
         mask = window_mask(length, sliding_window, query.device) if windowed else None
@@ -91,6 +119,37 @@ def document_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@functools.cache
+def has_varlen_attention() -> bool:
+    """Whether this PyTorch and this GPU have flash attention over documents of any length."""
+    return varlen_attn is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scaling: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """All documents at once, (1, T, heads, head_dim); no mask is made."""
+    heads = query.shape[1]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    known = inspect.signature(varlen_attn).parameters
+    if k.shape[1] != heads and "enable_gqa" not in known:
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
+    else:
+        options["is_causal"] = True
+    if "scale" in known:
+        options["scale"] = scaling
+    bounds, longest = documents.starts_on_device, documents.longest
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)[None]
 
 
 def window_mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -30,6 +30,7 @@ from phi3_lora.errors import TrainingError
 from phi3_lora.layout import per_document, split_batch
 from phi3_lora.rope import rotary_tables
 from phi3_lora_cuda.decoder import CachedDecoder
+from phi3_lora_cuda.documents import Documents
 from phi3_lora_cuda.head import head_loss, head_scores
 from phi3_lora_cuda.model import LoadedPhi3
 
@@ -88,7 +89,6 @@ class CudaEngine:
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a batch's tokens, (T, hidden)."""
-        starts = batch.doc_starts.tolist()
         self._model.rotary.set_tables(
             *rotary_tables(self._model.config, batch.doc_starts), self._device
         )
@@ -96,7 +96,10 @@ class CudaEngine:
         # Positions only satisfy the signature; the angles come from the rotary module.
         positions = torch.zeros_like(tokens)
         out = self._model.causal_lm.model(
-            input_ids=tokens, position_ids=positions, use_cache=False, doc_starts=starts
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            documents=Documents.of(batch.doc_starts, self._device),
         )
         return out.last_hidden_state[0]
 
@@ -117,7 +120,7 @@ class CudaEngine:
             index, targets = self._rows(part)
             if not len(index):
                 continue
-            hidden = self._hidden(part)[index]
+            hidden = self._hidden(part).index_select(0, index)
             loss = head_loss(hidden.detach(), self._model.head_weight, targets, loss_tokens)
             hidden.backward(loss.grad)
             nats += loss.nats
@@ -147,7 +150,7 @@ class CudaEngine:
             parameter.grad = None
         self._backward(batch, loss_tokens=loss_tokens, step=step)
         return {
-            name: torch.zeros_like(p).numpy() if p.grad is None else p.grad.float().cpu().numpy()
+            name: (torch.zeros_like(p) if p.grad is None else p.grad).float().cpu().numpy()
             for name, p in self._parameters.items()
         }
 

@@ -16,6 +16,7 @@ from phi3_lora.errors import ModelError
 from phi3_lora.models import read_model_config
 from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
+from phi3_lora_cuda.lora import LoraLinear
 
 _ADAPTER = "default"
 
@@ -56,6 +57,7 @@ class LoadedPhi3:
             bias="none",
             task_type="CAUSAL_LM",
         )
+        config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
             # PEFT asks transformers for attributes under older names.
             warnings.simplefilter("ignore")

@@ -56,9 +56,9 @@ class LoRALinear(nn.Module):
         state = self._shared[0]
         if not state.is_enabled:
             return y
-        # A and B are float32, so the low-rank path computes in float32.
-        z = (self._drop(x, state) @ self.lora_a) @ self.lora_b
-        return y + (self._scaling * z).astype(y.dtype)
+        # A and B are float32 and small; casting x to them would cost more than the products.
+        low = self._drop(x, state) @ self.lora_a.astype(x.dtype)
+        return mx.addmm(y, low, (self._scaling * self.lora_b).astype(x.dtype))
 
     def _drop(self, x: mx.array, state: LoraState) -> mx.array:
         if self._dropout == 0.0 or state.dropout_rows is None:

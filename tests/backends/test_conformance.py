@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,23 @@ def open_cuda(request: LoadRequest) -> Engine:
     return CudaBackend().open(request)
 
 
-OPENERS = {"mlx": open_mlx, "mlx-padded": open_mlx_padded, "cuda": open_cuda}
+def open_mlx_gpu(request: LoadRequest) -> Engine:
+    return MlxBackend().open(replace(request, device="gpu"))
+
+
+def open_cuda_gpu(request: LoadRequest) -> Engine:
+    return CudaBackend().open(replace(request, device="gpu"))
+
+
+OPENERS = {
+    "mlx": open_mlx,
+    "mlx-padded": open_mlx_padded,
+    "cuda": open_cuda,
+    "mlx-gpu": open_mlx_gpu,
+    "cuda-gpu": open_cuda_gpu,
+}
+ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("mlx-gpu", "cuda-gpu")]
+EVERY = ["mlx", "mlx-padded", "cuda", *ON_GPU]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +72,7 @@ def largest_relative(a: dict, b: dict) -> float:
     return max(float(np.linalg.norm(a[k] - b[k]) / np.linalg.norm(b[k])) for k in b)
 
 
-@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("opener", EVERY)
 def test_adapter_comes_back_bit_equal(folder: Path, opener: str) -> None:
     engine = opened(folder, opener)
     weights = random_adapter(read_model_config(folder).linear_shapes(), r=4, seed=5)
@@ -65,7 +82,7 @@ def test_adapter_comes_back_bit_equal(folder: Path, opener: str) -> None:
     assert all(np.array_equal(found[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("opener", EVERY)
 def test_optimizer_state_comes_back_bit_equal(folder: Path, opener: str) -> None:
     engine = opened(folder, opener)
     batch = make_batch(random_documents([12]))
@@ -78,7 +95,7 @@ def test_optimizer_state_comes_back_bit_equal(folder: Path, opener: str) -> None
     assert all(np.array_equal(found[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("opener", ["mlx", "mlx-padded"])
+@pytest.mark.parametrize("opener", ["mlx", "mlx-padded", *ON_GPU])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_equal_those_of_pytorch_with_and_without_dropout(
     folder: Path, opener: str, dropout: float
@@ -92,14 +109,14 @@ def test_dropout_changes_the_gradients(folder: Path) -> None:
     assert largest_relative(dropped, plain) > 0.1
 
 
-@pytest.mark.parametrize("opener", ["mlx", "cuda"])
+@pytest.mark.parametrize("opener", ["mlx", "cuda", *ON_GPU])
 def test_gradient_checkpointing_changes_nothing(folder: Path, opener: str) -> None:
     expected = gradients(opened(folder, opener))
     found = gradients(opened(folder, opener, gradient_checkpointing=True))
     assert largest_relative(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("opener", EVERY)
 def test_scores_agree_with_logprobs(folder: Path, opener: str) -> None:
     engine = opened(folder, opener)
     batch = make_batch(random_documents([12, 30, 7]))

@@ -1,0 +1,76 @@
+"""PEFT's LoRA layer with a forward pass that computes in the base model's dtype.
+
+PEFT casts the input to the adapter's float32 and adds the update in three passes over the output.
+Here A and B are cast instead, the update is added inside the product, and only the gradients
+of A and B are float32. In float32 both are the same sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+
+class LoraLinear(peft.tuners.lora.Linear):
+    """y = W x + scaling B A x for one active adapter; everything else is PEFT's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """X (..., in) to (..., out), in the dtype of the base layer."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        return _LoraProduct.apply(
+            x,
+            self.lora_dropout[name](x),
+            self.get_base_layer().weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+
+
+class _LoraProduct(torch.autograd.Function):
+    """W x + scaling B A dropped, where dropped is x or x after dropout.
+
+    Source: LoRA, arXiv 2106.09685, equation 3.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        rows = dropped.reshape(-1, dropped.shape[-1])
+        a_cast, b_cast = a.to(weight.dtype), (b * scaling).to(weight.dtype)
+        low = rows @ a_cast.T
+        y = x.reshape(-1, x.shape[-1]) @ weight.T
+        y.addmm_(low, b_cast.T)
+        ctx.save_for_backward(rows, low, weight, a_cast, b_cast)
+        ctx.scaling, ctx.shape, ctx.is_plain = scaling, x.shape, dropped is x
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, weight, a_cast, b_cast = ctx.saved_tensors
+        slope = grad.reshape(-1, grad.shape[-1])
+        low_slope = slope @ b_cast
+        grad_a = _product_in_float32(low_slope.T, rows)
+        grad_b = _product_in_float32(slope.T, low) * ctx.scaling
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = slope @ weight
+            if ctx.is_plain:
+                grad_x.addmm_(low_slope, a_cast)
+            else:
+                grad_dropped = (low_slope @ a_cast).view(ctx.shape)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, grad_dropped, None, grad_a, grad_b, None
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """A product over all tokens, not rounded to half precision."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
