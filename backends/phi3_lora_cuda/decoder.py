@@ -37,7 +37,7 @@ class CachedDecoder:
         self._model.rotary.set_tables(*tables_at(self._model.config, where, is_long), self._device)
         tokens = torch.tensor([list(ids)], device=self._device)
         bounds = np.array([0, len(ids)], np.int32)
-        documents = Documents.of(bounds, self._device) if first == 0 else None
+        documents = Documents(bounds, self._device, self._model.dtype) if first == 0 else None
         out = self._model.causal_lm.model(
             input_ids=tokens,
             position_ids=torch.from_numpy(where).to(self._device)[None],

@@ -6,10 +6,9 @@ rotary module. Source: transformers, AttentionInterface.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+_VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
 
 ATTENTION_NAME = "phi3_lora_documents"
 
@@ -48,21 +48,19 @@ class GivenRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class Documents(NamedTuple):
+class Documents:
     """Where the documents of a row lie."""
 
-    starts: list[int]
-    """D + 1 bounds."""
-    starts_on_device: Tensor
-    """The same, int32."""
-    longest: int
-    """Tokens."""
-
-    @classmethod
-    def of(cls, doc_starts: Int32, device: torch.device) -> Documents:
-        """The documents of a batch."""
-        on_device = torch.from_numpy(doc_starts).to(device, torch.int32)
-        return cls(doc_starts.tolist(), on_device, int(np.diff(doc_starts).max()))
+    def __init__(self, doc_starts: Int32, device: torch.device, dtype: torch.dtype) -> None:
+        self.starts: list[int] = doc_starts.tolist()
+        """D + 1 bounds."""
+        self.longest = int(np.diff(doc_starts).max())
+        """Tokens."""
+        is_flash = device.type == "cuda" and dtype != torch.float32 and _has_flash(device)
+        self.kernel_starts = (
+            torch.from_numpy(doc_starts).to(device, torch.int32) if is_flash else None
+        )
+        """The bounds for the kernel that takes all documents at once, where there is one."""
 
 
 def document_attention(
@@ -100,8 +98,9 @@ def document_attention(
             query, key[:, :, -window:], value[:, :, -window:], scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
-    if query.is_cuda and query.dtype != torch.float32 and has_varlen_attention():
-        return _in_one_kernel(query, key, value, documents, scaling, sliding_window), None
+    if documents.kernel_starts is not None:
+        bounds, longest = documents.kernel_starts, documents.longest
+        return _in_one_kernel(query, key, value, bounds, longest, scaling, sliding_window), None
     parts = []
     for start, end in itertools.pairwise(documents.starts):
         length = end - start
@@ -121,35 +120,33 @@ def document_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-@functools.cache
-def has_varlen_attention() -> bool:
-    """Whether this PyTorch and this GPU have flash attention over documents of any length."""
-    return varlen_attn is not None and torch.cuda.get_device_capability() >= (8, 0)
+def _has_flash(device: torch.device) -> bool:
+    return varlen_attn is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _in_one_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    documents: Documents,
+    bounds: Tensor,
+    longest: int,
     scaling: float,
     sliding_window: int | None,
 ) -> Tensor:
     """All documents at once, (1, T, heads, head_dim); no mask is made."""
     heads = query.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    known = inspect.signature(varlen_attn).parameters
-    if k.shape[1] != heads and "enable_gqa" not in known:
+    options: dict[str, Any] = {}
+    # The names of the arguments differ between PyTorch 2.11 and 2.13.
+    if "enable_gqa" in _VARLEN_ARGUMENTS:
+        options["enable_gqa"] = True
+    elif k.shape[1] != heads:
         k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
-    if "window_size" in known:
+    if "window_size" in _VARLEN_ARGUMENTS:
         options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
     else:
         options["is_causal"] = True
-    if "scale" in known:
-        options["scale"] = scaling
-    bounds, longest = documents.starts_on_device, documents.longest
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)[None]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **options)[None]
 
 
 def window_mask(length: int, window: int | None, device: torch.device) -> Tensor:

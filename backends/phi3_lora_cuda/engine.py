@@ -99,7 +99,7 @@ class CudaEngine:
             input_ids=tokens,
             position_ids=positions,
             use_cache=False,
-            documents=Documents.of(batch.doc_starts, self._device),
+            documents=Documents(batch.doc_starts, self._device, self._model.dtype),
         )
         return out.last_hidden_state[0]
 

@@ -41,6 +41,10 @@ class LoadedPhi3:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             # Without an adapter below the first layer, its inputs need no gradient of their own.
             self.causal_lm.enable_input_require_grads()
+        if request.compile and device.type == "cuda":
+            # One graph serves all layers and all lengths.
+            for layer in self.causal_lm.model.layers:
+                layer.compile(dynamic=True)
         self.causal_lm.train(request.lora is not None)
 
     @property
