@@ -100,7 +100,7 @@ class LoadRequest:
     """A micro-batch holds at most this many tokens, or one longer document."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """Fuse each layer's small operations on a GPU, at the cost of a minute at the start."""
+    """Fuse each layer's small operations where the backend gains by it, after a minute's work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

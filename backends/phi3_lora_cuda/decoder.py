@@ -38,12 +38,13 @@ class CachedDecoder:
         tokens = torch.tensor([list(ids)], device=self._device)
         bounds = np.array([0, len(ids)], np.int32)
         documents = Documents(bounds, self._device, self._model.dtype) if first == 0 else None
-        out = self._model.causal_lm.model(
-            input_ids=tokens,
-            position_ids=torch.from_numpy(where).to(self._device)[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            documents=documents,
-        )
+        with self._model.uncompiled():
+            out = self._model.causal_lm.model(
+                input_ids=tokens,
+                position_ids=torch.from_numpy(where).to(self._device)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                documents=documents,
+            )
         logits = out.last_hidden_state[0, -1] @ self._model.head_weight.T
         return np.asarray(logits.float().cpu().numpy())

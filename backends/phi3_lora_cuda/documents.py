@@ -56,9 +56,10 @@ class Documents:
         """D + 1 bounds."""
         self.longest = int(np.diff(doc_starts).max())
         """Tokens."""
-        is_flash = device.type == "cuda" and dtype != torch.float32 and _has_flash(device)
         self.kernel_starts = (
-            torch.from_numpy(doc_starts).to(device, torch.int32) if is_flash else None
+            torch.from_numpy(doc_starts).to(device, torch.int32)
+            if has_flash(device, dtype)
+            else None
         )
         """The bounds for the kernel that takes all documents at once, where there is one."""
 
@@ -120,8 +121,11 @@ def document_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _has_flash(device: torch.device) -> bool:
-    return varlen_attn is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel attends within documents of any length here."""
+    if varlen_attn is None or device.type != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _in_one_kernel(

@@ -157,7 +157,7 @@ class CudaEngine:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         self._model.causal_lm.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._model.uncompiled():
             yield
 
     def score(self, batch: Batch) -> Scores:

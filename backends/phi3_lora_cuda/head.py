@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits that a chunk holds at most."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits that a chunk holds at most; fewer would leave a GPU idle, more a CPU's cache."""
 
 
 class HeadLoss(NamedTuple):
@@ -32,9 +32,9 @@ class RowScores(NamedTuple):
     is_correct: Tensor
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocab_size)
-    for start in range(0, num_rows, size):
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS[hidden.device.type] // len(weight))
+    for start in range(0, len(hidden), size):
         yield slice(start, start + size)
 
 
@@ -63,7 +63,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_tokens: int)
     """
     grad = torch.empty_like(hidden)
     nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for part in _chunks(len(hidden), len(weight)):
+    for part in _chunks(hidden, weight):
         logits, probability, log_total = _softmax(hidden[part], weight)
         index = targets[part, None]
         nats += (log_total - logits.gather(1, index).squeeze(1).to(log_total.dtype)).double().sum()
@@ -77,7 +77,7 @@ def head_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> RowScores:
     """Log-probability of each row's target and whether its logit is the largest."""
     logprob = torch.empty(len(hidden), dtype=torch.float64)
     is_correct = torch.empty(len(hidden), dtype=torch.bool)
-    for part in _chunks(len(hidden), len(weight)):
+    for part in _chunks(hidden, weight):
         logits, _, log_total = _softmax(hidden[part], weight)
         chosen = logits.gather(1, targets[part, None]).squeeze(1)
         logprob[part] = (chosen.to(log_total.dtype) - log_total).double().cpu()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
+import shutil
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import peft
@@ -14,7 +18,7 @@ from torch import nn
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
 from phi3_lora.models import read_model_config
-from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary
+from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 from phi3_lora_cuda.lora import LoraLinear
 
@@ -41,11 +45,25 @@ class LoadedPhi3:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             # Without an adapter below the first layer, its inputs need no gradient of their own.
             self.causal_lm.enable_input_require_grads()
-        if request.compile and device.type == "cuda":
-            # One graph serves all layers and all lengths.
-            for layer in self.causal_lm.model.layers:
-                layer.compile(dynamic=True)
+        self.is_compiled = request.compile and can_compile(self.dtype, device)
+        if self.is_compiled:
+            self._compile_layers()
         self.causal_lm.train(request.lora is not None)
+
+    def _compile_layers(self) -> None:
+        """Let one graph serve all layers and all lengths."""
+        # Where a graph cannot be made, the layer runs as it is.
+        torch._dynamo.config.suppress_errors = True
+        # The first layer's input would need no gradient, and a second graph.
+        self.causal_lm.enable_input_require_grads()
+        for layer in self.causal_lm.model.layers:
+            layer.compile(dynamic=True)
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """A context for scoring and decoding, which would need graphs of their own."""
+        if not self.is_compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -80,6 +98,12 @@ class LoadedPhi3:
         """A (r, in) and B (out, r) of a module."""
         layer = self.layers[path]
         return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether layers can be fused: one attention kernel, Triton and a C compiler are needed."""
+    tools = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    return has_flash(device, dtype) and bool(tools)
 
 
 def _resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch.dtype:

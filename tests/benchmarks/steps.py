@@ -6,13 +6,14 @@ Command: python tests/benchmarks/steps.py --model DIR [--data FILE] ours-cuda pl
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 WARM_STEPS = 2
-ROUNDS = 2
+ROUNDS = int(os.environ.get("ROUNDS", "2"))
 HERE = Path(__file__).parent
 
 
