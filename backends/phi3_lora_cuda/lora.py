@@ -58,14 +58,13 @@ class _LoraProduct(torch.autograd.Function):
         low_slope = slope @ b_cast
         grad_a = _product_in_float32(low_slope.T, rows)
         grad_b = _product_in_float32(slope.T, low) * ctx.scaling
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = slope @ weight
-            if ctx.is_plain:
-                grad_x.addmm_(low_slope, a_cast)
-            else:
-                grad_dropped = (low_slope @ a_cast).view(ctx.shape)
-            grad_x = grad_x.view(ctx.shape)
+        # Never skipped by needs_input_grad: torch.compile of PyTorch 2.11 misreads it.
+        grad_x, grad_dropped = slope @ weight, None
+        if ctx.is_plain:
+            grad_x.addmm_(low_slope, a_cast)
+        else:
+            grad_dropped = (low_slope @ a_cast).view(ctx.shape)
+        grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_dropped, None, grad_a, grad_b, None
 
 

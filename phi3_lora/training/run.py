@@ -29,9 +29,6 @@ from phi3_lora.training.rundir import check_same_run, locked, read_config, write
 from phi3_lora.training.signals import stop_on_signal
 from phi3_lora.weights import num_parameters
 
-_COMPILE_FROM = 8e15
-"""Tokens of a run times parameters; on an H100 the minute of compiling is then won back twice."""
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -70,15 +67,6 @@ class Prepared:
         """What the loop needs."""
         valid = self.valid.documents if self.valid else ()
         return Task(self.config.training_config, self.plan, self.train.documents, valid)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether fusing operations is asked for, or pays for the minute that it takes."""
-        wanted = self.config.training_config.torch_compile
-        if wanted is not None:
-            return wanted
-        epochs = self.plan.total_steps / self.plan.steps_per_epoch
-        return self.train.num_tokens * epochs * num_parameters(self.base.config) >= _COMPILE_FROM
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -188,7 +176,7 @@ def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
             seed=training.seed,
             micro_batch_tokens=training.per_device_train_batch_size * training.max_length,
             gradient_checkpointing=training.gradient_checkpointing,
-            compile=prepared.is_compiled,
+            compile=training.torch_compile,
         )
     )
 
