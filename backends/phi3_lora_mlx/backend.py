@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm  # noqa: F401 - a missing package is named here
-import numpy as np
 
 from phi3_lora.backend import LoadRequest
 from phi3_lora.errors import BackendUnavailableError
+from phi3_lora_mlx.blas import OPENBLAS_WHEEL, uses_reference_blas
 from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.model import load_model
-
-_SLOW_SHARE = 0.25
-"""Of numpy's speed, which brings OpenBLAS; reference BLAS reaches about a twentieth."""
 
 
 def has_gpu() -> bool:
@@ -63,33 +57,12 @@ class MlxBackend:
         }
 
     def diagnose(self) -> list[str]:
-        """A slow BLAS under MLX, with the line that mends it; takes up to a second."""
-        from phi3_lora_mlx import BLAS
-
-        if BLAS is not None or has_gpu() or not sys.platform.startswith("linux"):
-            return []
-        own, numpy_speed = cpu_gflops(mlx_product), cpu_gflops(np.matmul)
-        if own >= _SLOW_SHARE * numpy_speed:
+        """A slow BLAS under MLX, with the line that mends it."""
+        if has_gpu() or not uses_reference_blas():
             return []
         return [
-            f"MLX multiplies matrices at {own:.0f} GFLOP/s, numpy at {numpy_speed:.0f}: MLX runs "
-            "on the reference BLAS. OpenBLAS makes training 10 to 20 times faster: "
-            "pip install cmeel-openblas==0.3.29"
+            "MLX multiplies matrices with its wheel's reference BLAS, on one core and without "
+            "vector instructions. OpenBLAS makes training 10 to 20 times faster: "
+            f"pip install {OPENBLAS_WHEEL} (in a program of yours, import phi3_lora_mlx before "
+            "mlx.core)"
         ]
-
-
-def mlx_product(a: np.ndarray, b: np.ndarray) -> None:
-    """The product of two matrices, on MLX's CPU."""
-    with mx.stream(mx.cpu):
-        mx.eval(mx.array(a) @ mx.array(b))
-
-
-def cpu_gflops(multiply: Callable[[np.ndarray, np.ndarray], object], size: int = 512) -> float:
-    """Best of five products of float32 matrices, in 10^9 operations a second."""
-    matrix = np.ones((size, size), dtype=np.float32)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        multiply(matrix, matrix)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds) / 1e9

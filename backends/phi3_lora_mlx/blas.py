@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _OPENBLAS = "libopenblas.so.0"
+OPENBLAS_WHEEL = "cmeel-openblas==0.3.29"
+"""Other releases hold AVX-512 code outside their dispatch."""
 _GFORTRAN = "libgfortran.so.5"
 _PROBE = Path(__file__).with_name("blas_probe.py")
 
@@ -31,6 +33,20 @@ def preload_blas() -> str | None:
         if wheel.exists() and (_load([wheel]) or _load_with_gfortran(wheel, Path(folder))):
             return str(wheel)
     return _OPENBLAS if _load([Path(_OPENBLAS)]) else None
+
+
+def uses_reference_blas() -> bool:
+    """Whether MLX is left with the BLAS that its Linux wheel brings.
+
+    A fast library, preloaded by us or by the user, answers for the symbol in the process's global
+    scope; the wheel's own is known to MLX alone. Told so and not by a timing, which a busy machine
+    distorts.
+    """
+    bundled = any(
+        next((Path(folder) / "mlx_cpu.libs").glob("libblas-*"), None)
+        for folder in {sysconfig.get_path("platlib"), *sys.path}
+    )
+    return bundled and not hasattr(ctypes.CDLL(None), "cblas_sgemm")
 
 
 def _load(libraries: Sequence[Path]) -> bool:

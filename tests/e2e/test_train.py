@@ -16,13 +16,8 @@ import pytest
 
 from phi3_lora.errors import AdapterError
 from phi3_lora.tensor_files import read_all_float32
+from tests.e2e.program import PROGRAM, phi3_lora, train_arguments
 from tests.tiny import chat, write_model, write_rows
-
-PROGRAM = [sys.executable, "-m", "phi3_lora_cli"]
-
-
-def phi3_lora(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +26,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     rows = [chat(f"question {i}", f"answer {i * 7 % 11}") for i in range(40)]
     data = write_rows(folder / "rows.jsonl", rows)
     return str(write_model(folder / "model")), str(data)
-
-
-def arguments(inputs: tuple[str, str], run: Path, backend: str) -> list[str]:
-    model, data = inputs
-    return [
-        *("train", "--model", model, "--data", data, "--output", str(run)),
-        *("--backend", backend, "--device", "cpu", "--max-steps", "60", "--lr", "1e-3"),
-        *("--set", "training_config.save_steps=5", "--set", "training_config.logging_steps=3"),
-    ]
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -52,9 +38,9 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     inputs: tuple[str, str], tmp_path: Path, backend: str
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert phi3_lora(*arguments(inputs, whole, backend)).returncode == 0
+    assert phi3_lora(*train_arguments(inputs, whole, backend)).returncode == 0
     process = subprocess.Popen(
-        [*PROGRAM, *arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
+        [*PROGRAM, *train_arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
     while not (broken / "checkpoints" / "step-000010").exists() and process.poll() is None:
@@ -82,9 +68,9 @@ def test_a_run_started_on_one_backend_goes_on_on_the_other(
 ) -> None:
     whole = tmp_path / "whole"
     moved = tmp_path / "moved"
-    assert phi3_lora(*arguments(inputs, whole, "cuda")).returncode == 0
+    assert phi3_lora(*train_arguments(inputs, whole, "cuda")).returncode == 0
     process = subprocess.Popen(
-        [*PROGRAM, *arguments(inputs, moved, "mlx")], stderr=subprocess.DEVNULL
+        [*PROGRAM, *train_arguments(inputs, moved, "mlx")], stderr=subprocess.DEVNULL
     )
     while not (moved / "checkpoints" / "step-000005").exists() and process.poll() is None:
         time.sleep(0.01)

@@ -1,0 +1,116 @@
+"""What the world does to a run: other inputs on resume, full disks, missing packages, slow BLAS."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import phi3_lora, train_arguments
+from tests.tiny import chat, write_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [chat(f"question {i}", f"answer {i * 7 % 11}") for i in range(8)]
+    return str(write_model(folder / "model")), str(write_rows(folder / "rows.jsonl", rows))
+
+
+@pytest.fixture
+def finished(inputs: tuple[str, str], tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    done = phi3_lora(*train_arguments(inputs, run, "cuda"), "--max-steps", "6")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def resume(run: Path, *more: str):
+    return phi3_lora("train", "--resume", "--output", str(run), "--device", "cpu", *more)
+
+
+def test_resume_names_the_setting_that_differs(finished: Path) -> None:
+    found = resume(finished, "--rank", "3")
+    assert found.returncode == 2 and "peft_config.r" in found.stderr, found.stderr
+
+
+def test_resume_with_other_rows_under_the_same_name_is_refused(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")] * 8)
+    run = tmp_path / "run"
+    assert phi3_lora(*train_arguments((inputs[0], str(data)), run, "cuda")).returncode == 0
+    write_rows(data, [chat("a", "c")] * 8)
+    found = resume(run)
+    assert found.returncode == 2 and "data: the rows" in found.stderr, found.stderr
+
+
+def test_resume_with_other_weights_under_the_same_name_is_refused(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    model, run = write_model(tmp_path / "model"), tmp_path / "run"
+    assert phi3_lora(*train_arguments((str(model), inputs[1]), run, "cuda")).returncode == 0
+    write_model(model, seed=1)
+    found = resume(run)
+    assert found.returncode == 2 and "model: its config or weights" in found.stderr, found.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(finished: Path) -> None:
+    newest = sorted((finished / "checkpoints").iterdir())[-1]
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    found = resume(finished, "--json")
+    assert found.returncode == 0, found.stderr
+    assert newest.name in found.stderr and json.loads(found.stdout)["steps"] == 6
+
+
+def test_a_disk_that_fills_up_leaves_what_was_saved(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the checkpoint's first file is over it."""
+    run = tmp_path / "run"
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = [*train_arguments(inputs, run, "cuda"), "--max-steps", "6"]
+    failed = phi3_lora(*arguments, preexec_fn=no_large_files)
+    assert failed.returncode == 2, failed.stderr
+    assert "no space left while writing" in failed.stderr and "Traceback" not in failed.stderr
+    assert not list((run / "checkpoints").glob("*"))
+    found = resume(run, "--json")
+    assert found.returncode == 0 and json.loads(found.stdout)["steps"] == 6, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "package", "line"),
+    [("cuda", "peft", "phi3-lora[cuda]"), ("mlx", "mlx_lm", "phi3-lora[mlx]")],
+)
+def test_a_missing_package_is_named_with_the_pip_line(
+    inputs: tuple[str, str], tmp_path: Path, backend: str, package: str, line: str
+) -> None:
+    words = [*train_arguments(inputs, tmp_path / "run", backend), "--max-steps", "1"]
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from phi3_lora_cli.main import main; main()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2, found.stderr
+    assert package in found.stderr and f"pip install '{line}'" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS brings its own BLAS")
+def test_doctor_notices_reference_blas_under_mlx() -> None:
+    code = (
+        "import mlx.core; from phi3_lora.report.doctor import examine; print(examine()['problems'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pyproject = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    pinned = next(line for line in pyproject.splitlines() if '"cmeel-openblas==' in line)
+    assert f"pip install {pinned.split(';')[0].strip()[1:]}" in found.stdout
