@@ -22,9 +22,11 @@ class LoraLinear(peft.tuners.lora.Linear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
+        dropped = self.lora_dropout[name](x)
         return _LoraProduct.apply(
             x,
-            self.lora_dropout[name](x),
+            # Given twice, a tensor loses its gradient in torch.compile of PyTorch 2.11.
+            None if dropped is x else dropped,
             self.get_base_layer().weight,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
@@ -33,22 +35,29 @@ class LoraLinear(peft.tuners.lora.Linear):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """W x + scaling B A dropped, where dropped is x or x after dropout.
+    """W x + scaling B A dropped, where dropped is x after dropout; None means x.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
-        rows = dropped.reshape(-1, dropped.shape[-1])
+        x_rows = x.reshape(-1, x.shape[-1])
+        rows = x_rows if dropped is None else dropped.reshape(-1, x.shape[-1])
         a_cast, b_cast = a.to(weight.dtype), (b * scaling).to(weight.dtype)
         low = rows @ a_cast.T
-        y = x.reshape(-1, x.shape[-1]) @ weight.T
+        y = x_rows @ weight.T
         y.addmm_(low, b_cast.T)
         ctx.save_for_backward(rows, low, weight, a_cast, b_cast)
-        ctx.scaling, ctx.shape, ctx.is_plain = scaling, x.shape, dropped is x
+        ctx.scaling, ctx.shape, ctx.is_plain = scaling, x.shape, dropped is None
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -58,13 +67,14 @@ class _LoraProduct(torch.autograd.Function):
         low_slope = slope @ b_cast
         grad_a = _product_in_float32(low_slope.T, rows)
         grad_b = _product_in_float32(slope.T, low) * ctx.scaling
-        # Never skipped by needs_input_grad: torch.compile of PyTorch 2.11 misreads it.
-        grad_x, grad_dropped = slope @ weight, None
-        if ctx.is_plain:
-            grad_x.addmm_(low_slope, a_cast)
-        else:
-            grad_dropped = (low_slope @ a_cast).view(ctx.shape)
-        grad_x = grad_x.view(ctx.shape)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = slope @ weight
+            if ctx.is_plain:
+                grad_x.addmm_(low_slope, a_cast)
+            else:
+                grad_dropped = (low_slope @ a_cast).view(ctx.shape)
+            grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_dropped, None, grad_a, grad_b, None
 
 
