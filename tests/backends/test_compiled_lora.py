@@ -19,6 +19,7 @@ class Block(nn.Module):
         self.proj = LoraLinear(
             nn.Linear(8, 6, bias=False), "default", config=config, r=2, lora_dropout=dropout
         )
+        self.proj.get_base_layer().requires_grad_(False)
         nn.init.normal_(self.proj.lora_B["default"].weight)
 
     def forward(self, x: Tensor) -> Tensor:
