@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.errors import ModelError, Phi3LoraError, listing
+from phi3_lora.model_checks import contradictions
 
 PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
         raise ModelError(
             f"{model_dir}/config.json has a value of the wrong type: {cause}"
         ) from None
-    problems = _contradictions(config, raw)
+    problems = contradictions(config, raw)
     if problems:
         raise ModelError(listing(f"{model_dir}/config.json cannot be used:", problems))
     return config
@@ -227,42 +227,3 @@ def _stop_ids(raw: Mapping[str, Any], model_dir: Path) -> frozenset[int]:
     for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
         found.update([value] if isinstance(value, int) else value or [])
     return frozenset(found)
-
-
-def _contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"{name} must be >= 1, got {getattr(config, name)}"
-        for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-            *("num_attention_heads", "num_key_value_heads", "head_dim"),
-        )
-        if getattr(config, name) < 1
-    ]
-    if problems:
-        return problems
-    if config.hidden_size % config.num_attention_heads and not raw.get("head_dim"):
-        problems.append(
-            f"hidden_size {config.hidden_size} is not divisible by "
-            f"num_attention_heads {config.num_attention_heads}"
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        problems.append(
-            f"num_attention_heads {config.num_attention_heads} is not divisible by "
-            f"num_key_value_heads {config.num_key_value_heads}"
-        )
-    for name in ("bos_token_id", "pad_token_id"):
-        value = raw.get(name)
-        if isinstance(value, int) and value >= config.vocab_size:
-            problems.append(f"{name} {value} is outside the vocabulary of {config.vocab_size}")
-    if config.dtype not in DTYPES:
-        problems.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
-    if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {raw['hidden_act']!r} is not silu")
-    for name in ("short_factor", "long_factor"):
-        factors = getattr(config.rope, name)
-        if factors is not None and len(factors) != config.rotary_dim // 2:
-            problems.append(
-                f"rope {name} has {len(factors)} entries; rotary dimension "
-                f"{config.rotary_dim} needs {config.rotary_dim // 2}"
-            )
-    return problems

@@ -17,7 +17,7 @@ from torch import nn
 
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
-from phi3_lora.models import read_model_config
+from phi3_lora.models import ModelConfig, read_model_config
 from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 from phi3_lora_cuda.lora import LoraLinear
@@ -31,7 +31,7 @@ class LoadedPhi3:
     def __init__(self, request: LoadRequest, device: torch.device) -> None:
         self.config = read_model_config(request.model_dir)
         self.dtype = _resolve_dtype(request, device, self.config.dtype)
-        self.causal_lm = _load_base(request, self.dtype, device)
+        self.causal_lm = _load_base(request, self.config, self.dtype, device)
         self.rotary = GivenRotary()
         self.causal_lm.model.rotary_emb = self.rotary
         self.dropout_keys = DropoutKeys()
@@ -113,13 +113,15 @@ def _resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torc
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_base(
+    request: LoadRequest, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
     """Phi3ForCausalLM by name: the folder's auto_map is never followed.
 
     Raises:
         ModelError: when the folder holds quantised weights.
     """
-    if read_model_config(request.model_dir).quantization is not None:
+    if config.quantization is not None:
         raise ModelError(
             f"{request.model_dir} holds quantised weights, which --backend cuda does not read yet; "
             "use the unquantised model, or --backend mlx for a folder that mlx-lm quantised"

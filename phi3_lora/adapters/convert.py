@@ -49,6 +49,8 @@ def convert(
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AdapterError(f"{target} is in use: choose a new or empty folder")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
     layouts = find_layouts(source)
     adapter = read_adapter(source)
     if config is not None:

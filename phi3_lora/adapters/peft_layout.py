@@ -41,9 +41,11 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
         if config.get(name) not in _EMPTY
     ]
     problems += [f"{name}: not a LoRA tensor of a linear layer" for name in _foreign(weights)]
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
+    if config.get("peft_type") not in (None, "LORA"):
+        problems.append(f"adapter_config.json: peft_type must be LORA, got {config['peft_type']!r}")
+    if not is_number(config.get("r"), int) or config["r"] < 1:
         problems.append(f"adapter_config.json: r must be an integer >= 1, got {config.get('r')!r}")
-    if not isinstance(config.get("lora_alpha"), (int, float)):
+    if not is_number(config.get("lora_alpha"), int, float):
         problems.append(
             f"adapter_config.json: lora_alpha must be a number, got {config.get('lora_alpha')!r}"
         )
@@ -57,6 +59,11 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         base_model=config.get("base_model_name_or_path"),
     )
+
+
+def is_number(value: Any, *kinds: type) -> bool:
+    """Whether a value read from JSON is of these kinds; true and false are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _foreign(weights: Mapping[str, Any]) -> list[str]:

@@ -191,6 +191,31 @@ def test_bad_adapter_config_is_an_adapter_error(tmp_path: Path, content: str | N
         read_adapter(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "phrase"),
+    [
+        ("r", True, "r must be an integer"),
+        ("lora_alpha", True, "lora_alpha must be a number"),
+        ("peft_type", "IA3", "peft_type must be LORA"),
+    ],
+)
+def test_bad_value_in_the_adapter_config_is_named(
+    tmp_path: Path, key: str, value: Any, phrase: str
+) -> None:
+    write_adapter_folder(tmp_path / "a", make_adapter(), to="peft")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(AdapterError, match=phrase):
+        read_adapter(tmp_path / "a")
+
+
+def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path / "a", make_adapter())
+    with pytest.raises(AdapterError, match="lies inside"):
+        convert(tmp_path / "a", tmp_path / "a" / "b", to="peft")
+    assert not (tmp_path / "a" / "b").exists()
+
+
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such adapter folder"):
         read_adapter(tmp_path / "x")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,26 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as problem:
         read_model_config(write_config(tmp_path, raw))
     assert len(str(problem.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"eos_token_id": [256, 999]}, "eos_token_id 999 is outside"),
+        ({"sliding_window": 0}, "sliding_window must be null or an integer >= 1, got 0"),
+        ({"sliding_window": -5}, "sliding_window"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor must be in"),
+        ({"partial_rotary_factor": 0.2}, "even number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a number > 0"),
+        ({"rope_theta": 0}, "rope_theta must be"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings must be"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_value_out_of_range_is_named(tmp_path: Path, changes: dict, phrase: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(phrase)):
+        read_model_config(write_config(tmp_path, tiny_config(**changes)))
 
 
 def test_remote_code_entry_is_ignored(tmp_path: Path) -> None:
