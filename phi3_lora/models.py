@@ -178,6 +178,8 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
     original = raw.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings"
     )
+    # transformers' Phi3Config has 4096 where LongRoPE's boundary is not told.
+    is_long = bool(rope.get("long_factor"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     window = raw.get("sliding_window")
     return ModelConfig(
@@ -190,7 +192,7 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         head_dim=int(raw.get("head_dim") or (hidden // heads if heads else 0)),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
         max_position_embeddings=max_positions,
-        original_max_position_embeddings=int(original or max_positions),
+        original_max_position_embeddings=int(original or (4096 if is_long else max_positions)),
         sliding_window=None if window is None else int(window),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope=_parse_rope(raw, rope, model_dir),

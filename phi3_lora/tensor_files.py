@@ -126,6 +126,13 @@ def is_finite(info: TensorInfo, chunk: int = 1 << 24) -> bool:
     return True
 
 
+def is_same(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two stored tensors are equal, byte for byte."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return bool(np.array_equal(read_raw(first).view(np.uint8), read_raw(second).view(np.uint8)))
+
+
 def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
     """Every tensor of a file as float32.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from phi3_lora.errors import ModelError, listing
 from phi3_lora.models import ModelConfig, read_json
-from phi3_lora.tensor_files import TensorInfo, is_finite, read_header
+from phi3_lora.tensor_files import TensorInfo, is_finite, is_same, read_header
 
 _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
@@ -74,9 +74,39 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
         for name, info in found.items()
         if not is_finite(info)
     ]
+    problems += _what_frameworks_read_differently(model_dir, found)
     if problems:
         raise ModelError(listing(f"the weights in {model_dir} cannot be used:", problems))
     return found
+
+
+def _what_frameworks_read_differently(model_dir: Path, found: dict[str, TensorInfo]) -> list[str]:
+    problems = []
+    used = {info.path.name for info in found.values()}
+    stray = sorted(p.name for p in model_dir.glob("model*.safetensors") if p.name not in used)
+    if stray:
+        problems.append(
+            f"{', '.join(stray)}: not part of the model, but mlx-lm would read it; move it away"
+        )
+    foreign = sorted(name for name in used if not name.startswith("model"))
+    if foreign:
+        problems.append(
+            f"{', '.join(foreign)}: mlx-lm reads only model*.safetensors; rename it, also in the "
+            "index"
+        )
+    if (model_dir / "adapter_config.json").exists():
+        problems.append(
+            "adapter_config.json: transformers would load that adapter into the base; move it and "
+            "its weights to a folder of their own and pass that with --adapter"
+        )
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    tied = read_json(model_dir / "config.json").get("tie_word_embeddings", False)
+    if tied and head and embedding and not is_same(head, embedding):
+        problems.append(
+            "lm_head.weight: not model.embed_tokens.weight, though tie_word_embeddings is true; "
+            "delete the tensor, or set tie_word_embeddings to false"
+        )
+    return problems
 
 
 def model_identity(model_dir: Path, tensors: dict[str, TensorInfo]) -> str:

@@ -121,9 +121,13 @@ class CudaEngine:
             if not len(index):
                 continue
             hidden = self._hidden(part).index_select(0, index)
-            loss = head_loss(hidden.detach(), self._model.head_weight, targets, loss_tokens)
+            loss = head_loss(hidden.detach(), self._model.head_weight, targets)
             hidden.backward(loss.grad)
             nats += loss.nats
+        # Last and in float32: a half-precision gradient of a large step's mean would vanish.
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if gradients:
+            torch._foreach_div_(gradients, float(loss_tokens))
         return nats
 
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:

@@ -22,7 +22,7 @@ class HeadLoss(NamedTuple):
     nats: Tensor
     """Sum of the negative log-probabilities, a float64 scalar."""
     grad: Tensor
-    """Gradient of nats / loss_tokens with respect to the rows, (S, hidden)."""
+    """Gradient of nats with respect to the rows, (S, hidden)."""
 
 
 class RowScores(NamedTuple):
@@ -52,14 +52,13 @@ def _softmax(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_tokens: int) -> HeadLoss:
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> HeadLoss:
     """Cross-entropy of the rows and its gradient.
 
     Args:
         hidden: (S, hidden) final hidden states of the supervised rows.
         weight: (vocabulary, hidden).
         targets: (S,) next tokens.
-        loss_tokens: the step's supervised tokens over all micro-batches and ranks.
     """
     grad = torch.empty_like(hidden)
     nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -68,7 +67,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_tokens: int)
         index = targets[part, None]
         nats += (log_total - logits.gather(1, index).squeeze(1).to(log_total.dtype)).double().sum()
         probability.scatter_add_(1, index, torch.full_like(index, -1, dtype=probability.dtype))
-        grad[part] = (probability.to(weight.dtype) @ weight) / loss_tokens
+        grad[part] = probability.to(weight.dtype) @ weight
     return HeadLoss(nats, grad)
 
 

@@ -136,6 +136,11 @@ def _load_base(
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
+            # Dropout is the adapter's alone, and rows are never padded.
+            resid_pdrop=0.0,
+            attention_dropout=0.0,
+            embd_pdrop=0.0,
+            pad_token_id=None,
             local_files_only=True,
         )
     return model.to(device)

@@ -81,8 +81,8 @@ class MlxEngine:
         """The base model's compute dtype."""
         return self._loaded.dtype
 
-    def _surrogate(self, parameters: Arrays, rows: Rows, scale: mx.array) -> tuple[Any, mx.array]:
-        """A number whose gradient is that of nats * scale, and nats.
+    def _surrogate(self, parameters: Arrays, rows: Rows) -> tuple[Any, mx.array]:
+        """A number whose gradient is that of nats, and nats.
 
         The head gives the gradient of its input at once, so sum(hidden * that) has the right
         gradient and its value is never computed.
@@ -95,7 +95,7 @@ class MlxEngine:
             model,
             mx.stop_gradient(hidden),
             rows.targets,
-            rows.weights * scale,
+            rows.weights,
             self._loaded.config.vocab_size,
         )
         product = hidden.astype(mx.float32) * mx.stop_gradient(loss.grad).astype(mx.float32)
@@ -110,14 +110,13 @@ class MlxEngine:
         request = self._request
         has_dropout = request.lora is not None and request.lora.dropout > 0
         key = DropoutKey(request.seed, step) if has_dropout else None
-        scale = mx.array(1.0 / loss_tokens, mx.float32)
         gradients: Arrays = {}
         nats = []
         for part in micro_batches(batch, request.micro_batch_tokens, is_padded=self._on_gpu):
             if not part.loss_mask.any():
                 continue
             (_, part_nats), part_gradients = self._value_and_grad(
-                self._parameters, self._rows(part, key), scale
+                self._parameters, self._rows(part, key)
             )
             # The trace left its own arrays in the model.
             self._install(self._parameters)
@@ -132,6 +131,8 @@ class MlxEngine:
         self._loaded.state.dropout_rows = None
         if not gradients:
             return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
+        # Last and in float32: a half-precision gradient of a large step's mean would vanish.
+        gradients = {name: g / loss_tokens for name, g in gradients.items()}
         return gradients, staged_sum(mx.stack(nats))
 
     def _install(self, parameters: Arrays) -> None:

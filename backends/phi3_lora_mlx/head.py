@@ -23,7 +23,7 @@ class HeadLoss(NamedTuple):
     nats: mx.array
     """Sum of the negative log-probabilities."""
     grad: mx.array
-    """Gradient of nats / loss_tokens with respect to the rows, (S, hidden)."""
+    """Gradient of nats with respect to the rows, (S, hidden)."""
 
 
 class RowScores(NamedTuple):
@@ -55,7 +55,7 @@ def head_loss(
         model: for its head.
         hidden: (S, hidden) final hidden states.
         targets: (S,).
-        weights: (S,) what each row counts in grad; a row of weight 0 counts nothing in nats.
+        weights: (S,) 1, or 0 for a row that is padding.
         vocab_size: of the model.
     """
     nats, grads = [], []

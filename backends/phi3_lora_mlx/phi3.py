@@ -129,7 +129,7 @@ class Phi3(nn.Module):
         """Final hidden states of tokens (T,), as (T, hidden)."""
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
-            if self._checkpointed:
+            if self._checkpointed and caches is None:
                 x = _checkpointed(layer, x, angles, attention)
             else:
                 x = layer(x, angles, attention, None if caches is None else caches[i])

@@ -122,8 +122,8 @@ def shard(folder: Path, target: Path) -> Path:
     weight_map = {}
     for i in range(2):
         part = {name: tensors[name] for name in sorted(tensors)[i::2]}
-        (target / f"part-{i}.safetensors").write_bytes(encode(part))
-        weight_map.update(dict.fromkeys(part, f"part-{i}.safetensors"))
+        (target / f"model-{i}.safetensors").write_bytes(encode(part))
+        weight_map.update(dict.fromkeys(part, f"model-{i}.safetensors"))
     (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return target
 
@@ -154,7 +154,7 @@ def test_identity_changes_with_weights_and_config(model: Path, tmp_path: Path) -
 
 def test_shard_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
     sharded = shard(model, tmp_path / "sharded")
-    (sharded / "part-1.safetensors").unlink()
+    (sharded / "model-1.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no such file: .*part-1\.safetensors"):
         check(sharded)
 
@@ -162,7 +162,7 @@ def test_shard_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
 def test_shard_outside_the_folder_is_refused(model: Path, tmp_path: Path) -> None:
     sharded = shard(model, tmp_path / "sharded")
     index = sharded / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("part-1", "../model/part-1"))
+    index.write_text(index.read_text().replace("model-1", "../model/part-1"))
     with pytest.raises(ModelError, match="outside its folder"):
         check(sharded)
 
