@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,30 +15,41 @@ if TYPE_CHECKING:
     from phi3_lora.data.records import Message
     from phi3_lora.evaluation import Evaluation
     from phi3_lora.loading import BaseModel
+    from phi3_lora.report.observer import Observer
     from phi3_lora.training.run import TrainResult
 
 
 def train(
-    config: RunConfig | Mapping[str, Any] | str | Path, *, resume: bool = False
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
 ) -> TrainResult:
     """Fine-tune and write the run folder.
 
     Args:
         config: a RunConfig, the same as a mapping, or the path of a YAML file.
         resume: go on from the newest whole checkpoint of the run folder.
+        observer: told of each event; the default turns notes into warnings.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
     """
-    from phi3_lora.config.load import load_settings
+    from phi3_lora.config.load import RunSettings, load_settings
     from phi3_lora.config.schema import RunConfig
+    from phi3_lora.report.observer import WarningObserver
     from phi3_lora.training.run import train as run_training
 
     if isinstance(config, (str, Path)):
-        config = load_settings(config_file=Path(config)).config
-    elif not isinstance(config, RunConfig):
-        config = load_settings(base=config).config
-    return run_training(config, resume=resume)
+        settings = load_settings(config_file=Path(config))
+    elif isinstance(config, RunConfig):
+        settings = RunSettings(config, [])
+    else:
+        settings = load_settings(base=config)
+    observer = observer or WarningObserver()
+    for note in settings.notes:
+        observer.note(note)
+    return run_training(settings.config, resume=resume, observer=observer)
 
 
 class LoadedModel:
@@ -77,19 +89,23 @@ class LoadedModel:
 
         rows = read_conversations(resolve_scoring_file(data))
         dataset = build_dataset(rows, self.base.tokenizer, max_length=max_length, name=data)
+        for note in dataset.notes:
+            warnings.warn(note, stacklevel=2)
         return evaluate(self.engine, dataset.documents)
 
     def save(self, folder: str | Path, *, to: str = "both") -> None:
         """Write the adapter as a folder that PEFT and mlx-lm load.
 
         Raises:
-            AdapterError: when there is no adapter, or the layout cannot hold it.
+            AdapterError: when there is no adapter, the layout cannot hold it, or the folder holds
+                something else.
         """
-        from phi3_lora.adapters.folder import write_adapter_folder
+        from phi3_lora.adapters.folder import check_replaceable, write_adapter_folder
         from phi3_lora.errors import AdapterError
 
         if self.adapter is None:
             raise AdapterError("the model was loaded without an adapter: there is nothing to save")
+        check_replaceable(Path(folder))
         write_adapter_folder(Path(folder), self.adapter, to=to)
 
     def close(self) -> None:

@@ -126,6 +126,10 @@ class Engine(Protocol):
         """Number of processes that share each step."""
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What of the request has no effect here, for the user."""
+
+    @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Module path -> (out, in) of every LoRA layer."""
 

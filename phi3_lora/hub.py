@@ -20,10 +20,12 @@ def resolve_model_dir(model: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: when there is no such folder and the hub has no such model or is out of reach.
     """
-    if model == "demo":
-        return DEMO_MODEL_DIR
-    folder = Path(model).expanduser()
+    folder = DEMO_MODEL_DIR if model == "demo" else Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"revision {revision!r} has no meaning for {model}: only a hub id has one"
+            )
         return folder
     if not _HUB_ID.match(model) or folder.exists() or model.startswith((".", "/", "~")):
         raise ModelError(f"no such model folder: {model} (a folder, a hub id, or demo)")

@@ -1,10 +1,10 @@
-"""How backends cut a step's documents into micro-batches; a pure function of the documents."""
+"""What backends share: cutting a step's documents into micro-batches, and notes on a request."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from phi3_lora.backend import Batch
+from phi3_lora.backend import Batch, LoadRequest
 
 
 def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
@@ -37,3 +37,10 @@ def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
     full = np.zeros(len(batch.tokens), dtype=values.dtype)
     full[batch.loss_mask] = values
     return np.add.reduceat(full, batch.doc_starts[:-1])
+
+
+def unused_precision(request: LoadRequest, dtype: str) -> list[str]:
+    """A note where bf16 or fp16 was asked for and the engine computes in another dtype."""
+    if request.gpu_dtype in (None, dtype):
+        return []
+    return [f"bf16 and fp16 have no effect here: computing in {dtype}"]

@@ -76,6 +76,9 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     part = folder.with_name(folder.name + ".part")
     old = folder.with_name(folder.name + ".old")
     with explained(folder):
+        if old.exists() and not folder.exists():
+            # A crash came between the two renames: the older content is still the newest whole.
+            os.rename(old, folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         try:

@@ -27,7 +27,7 @@ from phi3_lora.backend import (
 from phi3_lora.decoding import decode
 from phi3_lora.dropout import row_keys
 from phi3_lora.errors import TrainingError
-from phi3_lora.layout import per_document, split_batch
+from phi3_lora.layout import per_document, split_batch, unused_precision
 from phi3_lora.rope import rotary_tables
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.documents import Documents
@@ -69,6 +69,17 @@ class CudaEngine:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the request has no effect here."""
+        notes = unused_precision(self._request, self.dtype)
+        if self._request.compile and not self._model.is_compiled:
+            notes.append(
+                "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton "
+                "and a C compiler"
+            )
+        return notes
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:

@@ -42,7 +42,10 @@ class LoadedPhi3:
         else:
             self._add_lora(request.lora)
         if request.gradient_checkpointing:
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Its name changes in transformers 6; its ways do not.
+                warnings.simplefilter("ignore")
+                self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             # Without an adapter below the first layer, its inputs need no gradient of their own.
             self.causal_lm.enable_input_require_grads()
         self.is_compiled = request.compile and can_compile(self.dtype, device)

@@ -25,7 +25,7 @@ from phi3_lora.backend import (
     Tensors,
 )
 from phi3_lora.decoding import decode
-from phi3_lora.layout import per_document, split_batch
+from phi3_lora.layout import per_document, unused_precision
 from phi3_lora_mlx.decoder import CachedDecoder
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
@@ -63,6 +63,14 @@ class MlxEngine:
         for path in loaded.layers:
             self._names[f"{path}.lora_a"] = lora_a_name(path)
             self._names[f"{path}.lora_b"] = lora_b_name(path)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the request has no effect here."""
+        notes = unused_precision(self._request, self.dtype)
+        if self._request.compile:
+            notes.append("torch_compile has no effect: MLX compiles every step on a GPU by itself")
+        return notes
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -181,7 +189,8 @@ class MlxEngine:
 
     def logprobs(self, batch: Batch) -> Float32:
         """Log-probability of each target, (T,)."""
-        parts = split_batch(batch, self._request.micro_batch_tokens)
+        limit = self._request.micro_batch_tokens
+        parts = micro_batches(batch, limit, is_padded=self._on_gpu)
         found = [np.array(self._score_rows(p, np.arange(len(p.tokens))).logprob) for p in parts]
         result = np.concatenate(found).astype(np.float32)
         result[batch.doc_starts[1:] - 1] = 0.0

@@ -65,6 +65,7 @@ def command(
     dataset = build_dataset(rows, base.tokenizer, max_length=max_length, name=data)
     for text in dataset.notes:
         note(text)
+    scored = {document.source for document in dataset.documents}
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
     if opened.note:
         note(opened.note)
@@ -74,6 +75,7 @@ def command(
     answers = []
     if generate:
         sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
+        rows = [row for row in rows if row.source in scored]
         with _progress(len(rows), "answering") as advance:
             answers = answer_conversations(opened.engine, base.tokenizer, rows, sampling, advance)
         result["exact_match"] = sum(a.is_exact for a in answers) / max(1, len(answers))

@@ -31,7 +31,8 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     except Phi3LoraError as problem:
         if show_traceback:
             raise
-        return _say(f"error: {problem}", problem.exit_code)
+        is_stop = problem.exit_code in (130, 143)
+        return _say(str(problem) if is_stop else f"error: {problem}", problem.exit_code)
     except MemoryError:
         return _say("error: out of memory: lower --batch-size or --max-length", 2)
     except BrokenPipeError:

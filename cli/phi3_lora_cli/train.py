@@ -57,7 +57,11 @@ _FLAGS = {
 @click.option("--rank", type=int, help="LoRA rank. Default: 16.")
 @click.option("--alpha", type=float, help="LoRA alpha. Default: 32.")
 @click.option("--dropout", type=float, help="LoRA dropout. Default: 0.")
-@click.option("--targets", metavar="NAMES", help="Comma-separated modules. Default: all-linear.")
+@click.option(
+    "--targets",
+    metavar="NAMES",
+    help="Comma-separated modules, or one regular expression. Default: all-linear.",
+)
 @click.option("--max-length", type=int, help="Tokens a document may have. Default: 2048.")
 @click.option("--packing/--no-packing", default=None, help="Fill rows of --max-length.")
 @click.option("--seed", type=int, help="Default: 0.")
@@ -89,8 +93,7 @@ def command(
     from phi3_lora.training.run import train
     from phi3_lora.training.rundir import read_config
 
-    if flags["targets"] is not None and flags["targets"] != "all-linear":
-        flags["targets"] = [name.strip() for name in flags["targets"].split(",") if name.strip()]
+    flags["targets"] = _targets(flags["targets"])
     base = None
     if resume:
         if output is None:
@@ -122,6 +125,13 @@ def command(
             f"{result.adapter} --prompt '...'",
             err=True,
         )
+
+
+def _targets(value: str | None) -> str | list[str] | None:
+    """A regular expression as it is, names as a list."""
+    if value is None or value == "all-linear" or set(value) & set("\\^$*+?()[]{}|"):
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:

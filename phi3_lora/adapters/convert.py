@@ -56,6 +56,11 @@ def convert(
     if config is not None:
         adapter = dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
     notes = write_adapter_folder(target, adapter, to=to)
+    if adapter.num_layers is None and to != "peft":
+        notes.append(
+            "the base model's number of layers is not known, and mlx-lm takes the adapted layers "
+            "for its last ones: pass --model to check"
+        )
     written = read_adapter(target)
     difference = max(
         float(np.abs(value - written.weights[name]).max(initial=0.0))

@@ -114,6 +114,19 @@ def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]
     return config
 
 
+def check_replaceable(folder: Path) -> None:
+    """Make sure that writing an adapter here deletes nothing but an older adapter.
+
+    Raises:
+        AdapterError: when the folder holds other files than an adapter's.
+    """
+    if not folder.exists():
+        return
+    own = {CONFIG_NAME, "README.md", peft_layout.WEIGHTS_NAME, mlx_layout.WEIGHTS_NAME}
+    if not folder.is_dir() or any(path.name not in own for path in folder.iterdir()):
+        raise AdapterError(f"{folder} holds other files than an adapter: choose a new folder")
+
+
 def write_adapter_folder(
     folder: Path,
     adapter: Adapter,

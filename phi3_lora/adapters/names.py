@@ -24,6 +24,11 @@ def lora_b_name(module: str) -> str:
     return f"{PEFT_PREFIX}{module}.lora_B.weight"
 
 
+def is_b(name: str) -> bool:
+    """Whether a tensor is a B; the adapter changes nothing while every B is 0."""
+    return name.endswith(".lora_B.weight")
+
+
 def split_layer(module: str) -> tuple[int, str] | None:
     """Layer number and the path below it, for a module inside a decoder layer."""
     match = _LAYER.match(module)

@@ -149,9 +149,9 @@ def _known_values(
             if item not in allowed:
                 problems.append(f"{section}.{name}: {item!r} is not supported; leave it out")
         else:
-            kept[name] = item
-    if section == "training_config" and kept.get("eval_steps"):
-        kept.setdefault("eval_strategy", "steps")
+            # YAML 1.1 reads an unquoted no as false.
+            is_no = item is False and name in ("eval_strategy", "save_strategy")
+            kept[name] = "no" if is_no else item
     return kept
 
 

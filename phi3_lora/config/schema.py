@@ -103,7 +103,7 @@ class TrainingConfig:
     eval_strategy: str = "epoch"
     """When to score the validation data: no, steps or epoch; with the last two also at the end."""
     eval_steps: int = 0
-    """Steps between two evaluations; positive means eval_strategy: steps."""
+    """Steps between two evaluations; positive turns eval_strategy epoch into steps."""
     save_strategy: str = "steps"
     """When to save a checkpoint: no, steps or epoch; the end always counts."""
     save_steps: int = 100
@@ -145,6 +145,8 @@ class TrainingConfig:
             f"{self.num_train_epochs}; one must be > 0",
         )
         _require(not (self.bf16 and self.fp16), "bf16 and fp16 cannot both be true")
+        if self.eval_steps > 0 and self.eval_strategy == "epoch":
+            object.__setattr__(self, "eval_strategy", "steps")
 
     @property
     def documents_per_step(self) -> int:

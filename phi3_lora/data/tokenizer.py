@@ -18,6 +18,7 @@ from phi3_lora.models import read_json
 
 _NOT_SPACES = "\x1c\x1d\x1e\x1f"
 """White space to Python, not to Unicode, nor to the tokenizers library."""
+_ROWS_AT_ONCE = 1000
 _SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in _NOT_SPACES)
 
 
@@ -126,14 +127,22 @@ class ChatTokenizer:
                 problems.append(f"{row.source}: {cause}")
         if problems:
             raise DataError(listing(f"{len(problems):,} row(s) cannot be rendered:", problems))
+        documents: list[Document] = []
+        # In parts: ids and offsets as Python objects take 50 times a document's arrays.
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            documents += self._encode_part(rendered[part], [row.source for row in rows[part]])
+        return documents
+
+    def _encode_part(self, rendered: Sequence[_Rendered], sources: list[str]) -> list[Document]:
         simple = [i for i, r in enumerate(rendered) if not self._holds_marker(r)]
         batch = self._tokenizer.encode_batch(
             [rendered[i].text for i in simple], add_special_tokens=False
         )
         encoded = {i: (e.ids, e.offsets) for i, e in zip(simple, batch, strict=True)}
         return [
-            self._document(*(encoded.get(i) or self._encode(r)), r, row.source)
-            for i, (r, row) in enumerate(zip(rendered, rows, strict=True))
+            self._document(*(encoded.get(i) or self._encode(r)), r, source)
+            for i, (r, source) in enumerate(zip(rendered, sources, strict=True))
         ]
 
     def _render(self, messages: Sequence[Message]) -> _Rendered:

@@ -28,7 +28,7 @@ class ConsoleObserver:
 
     def note(self, text: str) -> None:
         """One line, also while the bar is shown."""
-        self.console.print(f"note: {text}", markup=False)
+        self._say(f"note: {text}")
 
     def start(self, facts: dict[str, Any], step: int) -> None:
         """The run in four lines, then the bar."""
@@ -63,7 +63,8 @@ class ConsoleObserver:
             self._progress.start()
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        # A log file has no width to wrap at.
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def step(self, progress: Progressing, loss: float) -> None:
         """Move the bar."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,3 +55,11 @@ class SilentObserver:
 
     def finish(self) -> None:
         """Ignore."""
+
+
+class WarningObserver(SilentObserver):
+    """Turns notes into Python warnings; what a program that trains gets."""
+
+    def note(self, text: str) -> None:
+        """Warn."""
+        warnings.warn(text, stacklevel=2)

@@ -85,9 +85,15 @@ class CheckpointFolder:
         folder = self.path / f"step-{state['step']:06d}"
         replace_folder(folder, fill)
         if self._keep:
-            for old in self.names()[self._keep :]:
+            for old in [p for p in self.names() if p != folder][self._keep - 1 :]:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that went back makes anew."""
+        for path in self.names():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that passes its manifest, and what is wrong with newer ones.

@@ -32,20 +32,28 @@ def environment(engine: Engine, backend: Backend) -> dict[str, Any]:
     }
 
 
-def check_belongs(checkpoint: Checkpoint, identity: str, plan_hash: str) -> None:
-    """Check that a checkpoint was made with this model and this data.
+_BELONGS = {
+    "model_identity": "model: its config or weights are not those that the run began with",
+    "plan_hash": "data: the rows (or the tokenizer) are not those that the run began with, so its "
+    "steps would hold other documents",
+    "valid_hash": "data.valid: the rows to validate on are not those that the run began with",
+    "lora": "peft_config or --adapter: the run has {before}, now {now}",
+}
+"""Key of a checkpoint's state -> what to say where it differs."""
+
+
+def check_belongs(checkpoint: Checkpoint, now: dict[str, str]) -> None:
+    """Check that a checkpoint was made with this model, this data and this shape of adapter.
 
     Raises:
         CheckpointError: with what differs.
     """
-    problems = []
-    if checkpoint.state.get("model_identity") != identity:
-        problems.append("model: its config or weights are not those that the run began with")
-    if checkpoint.state.get("plan_hash") != plan_hash:
-        problems.append(
-            "data: the rows (or the tokenizer) are not those that the run began with, so its "
-            "steps would hold other documents"
-        )
+    before = checkpoint.state
+    problems = [
+        text.format(before=before.get(key), now=now[key])
+        for key, text in _BELONGS.items()
+        if before.get(key) != now[key]
+    ]
     if problems:
         problems.append("to train on with other data, start a new run with --adapter")
         raise CheckpointError(listing(f"cannot resume from {checkpoint.path}:", problems))
@@ -54,8 +62,16 @@ def check_belongs(checkpoint: Checkpoint, identity: str, plan_hash: str) -> None
 def changed_environment(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     """What differs from where the checkpoint was written, one phrase each."""
     before = checkpoint.state.get("environment", {})
-    return [
-        f"{name} was {before.get(name)!r}, now {now[name]!r}"
-        for name in now
-        if before.get(name) != now[name]
-    ]
+    changes = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict):
+            old = old if isinstance(old, dict) else {}
+            changes += [
+                f"{key} was {old.get(key)}, now {value.get(key)}"
+                for key in sorted({*old, *value})
+                if old.get(key) != value.get(key)
+            ]
+        elif old != value:
+            changes.append(f"{name} was {old}, now {value}")
+    return changes

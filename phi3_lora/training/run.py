@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter, initial_weights
 from phi3_lora.adapters.folder import write_adapter_folder
-from phi3_lora.adapters.names import resolve_targets
+from phi3_lora.adapters.names import is_b, resolve_targets
 from phi3_lora.backend import Backend, Engine, LoadRequest, LoraSpec
 from phi3_lora.config.load import resolve
 from phi3_lora.config.schema import RunConfig
-from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
+from phi3_lora.data.dataset import Dataset, documents_digest, load_splits, resolve_data
 from phi3_lora.errors import TrainingError, TrainingInterrupted
 from phi3_lora.evaluation import Evaluation
 from phi3_lora.loading import BaseModel, check_base, load_adapter, look_at_model
@@ -203,18 +204,19 @@ class _Run:
         if checkpoint is None:
             self.observer.note("no checkpoint yet: starting from step 0")
             return None
-        resuming.check_belongs(checkpoint, self.identity, self.prepared.plan_hash)
+        resuming.check_belongs(checkpoint, self._belongings())
         return checkpoint
 
     def train(self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None) -> TrainResult:
         """Run the loop and write the final adapter."""
         prepared, observer = self.prepared, self.observer
         environment = resuming.environment(engine, backend)
-        progress = self._restore(engine, checkpoint, environment)
         write_config(self.run_dir, prepared.config)
-        training = prepared.config.training_config
-        if (training.bf16 or training.fp16) and engine.dtype == "float32":
-            observer.note("bf16 and fp16 have no effect on a CPU: computing in float32")
+        progress = self._restore(engine, checkpoint, environment)
+        for note in engine.notes:
+            observer.note(note)
+        if progress.step == prepared.plan.total_steps:
+            observer.note(f"this run is finished: all {progress.step:,} steps are done")
         event = "start" if checkpoint is None else "resume"
         facts = prepared.facts()
         self.metrics.append(
@@ -241,6 +243,11 @@ class _Run:
             )
         self._save_adapter(engine, "adapter", progress, None)
         observer.finish()
+        if not any(value.any() for name, value in engine.read_adapter().items() if is_b(name)):
+            observer.note(
+                "the adapter changes nothing: every B is still 0 (a run of one step has only its "
+                "warm-up, of rate 0); set training_config.warmup_ratio=0 or train longer"
+            )
         return TrainResult(
             adapter=str(self.run_dir / "adapter"),
             steps=progress.step,
@@ -259,6 +266,7 @@ class _Run:
             engine.write_adapter(checkpoint.weights)
             engine.write_optimizer(checkpoint.optimizer)
             self.metrics.cut_back(checkpoint.step)
+            self.checkpoints.drop_after(checkpoint.step)
             changed = resuming.changed_environment(checkpoint, environment)
             if changed:
                 self.observer.note(
@@ -292,13 +300,24 @@ class _Run:
             num_layers=self.prepared.base.config.num_hidden_layers,
         )
 
+    def _belongings(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to be of this run."""
+        prepared = self.prepared
+        lora = prepared.lora
+        return {
+            "model_identity": self.identity,
+            "plan_hash": prepared.plan_hash,
+            "valid_hash": documents_digest(prepared.task.eval_documents),
+            "lora": f"r {lora.r}, scale {lora.scaling:.9g}, {len(lora.modules)} modules "
+            f"(crc {zlib.crc32(' '.join(lora.modules).encode()):08x})",
+        }
+
     def _save_checkpoint(
         self, engine: Engine, progress: Progress, environment: dict[str, Any]
     ) -> None:
         state = {
             **progress.to_dict(),
-            "plan_hash": self.prepared.plan_hash,
-            "model_identity": self.identity,
+            **self._belongings(),
             "environment": environment,
         }
         path = self.checkpoints.save(self._adapter(engine), engine.read_optimizer(), state)

@@ -26,6 +26,7 @@ _MAY_CHANGE = {
     *("training_config.eval_strategy", "training_config.eval_steps"),
     *("training_config.save_strategy", "training_config.save_steps"),
     *("training_config.save_total_limit", "training_config.bf16", "training_config.fp16"),
+    "training_config.torch_compile",
     # Judged by what they hold, not by where they lie.
     *("model", "revision", "adapter", "data.train", "data.valid"),
 }
@@ -56,7 +57,7 @@ def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
     try:
         # flock, not the file's existence: the kernel drops it even on SIGKILL.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         raise RunFolderError(
             f"another process is training into {run_dir}: wait for it or choose another --output"

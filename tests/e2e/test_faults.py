@@ -59,6 +59,34 @@ def test_resume_with_other_weights_under_the_same_name_is_refused(
     assert found.returncode == 2 and "model: its config or weights" in found.stderr, found.stderr
 
 
+def test_resume_with_another_start_or_other_validation_rows_is_refused(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    valid = write_rows(tmp_path / "valid.jsonl", [chat("a", "b")] * 3)
+    first, run = tmp_path / "first", tmp_path / "run"
+    words = train_arguments(inputs, first, "cuda")
+    assert phi3_lora(*words, "--max-steps", "2").returncode == 0
+    words = [*train_arguments(inputs, run, "cuda"), "--adapter", str(first / "adapter")]
+    started = phi3_lora(*words, "--valid", str(valid), "--max-steps", "2")
+    assert started.returncode == 0, started.stderr
+    config = first / "adapter" / "adapter_config.json"
+    for old, new in (('"lora_alpha": 32', '"lora_alpha": 320'), ('"scale": 2.0', '"scale": 20.0')):
+        config.write_text(config.read_text().replace(old, new))
+    write_rows(valid, [chat("a", "c")] * 3)
+    found = resume(run)
+    assert found.returncode == 2, found.stderr
+    assert "the run has r 16, scale 2," in found.stderr and "data.valid" in found.stderr
+
+
+def test_a_run_that_trains_nothing_says_so(inputs: tuple[str, str], tmp_path: Path) -> None:
+    words = train_arguments(inputs, tmp_path / "run", "cuda")
+    found = phi3_lora(*words, "--max-steps", "1", "--set", "training_config.torch_compile=true")
+    assert found.returncode == 0 and "the adapter changes nothing" in found.stderr, found.stderr
+    assert "torch_compile has no effect" in found.stderr
+    again = resume(tmp_path / "run")
+    assert again.returncode == 0 and "this run is finished" in again.stderr
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(finished: Path) -> None:
     newest = sorted((finished / "checkpoints").iterdir())[-1]
     weights = newest / "adapter_model.safetensors"

@@ -11,7 +11,12 @@ import pytest
 
 from phi3_lora.adapters.adapter import Adapter, check_fits, initial_weights
 from phi3_lora.adapters.convert import convert
-from phi3_lora.adapters.folder import find_layouts, read_adapter, write_adapter_folder
+from phi3_lora.adapters.folder import (
+    check_replaceable,
+    find_layouts,
+    read_adapter,
+    write_adapter_folder,
+)
 from phi3_lora.adapters.inspection import inspect_adapter
 from phi3_lora.adapters.names import lora_a_name, lora_b_name, resolve_targets
 from phi3_lora.errors import AdapterError, ConfigError
@@ -207,6 +212,20 @@ def test_bad_value_in_the_adapter_config_is_named(
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(AdapterError, match=phrase):
         read_adapter(tmp_path / "a")
+
+
+def test_conversion_to_mlx_tells_that_the_number_of_layers_is_unknown(tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path / "a", make_adapter(), to="peft")
+    assert "pass --model" in convert(tmp_path / "a", tmp_path / "b", to="mlx").notes[0]
+
+
+def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path / "a", make_adapter())
+    check_replaceable(tmp_path / "a")
+    check_replaceable(tmp_path / "new")
+    (tmp_path / "a" / "config.yaml").write_text("")
+    with pytest.raises(AdapterError, match="holds other files"):
+        check_replaceable(tmp_path / "a")
 
 
 def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:

@@ -50,6 +50,20 @@ def test_checkpoint_is_an_adapter_folder(tmp_path: Path) -> None:
     assert read_adapter(path).scaling == 2.0
 
 
+def test_the_checkpoint_just_written_is_kept_though_a_later_one_is_there(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 200)
+    path = save(folder, 120)
+    assert folder.names() == [path]
+
+
+def test_checkpoints_after_a_step_are_dropped(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    paths = [save(folder, step) for step in (100, 120, 200)]
+    folder.drop_after(120)
+    assert folder.names() == [paths[1], paths[0]]
+
+
 @pytest.mark.parametrize("name", FILES[:2] + FILES[3:])
 @pytest.mark.parametrize("at", [0, -1])
 def test_flipped_bit_falls_back_to_the_older_one(tmp_path: Path, name: str, at: int) -> None:

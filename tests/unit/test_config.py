@@ -206,6 +206,19 @@ def test_other_names_of_fields() -> None:
     assert config.peft_config == LoraConfig(r=3, lora_alpha=6)
 
 
+@pytest.mark.parametrize("name", ["eval_strategy", "save_strategy"])
+def test_no_without_quotes_is_the_strategy(name: str) -> None:
+    found = load(None, f"training_config.{name}=no").config.training_config
+    assert getattr(found, name) == "no"
+
+
+def test_eval_steps_survive_a_stored_configuration() -> None:
+    first = load(None, "training_config.eval_strategy=epoch", "training_config.eval_steps=5").config
+    assert first.training_config.eval_strategy == "steps"
+    assert TrainingConfig(eval_steps=5).eval_strategy == "steps"
+    assert TrainingConfig(eval_steps=5, eval_strategy="no").eval_strategy == "no"
+
+
 def test_eval_steps_mean_the_steps_strategy() -> None:
     assert (
         load(None, "training_config.eval_steps=5").config.training_config.eval_strategy == "steps"

@@ -155,7 +155,7 @@ def test_identity_changes_with_weights_and_config(model: Path, tmp_path: Path) -
 def test_shard_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
     sharded = shard(model, tmp_path / "sharded")
     (sharded / "model-1.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no such file: .*part-1\.safetensors"):
+    with pytest.raises(ModelError, match=r"no such file: .*model-1\.safetensors"):
         check(sharded)
 
 

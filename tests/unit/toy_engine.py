@@ -44,6 +44,7 @@ class ToyEngine:
         world_size: int = 1,
     ) -> None:
         self.rank, self.world_size = rank, world_size
+        self.notes: list[str] = []
         self.lora_shapes: Mapping[str, tuple[int, int]] = {MODULE: (hidden_size, hidden_size)}
         self._scaling = scaling
         self._optim = optim or OptimSpec()
