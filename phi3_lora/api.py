@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +30,14 @@ def train(
     Args:
         config: a RunConfig, the same as a mapping, or the path of a YAML file.
         resume: go on from the newest whole checkpoint of the run folder.
-        observer: told of each event; the default turns notes into warnings.
+        observer: told of each event; the default logs notes as warnings.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
     """
     from phi3_lora.config.load import RunSettings, load_settings
     from phi3_lora.config.schema import RunConfig
-    from phi3_lora.report.observer import WarningObserver
+    from phi3_lora.report.observer import LoggingObserver
     from phi3_lora.training.run import train as run_training
 
     if isinstance(config, (str, Path)):
@@ -46,7 +46,7 @@ def train(
         settings = RunSettings(config, [])
     else:
         settings = load_settings(base=config)
-    observer = observer or WarningObserver()
+    observer = observer or LoggingObserver()
     for note in settings.notes:
         observer.note(note)
     return run_training(settings.config, resume=resume, observer=observer)
@@ -88,9 +88,15 @@ class LoadedModel:
         from phi3_lora.evaluation import evaluate
 
         rows = read_conversations(resolve_scoring_file(data))
-        dataset = build_dataset(rows, self.base.tokenizer, max_length=max_length, name=data)
+        dataset = build_dataset(
+            rows,
+            self.base.tokenizer,
+            max_length=max_length,
+            name=data,
+            context=self.base.config.max_position_embeddings,
+        )
         for note in dataset.notes:
-            warnings.warn(note, stacklevel=2)
+            logging.getLogger("phi3_lora").warning(note)
         return evaluate(self.engine, dataset.documents)
 
     def save(self, folder: str | Path, *, to: str = "both") -> None:

@@ -43,9 +43,9 @@ def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
     special = [(name, raw.get(name)) for name in ("bos_token_id", "pad_token_id")]
     special += [("eos_token_id", i) for i in sorted(config.stop_ids)]
     problems += [
-        f"{name} {value} is outside the vocabulary of {config.vocab_size}"
+        f"{name} {value!r} is outside the vocabulary of {config.vocab_size}"
         for name, value in special
-        if isinstance(value, int) and value >= config.vocab_size
+        if value is not None and not _is_id(value, config.vocab_size, is_pad=name == "pad_token_id")
     ]
     if config.dtype not in DTYPES:
         problems.append(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
@@ -59,6 +59,13 @@ def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
                 f"{config.rotary_dim} needs {config.rotary_dim // 2}"
             )
     return problems
+
+
+def _is_id(value: Any, vocab_size: int, *, is_pad: bool) -> bool:
+    """Whether a value is a token's id; -1 is a pad token that there is not."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return (-1 if is_pad else 0) <= value < vocab_size
 
 
 def _values_out_of_range(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:

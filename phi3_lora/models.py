@@ -169,10 +169,21 @@ def _refuse_other_models(raw: Mapping[str, Any], model_dir: Path) -> None:
         raise ModelError(f"{model_dir}/config.json sets {', '.join(biased)}: Phi-3 has no biases")
 
 
+def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """An integer of config.json; text, fractions and true are none."""
+    value = raw.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in raw:
+        raise KeyError(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return value
+
+
 def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
-    heads = int(raw["num_attention_heads"])
-    hidden = int(raw["hidden_size"])
-    max_positions = int(raw.get("max_position_embeddings", 4096))
+    heads, hidden = _whole(raw, "num_attention_heads"), _whole(raw, "hidden_size")
+    max_positions = _whole(raw, "max_position_embeddings", 4096)
     scaling = dict(raw.get("rope_scaling") or {})
     rope = {**scaling, **(raw.get("rope_parameters") or {})}
     original = raw.get("original_max_position_embeddings") or rope.get(
@@ -181,19 +192,20 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
     # transformers' Phi3Config has 4096 where LongRoPE's boundary is not told.
     is_long = bool(rope.get("long_factor"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    window = raw.get("sliding_window")
+    window = None if raw.get("sliding_window") is None else _whole(raw, "sliding_window")
     return ModelConfig(
-        vocab_size=int(raw["vocab_size"]),
+        vocab_size=_whole(raw, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=int(raw["intermediate_size"]),
-        num_hidden_layers=int(raw["num_hidden_layers"]),
+        intermediate_size=_whole(raw, "intermediate_size"),
+        num_hidden_layers=_whole(raw, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or (hidden // heads if heads else 0)),
+        num_key_value_heads=_whole(raw, "num_key_value_heads", heads),
+        head_dim=_whole(raw, "head_dim", hidden // heads if heads else 0),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
         max_position_embeddings=max_positions,
         original_max_position_embeddings=int(original or (4096 if is_long else max_positions)),
-        sliding_window=None if window is None else int(window),
+        # Beyond any document's length; kernels take 32 bits.
+        sliding_window=None if window is None else min(window, 2**30),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope=_parse_rope(raw, rope, model_dir),
         stop_ids=_stop_ids(raw, model_dir),
@@ -226,6 +238,8 @@ def _stop_ids(raw: Mapping[str, Any], model_dir: Path) -> frozenset[int]:
     path = model_dir / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     found: set[int] = set()
-    for value in (raw.get("eos_token_id"), generation.get("eos_token_id")):
-        found.update([value] if isinstance(value, int) else value or [])
+    for source in (raw, generation):
+        value = source.get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        found.update(_whole({"eos_token_id": one}, "eos_token_id") for one in values)
     return frozenset(found)

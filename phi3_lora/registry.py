@@ -40,6 +40,11 @@ def load_backend(name: str) -> Backend:
         raise BackendUnavailableError(
             f"--backend {name} needs the package {missing.name!r}: pip install 'phi3-lora[{name}]'"
         ) from None
+    except (ImportError, OSError) as broken:
+        raise BackendUnavailableError(
+            f"--backend {name}: a package that it needs is installed but cannot be loaded "
+            f"({broken}): pip install --force-reinstall 'phi3-lora[{name}]'"
+        ) from None
 
 
 def _auto_order() -> list[str]:

@@ -23,7 +23,10 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except OSError as cause:
         if cause.errno in _NO_SPACE:
-            message = f"no space left while writing {path}: free some space and run again"
+            message = (
+                f"no space left while writing {path}: free some space and run again (train: with "
+                "--resume; what was saved before is whole)"
+            )
         else:
             message = f"cannot write {path}: {cause.strerror or cause}"
         raise StorageError(message) from cause
@@ -73,6 +76,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         StorageError: when something cannot be written; the old folder stays.
     """
+    folder = folder.resolve()
     part = folder.with_name(folder.name + ".part")
     old = folder.with_name(folder.name + ".old")
     with explained(folder):

@@ -31,7 +31,7 @@ _NUMPY_TYPES = {
     "U32": np.uint32,
     "BOOL": np.bool_,
 }
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 
 
 class TensorInfo(NamedTuple):
@@ -111,7 +111,7 @@ def read_float32(info: TensorInfo) -> Float32:
 
 def is_finite(info: TensorInfo, chunk: int = 1 << 24) -> bool:
     """Whether a stored tensor holds neither NaN nor infinity; integers always pass."""
-    if info.dtype not in _FLOATS:
+    if info.dtype not in FLOAT_TYPES:
         return True
     flat = read_raw(info).reshape(-1)
     for start in range(0, flat.size, chunk):
@@ -140,7 +140,7 @@ def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
         error: when the file is damaged or holds a tensor that is not of a float type.
     """
     header = read_header(path, error)
-    odd = [f"{name} ({info.dtype})" for name, info in header.items() if info.dtype not in _FLOATS]
+    odd = [f"{name} ({i.dtype})" for name, i in header.items() if i.dtype not in FLOAT_TYPES]
     if odd:
         raise error(f"{path} holds tensors that are not of a float type: {', '.join(odd)}")
     return {name: read_float32(info) for name, info in header.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from phi3_lora.errors import ModelError, listing
 from phi3_lora.models import ModelConfig, read_json
-from phi3_lora.tensor_files import TensorInfo, is_finite, is_same, read_header
+from phi3_lora.tensor_files import FLOAT_TYPES, TensorInfo, is_finite, is_same, read_header
 
 _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
@@ -32,8 +32,8 @@ def tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
             "weights in another format (.bin, .gguf) must be converted to safetensors first"
         )
     weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{index_path} has no weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f"{index_path} has no weight_map from tensor names to file names")
     files = sorted(set(weight_map.values()))
     outside = [name for name in files if Path(name).name != name]
     if outside:
@@ -68,6 +68,12 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
             f"extra: {name} {info.shape}"
             for name, info in found.items()
             if name not in expected and name not in allowed and not name.endswith("inv_freq")
+        ]
+    if config.quantization is None:
+        problems += [
+            f"not a float type: {name} is {info.dtype}; allowed: F32, BF16, F16, F64"
+            for name, info in found.items()
+            if info.dtype not in FLOAT_TYPES
         ]
     problems += [
         f"not finite: {name} holds NaN or infinity"

@@ -62,7 +62,13 @@ def command(
     base = look_at_model(model, revision)
     weights = None if adapter is None else load_adapter(adapter, base)
     rows = read_conversations(resolve_scoring_file(data))[:limit]
-    dataset = build_dataset(rows, base.tokenizer, max_length=max_length, name=data)
+    dataset = build_dataset(
+        rows,
+        base.tokenizer,
+        max_length=max_length,
+        name=data,
+        context=base.config.max_position_embeddings,
+    )
     for text in dataset.notes:
         note(text)
     scored = {document.source for document in dataset.documents}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -30,7 +31,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
         return 2
     except Phi3LoraError as problem:
         if show_traceback:
-            raise
+            traceback.print_exc()
         is_stop = problem.exit_code in (130, 143)
         return _say(str(problem) if is_stop else f"error: {problem}", problem.exit_code)
     except MemoryError:
@@ -41,7 +42,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
         return 0
     except Exception as fault:
         if show_traceback:
-            raise
+            traceback.print_exc()
         return _say(
             f"internal error: {type(fault).__name__}: {fault}\nThis is a fault of phi3-lora. Run "
             "again with --debug and report the traceback.",

@@ -16,7 +16,10 @@ from phi3_lora_cli.options import backend_options, model_options, note, output_o
 @backend_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, help="0 (default) is greedy."
+    "--temperature",
+    type=click.FloatRange(min=0, max=100),
+    default=0.0,
+    help="0 (default) is greedy.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
 @output_options
@@ -46,6 +49,8 @@ def command(
 
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise click.UsageError("--prompt is not UTF-8 text")
     base = look_at_model(model, revision)
     weights = None if adapter is None else load_adapter(adapter, base)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

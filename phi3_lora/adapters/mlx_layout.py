@@ -13,6 +13,7 @@ import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.names import PEFT_PREFIX, lora_a_name, lora_b_name, split_layer
+from phi3_lora.adapters.peft_layout import is_number
 from phi3_lora.backend import Tensors
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.tensor_files import read_all_float32
@@ -39,6 +40,11 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
     if not isinstance(parameters, dict) or not {"rank", "scale"} <= set(parameters):
         problems.append("adapter_config.json: lora_parameters needs rank and scale")
         parameters = {"rank": 1, "scale": 1.0}
+    rank, scale = parameters["rank"], parameters["scale"]
+    if not is_number(rank, int) or rank < 1:
+        problems.append(f"adapter_config.json: rank must be an integer >= 1, got {rank!r}")
+    if not is_number(scale, int, float):
+        problems.append(f"adapter_config.json: scale must be a number, got {scale!r}")
     foreign = [n for n in stored if not n.endswith((".lora_a", ".lora_b"))]
     problems += [f"{name}: not a LoRA tensor of a linear layer" for name in foreign]
     problems += [f"{n}: must be a matrix, got {v.shape}" for n, v in stored.items() if v.ndim != 2]
@@ -49,11 +55,10 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
         module, kind = name.rsplit(".", 1)
         peft_name = lora_a_name(module) if kind == "lora_a" else lora_b_name(module)
         weights[peft_name] = np.ascontiguousarray(value.T)
-    rank = int(parameters["rank"])
     return Adapter(
         weights=weights,
         r=rank,
-        lora_alpha=float(parameters["scale"]) * rank,
+        lora_alpha=float(scale) * rank,
         lora_dropout=float(parameters.get("dropout") or 0.0),
         base_model=config.get("model"),
     )

@@ -22,6 +22,14 @@ _UNSUPPORTED = (
     *("lora_bias", "use_qalora", "trainable_token_indices", "target_parameters"),
 )
 
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "use_rslora": (False, True, None),
+    "fan_in_fan_out": (False, None),
+    "bias": ("none", None),
+    "task_type": ("CAUSAL_LM", None),
+}
+"""Values that can be used without loss; the first is meant where the key is missing."""
+
 
 def is_peft(names: Mapping[str, Any]) -> bool:
     """Whether tensor names are PEFT's."""
@@ -41,6 +49,17 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
         if config.get(name) not in _EMPTY
     ]
     problems += [f"{name}: not a LoRA tensor of a linear layer" for name in _foreign(weights)]
+    for name, allowed in _ONLY.items():
+        if config.get(name, allowed[0]) not in allowed:
+            problems.append(
+                f"adapter_config.json: {name} = {config[name]!r} is not supported; allowed: "
+                + ", ".join(map(repr, allowed))
+            )
+    dropout = config.get("lora_dropout") or 0.0
+    if not is_number(dropout, int, float) or not 0 <= dropout < 1:
+        problems.append(f"adapter_config.json: lora_dropout must be in [0, 1), got {dropout!r}")
+    if not isinstance(config.get("base_model_name_or_path"), (str, type(None))):
+        problems.append("adapter_config.json: base_model_name_or_path must be a text")
     if config.get("peft_type") not in (None, "LORA"):
         problems.append(f"adapter_config.json: peft_type must be LORA, got {config['peft_type']!r}")
     if not is_number(config.get("r"), int) or config["r"] < 1:

@@ -140,6 +140,11 @@ class TrainingConfig:
             f"learning_rate must be > 0 and finite, got {self.learning_rate} (--lr)",
         )
         _require(
+            self.max_steps == -1 or 0 < self.max_steps <= _MOST_STEPS,
+            f"max_steps must be -1 (num_train_epochs decides) or 1 to {_MOST_STEPS:,}, got "
+            f"{self.max_steps}",
+        )
+        _require(
             self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
             f"nothing to do: max_steps is {self.max_steps} and num_train_epochs is "
             f"{self.num_train_epochs}; one must be > 0",
@@ -173,6 +178,7 @@ class TrainingConfig:
         return {"no": 0, "steps": every_steps, "epoch": steps_per_epoch}[strategy]
 
 
+_MOST_STEPS = 100_000_000
 _SMALLEST: dict[str, float] = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,

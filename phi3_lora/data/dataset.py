@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,12 @@ def resolve_scoring_file(data: str) -> Path:
 
 
 def build_dataset(
-    rows: Sequence[Conversation], tokenizer: ChatTokenizer, *, max_length: int, name: str
+    rows: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    *,
+    max_length: int,
+    name: str,
+    context: int | None = None,
 ) -> Dataset:
     """Rows as documents; too long and unsupervised ones are dropped, counted and named.
 
@@ -83,10 +89,14 @@ def build_dataset(
         tokenizer: the base model's.
         max_length: tokens; longer documents are dropped.
         name: what to call this data in notes.
+        context: tokens the model takes (max_position_embeddings); no document may be longer.
 
     Raises:
         DataError: when nothing is left to learn from.
     """
+    limit = "max_length"
+    if context is not None and context < max_length:
+        max_length, limit = context, "the model's context of"
     documents = tokenizer.encode_conversations(rows)
     too_long = [d for d in documents if len(d.tokens) > max_length]
     fitting = [d for d in documents if len(d.tokens) <= max_length]
@@ -96,7 +106,7 @@ def build_dataset(
     if too_long:
         longest = max(len(d.tokens) for d in too_long)
         notes.append(
-            f"{name}: dropped {len(too_long):,} of {len(documents):,} rows longer than max_length "
+            f"{name}: dropped {len(too_long):,} of {len(documents):,} rows longer than {limit} "
             f"{max_length:,} tokens (longest {longest:,}; first {too_long[0].source})"
         )
     if silent:
@@ -116,6 +126,7 @@ def load_splits(
     max_length: int,
     valid_fraction: float,
     seed: int,
+    context: int | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training and validation documents.
 
@@ -128,12 +139,11 @@ def load_splits(
         valid_rows = read_conversations(files.valid)
     elif valid_fraction > 0:
         rows, valid_rows = _split(rows, valid_fraction, seed)
-    train = build_dataset(rows, tokenizer, max_length=max_length, name="training data")
-    if not valid_rows:
-        return train, None
-    return train, build_dataset(
-        valid_rows, tokenizer, max_length=max_length, name="validation data"
+    build = functools.partial(
+        build_dataset, tokenizer=tokenizer, max_length=max_length, context=context
     )
+    train = build(rows, name="training data")
+    return train, build(valid_rows, name="validation data") if valid_rows else None
 
 
 def _split(

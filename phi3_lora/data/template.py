@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from phi3_lora.data.records import Message
 from phi3_lora.errors import DataError, ModelError
 
+_REFUSALS = (TypeError, ValueError, ArithmeticError, RecursionError, LookupError)
+"""What a template's own code can raise."""
 _SENTINEL = "\ue000{}\ue001"
 
 
@@ -78,7 +80,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as cause:
+        except (jinja2.TemplateError, *_REFUSALS) as cause:
             raise DataError(f"the chat template refuses the conversation: {cause}") from None
 
     def content_spans(

@@ -239,10 +239,14 @@ def _is_space(character: str) -> bool:
 def _template_source(model_dir: Path, config: dict[str, Any]) -> str:
     path = model_dir / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as cause:
+            raise ModelError(f"{path} cannot be read: {cause}") from None
     source = config.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [e for e in source if isinstance(e, dict) and e.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if not isinstance(source, str):
         raise ModelError(
             f"{model_dir} has no chat template (chat_template.jinja, or chat_template in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,9 +57,9 @@ class SilentObserver:
         """Ignore."""
 
 
-class WarningObserver(SilentObserver):
-    """Turns notes into Python warnings; what a program that trains gets."""
+class LoggingObserver(SilentObserver):
+    """Logs notes as warnings of the logger phi3_lora; what a program that trains gets."""
 
     def note(self, text: str) -> None:
-        """Warn."""
-        warnings.warn(text, stacklevel=2)
+        """Log it."""
+        logging.getLogger("phi3_lora").warning(text)

@@ -120,6 +120,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text())
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{path.name}: the manifest is no JSON object")
+        missing = {WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, STATE_NAME} - set(manifest)
+        if missing:
+            raise CheckpointError(f"{path.name}: the manifest lacks {', '.join(sorted(missing))}")
         for name, expected in manifest.items():
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
                 raise CheckpointError(f"{path.name}: {name} does not have the recorded sha256")

@@ -93,15 +93,21 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, observer: Observer) -> Prepared:
+def prepare(config: RunConfig, observer: Observer, start_dir: str | None = None) -> Prepared:
     """Read and check everything but the weights: model shape, adapter, data, plan.
+
+    Args:
+        config: the run.
+        observer: where notes go.
+        start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
 
     Raises:
         Phi3LoraError: when any of it cannot be used.
     """
     base = look_at_model(config.model, config.revision)
     training = config.training_config
-    start = None if config.adapter is None else load_adapter(config.adapter, base)
+    start_dir = start_dir or config.adapter
+    start = None if start_dir is None else load_adapter(start_dir, base)
     if start is None:
         modules = resolve_targets(config.peft_config.target_modules, base.config.linear_shapes())
         lora = config.peft_config.spec(modules)
@@ -115,6 +121,7 @@ def prepare(config: RunConfig, observer: Observer) -> Prepared:
         max_length=training.max_length,
         valid_fraction=config.data.valid_fraction,
         seed=training.seed,
+        context=base.config.max_position_embeddings,
     )
     for note in [*train.notes, *(valid.notes if valid else [])]:
         observer.note(note)
@@ -149,18 +156,32 @@ def train(
         if resume:
             stored = resolve({**read_config(run_dir), "output_dir": config.output_dir}).config
             check_same_run(stored, config)
-        prepared = prepare(config, observer)
+        checkpoint = _find_checkpoint(run_dir, observer) if resume else None
+        # A checkpoint is an adapter itself: what the run started from may be gone by now.
+        prepared = prepare(
+            config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
+        )
         backend, device, note = choose_backend(config.backend, config.device)
         if note:
             observer.note(note)
-        identity = check_base(prepared.base)
-        run = _Run(prepared, run_dir, identity, observer)
-        checkpoint = run.find_checkpoint() if resume else None
+        run = _Run(prepared, run_dir, check_base(prepared.base), observer)
+        if checkpoint is not None:
+            resuming.check_belongs(checkpoint, run.belongings())
         engine = _open(prepared, backend, device)
         try:
             return run.train(engine, backend, checkpoint)
         finally:
             engine.close()
+
+
+def _find_checkpoint(run_dir: Path, observer: Observer) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are named."""
+    checkpoint, problems = CheckpointFolder(run_dir, keep=0).newest_whole()
+    for problem in problems:
+        observer.note(f"skipped a damaged checkpoint: {problem}")
+    if checkpoint is None:
+        observer.note("no checkpoint yet: starting from step 0")
+    return checkpoint
 
 
 def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
@@ -195,17 +216,6 @@ class _Run:
         self.metrics = MetricsFile(run_dir)
         keep = prepared.config.training_config.save_total_limit
         self.checkpoints = CheckpointFolder(run_dir, keep=keep)
-
-    def find_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, after checking that it belongs to this model and data."""
-        checkpoint, problems = self.checkpoints.newest_whole()
-        for problem in problems:
-            self.observer.note(f"skipped a damaged checkpoint: {problem}")
-        if checkpoint is None:
-            self.observer.note("no checkpoint yet: starting from step 0")
-            return None
-        resuming.check_belongs(checkpoint, self._belongings())
-        return checkpoint
 
     def train(self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None) -> TrainResult:
         """Run the loop and write the final adapter."""
@@ -300,7 +310,7 @@ class _Run:
             num_layers=self.prepared.base.config.num_hidden_layers,
         )
 
-    def _belongings(self) -> dict[str, str]:
+    def belongings(self) -> dict[str, str]:
         """What must be the same for a checkpoint to be of this run."""
         prepared = self.prepared
         lora = prepared.lora
@@ -317,7 +327,7 @@ class _Run:
     ) -> None:
         state = {
             **progress.to_dict(),
-            **self._belongings(),
+            **self.belongings(),
             "environment": environment,
         }
         path = self.checkpoints.save(self._adapter(engine), engine.read_optimizer(), state)

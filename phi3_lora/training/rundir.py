@@ -28,7 +28,7 @@ _MAY_CHANGE = {
     *("training_config.save_total_limit", "training_config.bf16", "training_config.fp16"),
     "training_config.torch_compile",
     # Judged by what they hold, not by where they lie.
-    *("model", "revision", "adapter", "data.train", "data.valid"),
+    *("model", "revision", "data.train", "data.valid"),
 }
 
 
@@ -47,9 +47,11 @@ def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
     if resume and not has_run:
         raise RunFolderError(f"{run_dir} holds no run to resume: leave out --resume to start one")
     if not resume and existed and any(p.name != LOCK_NAME for p in run_dir.iterdir()):
-        what = "another run" if has_run else "other files"
         raise RunFolderError(
-            f"{run_dir} already holds {what}: choose another --output, or --resume to go on with it"
+            f"{run_dir} already holds another run: choose another --output, or --resume to go on "
+            "with it"
+            if has_run
+            else f"{run_dir} already holds other files: choose another --output"
         )
     with explained(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,15 @@
-"""Running the program in a process of its own."""
+"""Running the program, in a process of its own or in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+from phi3_lora_cli.faults import run_reporting_faults
+from phi3_lora_cli.main import group
 
 PROGRAM = [sys.executable, "-m", "phi3_lora_cli"]
 
@@ -14,6 +19,14 @@ def phi3_lora(*arguments: str, **options: object) -> subprocess.CompletedProcess
     return subprocess.run(
         [*PROGRAM, *arguments], capture_output=True, text=True, check=False, **options
     )
+
+
+def phi3_lora_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, where the frameworks are imported already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_reporting_faults(group, list(arguments))
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def train_arguments(inputs: tuple[str, str], run: Path, backend: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.program import phi3_lora, train_arguments
+from tests.e2e.program import phi3_lora, phi3_lora_here, train_arguments
 from tests.tiny import chat, write_model, write_rows
 
 
@@ -24,13 +25,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture
 def finished(inputs: tuple[str, str], tmp_path: Path) -> Path:
     run = tmp_path / "run"
-    done = phi3_lora(*train_arguments(inputs, run, "cuda"), "--max-steps", "6")
+    done = phi3_lora_here(*train_arguments(inputs, run, "cuda"), "--max-steps", "6")
     assert done.returncode == 0, done.stderr
     return run
 
 
 def resume(run: Path, *more: str):
-    return phi3_lora("train", "--resume", "--output", str(run), "--device", "cpu", *more)
+    return phi3_lora_here("train", "--resume", "--output", str(run), "--device", "cpu", *more)
 
 
 def test_resume_names_the_setting_that_differs(finished: Path) -> None:
@@ -43,7 +44,7 @@ def test_resume_with_other_rows_under_the_same_name_is_refused(
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")] * 8)
     run = tmp_path / "run"
-    assert phi3_lora(*train_arguments((inputs[0], str(data)), run, "cuda")).returncode == 0
+    assert phi3_lora_here(*train_arguments((inputs[0], str(data)), run, "cuda")).returncode == 0
     write_rows(data, [chat("a", "c")] * 8)
     found = resume(run)
     assert found.returncode == 2 and "data: the rows" in found.stderr, found.stderr
@@ -53,34 +54,38 @@ def test_resume_with_other_weights_under_the_same_name_is_refused(
     inputs: tuple[str, str], tmp_path: Path
 ) -> None:
     model, run = write_model(tmp_path / "model"), tmp_path / "run"
-    assert phi3_lora(*train_arguments((str(model), inputs[1]), run, "cuda")).returncode == 0
+    assert phi3_lora_here(*train_arguments((str(model), inputs[1]), run, "cuda")).returncode == 0
     write_model(model, seed=1)
     found = resume(run)
     assert found.returncode == 2 and "model: its config or weights" in found.stderr, found.stderr
 
 
-def test_resume_with_another_start_or_other_validation_rows_is_refused(
+def test_resume_keeps_the_start_adapters_shape_and_refuses_another(
     inputs: tuple[str, str], tmp_path: Path
 ) -> None:
     valid = write_rows(tmp_path / "valid.jsonl", [chat("a", "b")] * 3)
     first, run = tmp_path / "first", tmp_path / "run"
-    words = train_arguments(inputs, first, "cuda")
-    assert phi3_lora(*words, "--max-steps", "2").returncode == 0
+    words = [*train_arguments(inputs, first, "cuda"), "--max-steps", "2"]
+    assert phi3_lora_here(*words, "--rank", "3", "--alpha", "12").returncode == 0
     words = [*train_arguments(inputs, run, "cuda"), "--adapter", str(first / "adapter")]
-    started = phi3_lora(*words, "--valid", str(valid), "--max-steps", "2")
+    started = phi3_lora_here(*words, "--valid", str(valid), "--max-steps", "2")
     assert started.returncode == 0, started.stderr
-    config = first / "adapter" / "adapter_config.json"
-    for old, new in (('"lora_alpha": 32', '"lora_alpha": 320'), ('"scale": 2.0', '"scale": 20.0')):
-        config.write_text(config.read_text().replace(old, new))
+    shutil.rmtree(first)
+    again = resume(run)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 12
+    other = resume(run, "--adapter", str(run / "adapter"))
+    assert other.returncode == 2 and "adapter: the run has" in other.stderr, other.stderr
     write_rows(valid, [chat("a", "c")] * 3)
     found = resume(run)
-    assert found.returncode == 2, found.stderr
-    assert "the run has r 16, scale 2," in found.stderr and "data.valid" in found.stderr
+    assert found.returncode == 2 and "data.valid" in found.stderr, found.stderr
 
 
 def test_a_run_that_trains_nothing_says_so(inputs: tuple[str, str], tmp_path: Path) -> None:
     words = train_arguments(inputs, tmp_path / "run", "cuda")
-    found = phi3_lora(*words, "--max-steps", "1", "--set", "training_config.torch_compile=true")
+    found = phi3_lora_here(
+        *words, "--max-steps", "1", "--set", "training_config.torch_compile=true"
+    )
     assert found.returncode == 0 and "the adapter changes nothing" in found.stderr, found.stderr
     assert "torch_compile has no effect" in found.stderr
     again = resume(tmp_path / "run")

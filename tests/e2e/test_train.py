@@ -16,7 +16,7 @@ import pytest
 
 from phi3_lora.errors import AdapterError
 from phi3_lora.tensor_files import read_all_float32
-from tests.e2e.program import PROGRAM, phi3_lora, train_arguments
+from tests.e2e.program import PROGRAM, phi3_lora, phi3_lora_here, train_arguments
 from tests.tiny import chat, write_model, write_rows
 
 
@@ -104,7 +104,7 @@ def test_wrong_input_is_exit_2_with_a_message_and_nothing_written(
         "must be >= 1, got 0": ["--model", model, "--data", data, "--rank", "0"],
     }
     for phrase, extra in cases.items():
-        found = phi3_lora(*base, *extra)
+        found = phi3_lora_here(*base, *extra)
         assert found.returncode == 2, found.stderr
         assert phrase in found.stderr and "Traceback" not in found.stderr
         assert not run.exists()

@@ -86,7 +86,7 @@ def test_missing_file_falls_back_to_the_older_one(tmp_path: Path, name: str) -> 
     assert problems == [f"step-000002: {name} is missing"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "3"])
 def test_bad_manifest_falls_back_to_the_older_one(tmp_path: Path, content: str) -> None:
     folder = CheckpointFolder(tmp_path, keep=0)
     save(folder, 1)
