@@ -9,9 +9,6 @@ import mlx.core as mx
 
 from phi3_lora_mlx.numerics import staged_sum
 
-_STAGED_KEYS = 512
-"""From this many keys on, a running sum of the softmax costs more accuracy than stages do time."""
-
 Attention = Sequence[int] | mx.array
 """Bounds of documents laid end to end, or a mask (T, T), True where a query may look."""
 
@@ -43,18 +40,15 @@ def attend(
 
 def _causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> mx.array:
     length = q.shape[1]
-    # A GPU sums in its own stages, and its kernel keeps no scores.
-    is_staged = length >= _STAGED_KEYS and mx.default_device() == mx.Device(mx.cpu)
-    is_windowed = window is not None and length > window
-    if not is_staged and not is_windowed:
-        out = mx.fast.scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scale, mask="causal"
-        )
-        return out[0]
-    mask = window_mask(length, window)
-    if not is_staged:
-        return _masked(q, k, v, scale=scale, mask=mask)
-    return staged_attention(q, k, v, scale=scale, mask=mask)
+    # MLX's CPU sums a softmax in one running total; a GPU sums in stages of its own.
+    if mx.default_device() == mx.Device(mx.cpu):
+        return staged_attention(q, k, v, scale=scale, mask=window_mask(length, window))
+    if window is not None and length > window:
+        return _masked(q, k, v, scale=scale, mask=window_mask(length, window))
+    out = mx.fast.scaled_dot_product_attention(
+        q[None], k[None], v[None], scale=scale, mask="causal"
+    )
+    return out[0]
 
 
 def _masked(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array) -> mx.array:
@@ -72,7 +66,7 @@ def window_mask(length: int, window: int | None) -> mx.array:
 def staged_attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array
 ) -> mx.array:
-    """Attention whose softmax sums in stages; for many keys on a CPU."""
+    """Attention whose softmax sums in stages; for a CPU."""
     heads, length, head_dim = q.shape
     groups = heads // k.shape[0]
     q = (q * scale).reshape(k.shape[0], groups, length, head_dim)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.attention import Attention, attend
+from phi3_lora_mlx.numerics import staged_sum
 
 
 class Angles(NamedTuple):
@@ -32,6 +33,18 @@ def rotate(x: mx.array, angles: Angles) -> mx.array:
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin]
     return mx.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """MLX's norm, with the mean of squares summed in stages on a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """X (..., hidden), normalised and scaled."""
+        if mx.default_device() != mx.Device(mx.cpu):
+            return super().__call__(x)
+        exact = x.astype(mx.float32)
+        mean = staged_sum(exact**2)[..., None] / x.shape[-1]
+        return self.weight * (exact * mx.rsqrt(mean + self.eps)).astype(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -89,8 +102,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
         """X (T, hidden) to (T, hidden)."""
@@ -105,7 +118,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Phi3(nn.Module):
