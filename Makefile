@@ -25,6 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): phi3-lora with both backends (mlx, PyTorch) and the test tools"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 \
+	    --timeout 30 --index-url https://download.pytorch.org/whl/cpu \
+	    "$$(grep '^torch==' constraints.txt)" >/dev/null 2>&1 \
+	  || echo "no CPU build of PyTorch in reach: taking the index's own, of several GB on Linux"; fi
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 
