@@ -44,3 +44,12 @@ def unused_precision(request: LoadRequest, dtype: str) -> list[str]:
     if request.gpu_dtype in (None, dtype):
         return []
     return [f"bf16 and fp16 have no effect here: computing in {dtype}"]
+
+
+def out_of_memory_advice(request: LoadRequest) -> str:
+    """What to say when the device's memory does not hold a micro-batch."""
+    return (
+        f"out of memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
+        "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
+        "same), set gradient_checkpointing: true, or lower max_length"
+    )

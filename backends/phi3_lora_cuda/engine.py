@@ -27,7 +27,12 @@ from phi3_lora.backend import (
 from phi3_lora.decoding import decode
 from phi3_lora.dropout import row_keys
 from phi3_lora.errors import TrainingError
-from phi3_lora.layout import per_document, split_batch, unused_precision
+from phi3_lora.layout import (
+    out_of_memory_advice,
+    per_document,
+    split_batch,
+    unused_precision,
+)
 from phi3_lora.rope import rotary_tables
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.documents import Documents
@@ -145,10 +150,8 @@ class CudaEngine:
         """Take one optimizer step."""
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
-        try:
+        with self._memory_faults():
             nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
-        except torch.OutOfMemoryError as cause:
-            raise TrainingError(_out_of_memory_advice(self._request)) from cause
         limit = self._request.optim.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         for group in self._optimizer.param_groups:
@@ -170,9 +173,16 @@ class CudaEngine:
         }
 
     @contextlib.contextmanager
+    def _memory_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as cause:
+            raise TrainingError(out_of_memory_advice(self._request)) from cause
+
+    @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         self._model.causal_lm.eval()
-        with torch.no_grad(), self._model.uncompiled():
+        with torch.no_grad(), self._model.uncompiled(), self._memory_faults():
             yield
 
     def score(self, batch: Batch) -> Scores:
@@ -269,11 +279,3 @@ class CudaEngine:
         del self._model
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _out_of_memory_advice(request: LoadRequest) -> str:
-    return (
-        f"out of GPU memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
-        "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
-        "same), set gradient_checkpointing: true, or lower max_length"
-    )

@@ -25,7 +25,8 @@ from phi3_lora.backend import (
     Tensors,
 )
 from phi3_lora.decoding import decode
-from phi3_lora.layout import per_document, unused_precision
+from phi3_lora.errors import TrainingError
+from phi3_lora.layout import out_of_memory_advice, per_document, unused_precision
 from phi3_lora_mlx.decoder import CachedDecoder
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
@@ -149,7 +150,8 @@ class MlxEngine:
 
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step."""
-        gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        with self._memory_faults():
+            gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
         new, norm = self._optimizer.step(self._parameters, gradients, lr=lr, step=step)
         self._install(new)
         loss = nats / loss_tokens
@@ -162,12 +164,23 @@ class MlxEngine:
         gradients, _ = self._backward(batch, loss_tokens=loss_tokens, step=step)
         return self._to_peft(gradients)
 
+    @contextlib.contextmanager
+    def _memory_faults(self) -> Iterator[None]:
+        """MLX tells a full memory only by the text of a RuntimeError."""
+        try:
+            yield
+        except RuntimeError as cause:
+            if not any(word in str(cause).lower() for word in ("alloc", "insufficient memory")):
+                raise
+            raise TrainingError(out_of_memory_advice(self._request)) from cause
+
     def _score_rows(self, batch: Batch, select: np.ndarray) -> RowScores:
         """Scores of chosen rows, whatever the loss mask says."""
         rows = self._rows(batch)
         hidden = self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
         targets = mx.array(batch.targets[select])
-        return head_scores(self._loaded.model, hidden, targets, self._loaded.config.vocab_size)
+        with self._memory_faults():
+            return head_scores(self._loaded.model, hidden, targets, self._loaded.config.vocab_size)
 
     def score(self, batch: Batch) -> Scores:
         """Score each document's supervised tokens."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from phi3_lora.backend import Engine, LoadRequest
 from phi3_lora.data.dataset import make_batch
+from phi3_lora.errors import TrainingError
 from phi3_lora.models import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
@@ -127,3 +129,21 @@ def test_scores_agree_with_logprobs(folder: Path, opener: str) -> None:
         nats = -logprobs[part][batch.loss_mask[part]].sum()
         assert scores.nats[d] == pytest.approx(nats, rel=1e-5)
         assert scores.supervised[d] == batch.loss_mask[part].sum()
+
+
+@pytest.mark.parametrize("opener", ["mlx", "cuda"])
+def test_a_full_memory_is_told_with_what_to_do(
+    folder: Path, opener: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(folder, opener, micro_batch_tokens=77)
+    fault = {
+        "mlx": RuntimeError("[metal::malloc] Attempting to allocate 1 bytes"),
+        "cuda": torch.OutOfMemoryError("CUDA out of memory"),
+    }[opener]
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(engine, "_backward", fail)
+    with pytest.raises(TrainingError, match="micro-batches of 77 tokens: halve"):
+        engine.train_step(make_batch(random_documents([12])), loss_tokens=6, lr=1e-3, step=1)
