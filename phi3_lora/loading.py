@@ -11,7 +11,8 @@ from phi3_lora.adapters.folder import read_adapter
 from phi3_lora.backend import Backend, Engine, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.hub import resolve_model_dir
-from phi3_lora.models import ModelConfig, read_model_config
+from phi3_lora.model_folder import read_model_config
+from phi3_lora.models import ModelConfig
 from phi3_lora.registry import choose_backend
 from phi3_lora.weights import check_weights, model_identity
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from phi3_lora.models import ModelConfig
-
-DTYPES = ("float32", "bfloat16", "float16")
+from phi3_lora.models import DTYPES, ModelConfig
 
 
 def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:

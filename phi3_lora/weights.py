@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from phi3_lora.errors import ModelError, listing
-from phi3_lora.models import ModelConfig, read_json
+from phi3_lora.model_folder import read_json
+from phi3_lora.models import ModelConfig
 from phi3_lora.tensor_files import FLOAT_TYPES, TensorInfo, is_finite, is_same, read_header
 
 _SAMPLE_BYTES = 64

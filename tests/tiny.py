@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_lora.backend import LoraSpec
 from phi3_lora.data.tokenizer import Document
-from phi3_lora.models import ModelConfig, read_model_config
+from phi3_lora.model_folder import read_model_config
+from phi3_lora.models import ModelConfig
 from phi3_lora.tensor_files import encode
 
 MARKERS = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")

@@ -17,7 +17,8 @@ from torch import nn
 
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
-from phi3_lora.models import ModelConfig, read_model_config
+from phi3_lora.model_folder import read_model_config
+from phi3_lora.models import ModelConfig
 from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 from phi3_lora_cuda.lora import LoraLinear

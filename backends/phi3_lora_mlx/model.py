@@ -11,7 +11,8 @@ from mlx_lm.utils import load_model as load_with_mlx_lm
 
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
-from phi3_lora.models import ModelConfig, read_model_config
+from phi3_lora.model_folder import read_model_config
+from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.lora import LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Phi3
 

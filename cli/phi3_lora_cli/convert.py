@@ -26,7 +26,7 @@ def command(source: str, target: str, to: str, model: str | None, as_json: bool)
     """
     from phi3_lora.adapters.convert import convert
     from phi3_lora.hub import resolve_model_dir
-    from phi3_lora.models import read_model_config
+    from phi3_lora.model_folder import read_model_config
 
     config = None if model is None else read_model_config(resolve_model_dir(model))
     result = convert(Path(source), Path(target), to=to, config=config)

@@ -13,7 +13,7 @@ import numpy as np
 from phi3_lora.adapters import mlx_layout, peft_layout
 from phi3_lora.adapters.adapter import Adapter, pair_problems
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.models import read_json
+from phi3_lora.model_folder import read_json
 from phi3_lora.storage import replace_folder, write_bytes
 from phi3_lora.tensor_files import encode, read_header
 

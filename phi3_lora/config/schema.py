@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_lora.backend import LoraSpec, OptimSpec
 from phi3_lora.errors import ConfigError
-from phi3_lora.model_checks import DTYPES
+from phi3_lora.models import DTYPES
 from phi3_lora.schedule import SCHEDULERS
 
 STRATEGIES = ("no", "steps", "epoch")

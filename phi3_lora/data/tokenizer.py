@@ -14,7 +14,7 @@ from phi3_lora.backend import Bool, Int32
 from phi3_lora.data.records import Conversation, Message
 from phi3_lora.data.template import ChatTemplate
 from phi3_lora.errors import DataError, ModelError, listing
-from phi3_lora.models import read_json
+from phi3_lora.model_folder import read_json
 
 _NOT_SPACES = "\x1c\x1d\x1e\x1f"
 """White space to Python, not to Unicode, nor to the tokenizers library."""

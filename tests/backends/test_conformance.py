@@ -12,7 +12,7 @@ import torch
 from phi3_lora.backend import Engine, LoadRequest
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.errors import TrainingError
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine

@@ -14,7 +14,7 @@ from phi3_lora.backend import LoadRequest, Sampling
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.errors import ModelError
 from phi3_lora.loading import check_base, look_at_model
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.tensor_files import encode, read_all_float32
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend

@@ -22,7 +22,7 @@ from phi3_lora.data.dataset import build_dataset, make_batch
 from phi3_lora.data.records import read_conversations
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.loading import look_at_model
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.registry import load_backend
 
 RANK, SCALING, LEARNING_RATE = 16, 2.0, 1e-4

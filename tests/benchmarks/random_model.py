@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from tests.tiny import tiny_config, write_tokenizer
 
 SHAPES = {

@@ -18,7 +18,7 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lora.backend import Engine, LoadRequest, OptimSpec, Sampling
 from phi3_lora.data.dataset import make_batch
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.registry import load_backend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
 

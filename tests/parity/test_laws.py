@@ -12,7 +12,7 @@ from phi3_lora.adapters.adapter import Adapter, initial_weights
 from phi3_lora.adapters.folder import write_adapter_folder
 from phi3_lora.backend import LoadRequest, OptimSpec, Sampling
 from phi3_lora.data.dataset import make_batch
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model

@@ -14,7 +14,7 @@ from phi3_lora.config.load import load_settings
 from phi3_lora.data.records import Conversation
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import AdapterError, ConfigError, ModelError
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from tests.tiny import random_adapter, tiny_config, write_model
 
 SHAPES = {"model.layers.0.self_attn.o_proj": (4, 4)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phi3_lora.errors import ModelError
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from tests.tiny import tiny_config
 
 HALF = 8  # entries of a rope factor list: head dimension 16

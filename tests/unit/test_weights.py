@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.errors import ModelError
-from phi3_lora.models import read_model_config
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.tensor_files import encode, read_all_float32, read_float32, read_header
 from phi3_lora.weights import check_weights, model_identity, num_parameters, tensor_index
 from tests.tiny import write_model
