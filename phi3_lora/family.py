@@ -146,8 +146,7 @@ def peer_differences(config: ModelConfig) -> dict[str, str]:
     if config.rope.long_factor is not None:
         found["mlx-lm"].append(f"uses LongRoPE's long factors also up to {boundary}")
         found["vLLM"].append(
-            f"chooses LongRoPE's factors once, by the configured max_model_len: at most {boundary} "
-            "or more for all requests"
+            f"uses LongRoPE's long factors for every request if max_model_len is over {boundary}"
         )
         found["llama.cpp"].append("chooses LongRoPE's factors by the context size it is given")
     window = config.sliding_window

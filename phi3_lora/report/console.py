@@ -34,8 +34,9 @@ class ConsoleObserver:
         """The run in four lines, then the bar."""
         if self._verbosity < 0:
             return
+        shape = f" (the shape of {facts['family']})" if facts["family"] else ""
         self._say(
-            f"model {facts['model']}: {facts['num_parameters'] / 1e6:,.1f} M parameters, "
+            f"model {facts['model']}{shape}: {facts['num_parameters'] / 1e6:,.1f} M parameters, "
             f"{facts['num_trainable_parameters']:,} trainable in {facts['num_modules']} modules"
         )
         self._say(

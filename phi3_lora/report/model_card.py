@@ -9,6 +9,8 @@ import yaml
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.evaluation import Evaluation
+from phi3_lora.family import peer_differences
+from phi3_lora.models import ModelConfig
 from phi3_lora.training.loop import Progress
 
 
@@ -17,10 +19,23 @@ def model_card(
     config: RunConfig,
     facts: dict[str, Any],
     identity: str,
+    environment: dict[str, Any],
+    base: ModelConfig,
     progress: Progress,
     evaluation: Evaluation | None,
 ) -> str:
-    """Markdown with the YAML head that the hub reads."""
+    """Markdown with the YAML head that the hub reads.
+
+    Args:
+        adapter: what the card describes.
+        config: the run.
+        facts: the run's figures (Prepared.facts).
+        identity: of the base model.
+        environment: backend, device, dtype and versions.
+        base: the base model's shape.
+        progress: where the run stands.
+        evaluation: on the validation data, for the best adapter.
+    """
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
     if "/" in config.model and not config.model.startswith((".", "/", "~")):
         head["base_model"] = config.model
@@ -37,6 +52,8 @@ def model_card(
         "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
         "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "Seed": str(training.seed),
+        "Trained on": f"{environment['backend']}, {environment['device']}, {environment['dtype']}",
+        "Versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
     }
     if progress.last_loss is not None:
         rows["Training loss"] = f"{progress.last_loss:.4f} nats per supervised token"
@@ -44,10 +61,16 @@ def model_card(
         rows["Validation loss"] = f"{evaluation.loss:.4f} (perplexity {evaluation.perplexity:.3f})"
     elif progress.best_eval_loss is not None:
         rows["Best validation loss"] = f"{progress.best_eval_loss:.4f}"
+    differences = "".join(f"- {tool} {text}.\n" for tool, text in peer_differences(base).items())
+    if differences:
+        differences = (
+            "\nOther tools run this base model in ways of their own, which changes what the "
+            f"adapter sees:\n\n{differences}"
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# LoRA adapter\n\n"
         f"Trained with phi3-lora.\n\n| | |\n|---|---|\n{table}\n\n"
         "`adapter_model.safetensors` loads in PEFT, `adapters.safetensors` in mlx-lm; both read "
-        "`adapter_config.json`.\n"
+        f"`adapter_config.json`.\n{differences}"
     )

@@ -17,6 +17,7 @@ from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.dataset import Dataset, documents_digest, load_splits, resolve_data
 from phi3_lora.errors import TrainingError, TrainingInterrupted
 from phi3_lora.evaluation import Evaluation
+from phi3_lora.family import recognise
 from phi3_lora.loading import BaseModel, check_base, load_adapter, look_at_model
 from phi3_lora.plan import Plan
 from phi3_lora.registry import choose_backend
@@ -77,8 +78,10 @@ class Prepared:
 
     def facts(self) -> dict[str, Any]:
         """The run's figures before it starts."""
+        member = recognise(self.base.config)
         return {
             "model": self.config.model,
+            "family": member.hub_ids[0] if member else None,
             "num_parameters": num_parameters(self.base.config),
             "num_trainable_parameters": sum(self.lora.r * (o + i) for o, i in self.shapes.values()),
             "num_modules": len(self.lora.modules),
@@ -238,7 +241,7 @@ class _Run:
             on_step=observer.step,
             on_metrics=self._log,
             on_checkpoint=lambda p: self._save_checkpoint(engine, p, environment),
-            on_best=lambda p, e: self._save_adapter(engine, "best", p, e),
+            on_best=lambda p, e: self._save_adapter(engine, "best", p, e, environment),
         )
         with stop_on_signal() as stop:
             try:
@@ -251,7 +254,7 @@ class _Run:
                 f"with: phi3-lora train --resume --output {self.run_dir}",
                 stop.exit_code,
             )
-        self._save_adapter(engine, "adapter", progress, None)
+        self._save_adapter(engine, "adapter", progress, None, environment)
         observer.finish()
         if not any(value.any() for name, value in engine.read_adapter().items() if is_b(name)):
             observer.note(
@@ -334,7 +337,12 @@ class _Run:
         self.observer.saved(path)
 
     def _save_adapter(
-        self, engine: Engine, name: str, progress: Progress, evaluation: Evaluation | None
+        self,
+        engine: Engine,
+        name: str,
+        progress: Progress,
+        evaluation: Evaluation | None,
+        environment: dict[str, Any],
     ) -> None:
         adapter = self._adapter(engine)
         card = model_card(
@@ -342,6 +350,8 @@ class _Run:
             self.prepared.config,
             self.prepared.facts(),
             self.identity,
+            environment,
+            self.prepared.base.config,
             progress,
             evaluation,
         )
