@@ -23,6 +23,7 @@ import torch
 from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingConfig
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import COMMANDS, group
+from tests.docs.family_table import table
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -165,3 +166,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
                 name = f"data.{field.name}" if section == "data" else field.name
                 default = "none" if field.default in ("", None) else json.dumps(field.default)
                 assert table[name] == default.strip('"'), name
+
+
+def test_family_page_holds_the_records() -> None:
+    assert table() in (DOCS / "family.md").read_text(encoding="utf-8")
