@@ -118,8 +118,11 @@ def prepare(config: RunConfig, observer: Observer, start_dir: str | None = None)
         # A given adapter brings its own shape; only dropout is the run's.
         lora = dataclasses.replace(start.spec, dropout=config.peft_config.lora_dropout)
         observer.note(f"rank, alpha and targets are those of {config.adapter}")
+    files = resolve_data(config.data.train, config.data.valid)
+    if files.valid is not None and config.data.valid_fraction:
+        observer.note(f"data.valid_fraction has no effect: {files.valid} is there to validate on")
     train, valid = load_splits(
-        resolve_data(config.data.train, config.data.valid),
+        files,
         base.tokenizer,
         max_length=training.max_length,
         valid_fraction=config.data.valid_fraction,
