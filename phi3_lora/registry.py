@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
@@ -53,6 +54,30 @@ def _auto_order() -> list[str]:
     return ["mlx", "cuda"] if on_apple_silicon else ["cuda", "mlx"]
 
 
+def available_backends(device: str) -> tuple[dict[str, Backend], list[str]]:
+    """Every backend that can run on a device, by name, and why the others cannot."""
+    found: dict[str, Backend] = {}
+    reasons: list[str] = []
+    for name, backend in _candidates(device):
+        if isinstance(backend, str):
+            reasons.append(backend)
+        else:
+            found[name] = backend
+    return found, reasons
+
+
+def _candidates(device: str) -> Iterator[tuple[str, Backend | str]]:
+    """Each backend in the order of auto, or why it cannot run; loaded when it is asked for."""
+    for name in _auto_order():
+        try:
+            backend = load_backend(name)
+            backend.check(device)
+        except (BackendUnavailableError, ConfigError) as reason:
+            yield name, str(reason)
+            continue
+        yield name, backend
+
+
 def choose_backend(name: str, device: str) -> tuple[Backend, str, str]:
     """The backend that a name means here, checked, with the device to ask it for.
 
@@ -73,15 +98,12 @@ def choose_backend(name: str, device: str) -> tuple[Backend, str, str]:
         backend.check(wanted)
         return backend, wanted, ""
     reasons = []
-    for candidate in _auto_order():
-        try:
-            backend = load_backend(candidate)
-            backend.check(device)
-        except (BackendUnavailableError, ConfigError) as reason:
-            reasons.append(str(reason))
+    for candidate, found in _candidates(device):
+        if isinstance(found, str):
+            reasons.append(found)
             continue
         note = f"--backend auto chose {candidate}"
         if candidate == "cuda" and device != "gpu" and shutil.which("nvidia-smi") is None:
             note += " (PyTorch on the CPU: no NVIDIA GPU here)"
-        return backend, device, note
+        return found, device, note
     raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))

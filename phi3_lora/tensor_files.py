@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,7 +146,14 @@ def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
     return {name: read_float32(info) for name, info in header.items()}
 
 
-def encode(tensors: Mapping[str, Float32]) -> bytes:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a file that read_header accepts."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
+
+
+def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file in memory, with the metadata that PyTorch and MLX tools look for."""
     ready = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    return bytes(save(ready, metadata={"format": "pt"}))
+    return bytes(save(ready, metadata={"format": "pt", **(metadata or {})}))

@@ -15,6 +15,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
     "generate": ("generate", "Answer one prompt."),
     "convert": ("convert", "Move an adapter between PEFT and mlx-lm."),
+    "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
+    "parity": ("parity", "Check on your own model that both backends give the same numbers."),
     "inspect": ("inspect", "Show what an adapter holds and what loads it."),
     "doctor": ("doctor", "Show what this machine can run and what is missing."),
 }

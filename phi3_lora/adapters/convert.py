@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.folder import find_layouts, read_adapter, write_adapter_folder
+from phi3_lora.adapters.folder import (
+    FINGERPRINT_NAME,
+    find_layouts,
+    read_adapter,
+    write_adapter_folder,
+)
 from phi3_lora.errors import AdapterError
 from phi3_lora.models import ModelConfig
 
@@ -55,7 +60,10 @@ def convert(
     adapter = read_adapter(source)
     if config is not None:
         adapter = dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
-    notes = write_adapter_folder(target, adapter, to=to)
+    # What it answered where it was trained holds in every layout.
+    kept = [source / name for name in (FINGERPRINT_NAME, "README.md") if (source / name).exists()]
+    files = {path.name: path.read_bytes() for path in kept}
+    notes = write_adapter_folder(target, adapter, to=to, files=files)
     if adapter.num_layers is None and to != "peft":
         notes.append(
             "the base model's number of layers is not known, and mlx-lm takes the adapted layers "

@@ -18,6 +18,7 @@ from phi3_lora.storage import replace_folder, write_bytes
 from phi3_lora.tensor_files import encode, read_header
 
 CONFIG_NAME = "adapter_config.json"
+FINGERPRINT_NAME = "fingerprint.safetensors"
 
 
 def find_layouts(folder: Path) -> dict[str, Path]:
@@ -122,7 +123,13 @@ def check_replaceable(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    own = {CONFIG_NAME, "README.md", peft_layout.WEIGHTS_NAME, mlx_layout.WEIGHTS_NAME}
+    own = {
+        CONFIG_NAME,
+        "README.md",
+        FINGERPRINT_NAME,
+        peft_layout.WEIGHTS_NAME,
+        mlx_layout.WEIGHTS_NAME,
+    }
     if not folder.is_dir() or any(path.name not in own for path in folder.iterdir()):
         raise AdapterError(f"{folder} holds other files than an adapter: choose a new folder")
 
@@ -132,7 +139,7 @@ def write_adapter_folder(
     adapter: Adapter,
     *,
     to: str = "both",
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Write an adapter folder in one move.
 
@@ -140,7 +147,7 @@ def write_adapter_folder(
         folder: where; an older adapter there is replaced.
         adapter: what.
         to: peft, mlx or both.
-        files: further text files, by name.
+        files: further files, by name.
 
     Returns:
         Notes: which layout was left out and why.
@@ -167,7 +174,7 @@ def write_adapter_folder(
         text = json.dumps(adapter_config(adapter, layouts), indent=2) + "\n"
         write_bytes(part / CONFIG_NAME, text.encode())
         for name, content in (files or {}).items():
-            write_bytes(part / name, content.encode())
+            write_bytes(part / name, content)
 
     replace_folder(folder, fill)
     return notes

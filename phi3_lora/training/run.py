@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter, initial_weights
-from phi3_lora.adapters.folder import write_adapter_folder
+from phi3_lora.adapters.fingerprint import encode_fingerprint, probe_batch, take_fingerprint
+from phi3_lora.adapters.folder import FINGERPRINT_NAME, write_adapter_folder
 from phi3_lora.adapters.names import is_b, resolve_targets
 from phi3_lora.backend import Backend, Engine, LoadRequest, LoraSpec
 from phi3_lora.config.load import resolve
@@ -358,7 +359,15 @@ class _Run:
             progress,
             evaluation,
         )
-        notes = write_adapter_folder(self.run_dir / name, adapter, files={"README.md": card})
+        probes = probe_batch(self.prepared.base.tokenizer)
+        origin = {
+            "backend": environment["backend"],
+            "dtype": environment["dtype"],
+            "model_identity": self.identity,
+        }
+        fingerprint = encode_fingerprint(take_fingerprint(engine, probes, origin))
+        files = {"README.md": card.encode(), FINGERPRINT_NAME: fingerprint}
+        notes = write_adapter_folder(self.run_dir / name, adapter, files=files)
         for note in notes:
             self.observer.note(note)
 

@@ -36,6 +36,8 @@ OPTIONS = {
         *("--max-new-tokens", "--temperature", "--seed", *OUTPUT),
     ],
     "convert": ["--to", "--model", *OUTPUT],
+    "verify": ["--model", "--revision", *BACKEND, *OUTPUT],
+    "parity": ["--model", "--revision", "--adapter", "--data", "--steps", "--device", *OUTPUT],
     "inspect": OUTPUT,
     "doctor": OUTPUT,
 }

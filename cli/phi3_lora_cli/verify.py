@@ -1,0 +1,61 @@
+"""phi3-lora verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phi3_lora_cli.options import backend_options, note, output_options, print_json
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.option("--model", required=True, metavar="ID|DIR|demo", help="The base model.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@backend_options
+@output_options
+def command(
+    adapter: str,
+    model: str,
+    revision: str | None,
+    backend: str | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> int:
+    """Tell whether an adapter behaves here as it did where it was trained.
+
+    Its fingerprint is replayed: the log-probabilities of fixed texts. Exit code 0 if they agree, 3
+    if one differs by more than the threshold (0.001 nats in float32, 0.05 in half precision).
+
+    \b
+    Example:
+      phi3-lora verify runs/demo/adapter --model demo --backend mlx
+    """
+    from phi3_lora.adapters.fingerprint import compare, read_fingerprint
+    from phi3_lora.loading import check_base, load_adapter, look_at_model, open_engine
+
+    stored = read_fingerprint(Path(adapter))
+    base = look_at_model(model, revision)
+    weights = load_adapter(adapter, base)
+    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
+    if opened.note:
+        note(opened.note)
+    verdict = compare(stored, opened.engine, check_base(base))
+    opened.engine.close()
+    if not verdict.same_base:
+        note(f"{model} is not the base model that this adapter was trained on")
+    if as_json:
+        print_json(verdict.to_dict())
+    else:
+        click.echo(
+            f"trained on        {stored.origin.get('backend')}, {stored.origin.get('dtype')}"
+        )
+        click.echo(f"max difference    {verdict.max_difference:.3g} nats")
+        click.echo(f"mean difference   {verdict.mean_difference:.3g} nats")
+        click.echo(f"greedy agreement  {verdict.greedy_agreement:.2%}")
+        click.echo(f"base model alone  {verdict.base_max_difference:.3g} nats")
+        word = "equal" if verdict.equal else "different"
+        click.echo(f"{word}: the threshold is {verdict.threshold:g} nats")
+    return 0 if verdict.equal else 3
