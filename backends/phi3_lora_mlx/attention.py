@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from phi3_lora_mlx.numerics import staged_sum
 
-Attention = Sequence[int] | mx.array
-"""Bounds of documents laid end to end, or a mask (T, T), True where a query may look."""
+Attention = Sequence[int] | mx.array | str
+"""Bounds of documents laid end to end; a mask (T, T), True where a query may look; or causal."""
 
 
 def attend(
@@ -29,6 +29,8 @@ def attend(
     Returns:
         (heads, T, head_dim).
     """
+    if isinstance(attention, str):
+        return _causal(q, k, v, scale=scale, window=window)
     if isinstance(attention, mx.array):
         return _masked(q, k, v, scale=scale, mask=attention)
     parts = []

@@ -81,10 +81,14 @@ def padded_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -
     weights = np.zeros(count, np.float32)
     weights[: len(select)] = 1.0
     select = np.pad(select, (0, count - len(select)))
+    attention: Attention = "causal"
+    # One long document's padding comes after it, and a mask of its length squared is large.
+    if total <= ROW_TOKENS or len(batch.doc_starts) > 2:
+        attention = mx.array(_mask(padded, config.sliding_window))
     return Rows(
         tokens=mx.array(padded.tokens),
         angles=_angles(padded, config),
-        attention=mx.array(_mask(padded, config.sliding_window)),
+        attention=attention,
         select=mx.array(select),
         targets=mx.array(padded.targets[select]),
         weights=mx.array(weights),

@@ -16,6 +16,7 @@ from phi3_lora.model_folder import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine
+from phi3_lora_mlx.layout import ROW_TOKENS
 from phi3_lora_mlx.model import load_model
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
 
@@ -104,6 +105,20 @@ def test_gradients_equal_those_of_pytorch_with_and_without_dropout(
 ) -> None:
     expected = gradients(opened(folder, "cuda", dropout))
     assert largest_relative(gradients(opened(folder, opener, dropout)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("opener", ["mlx-padded", *ON_GPU])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("lengths", [(ROW_TOKENS + 40,), (ROW_TOKENS - 30, ROW_TOKENS + 30)])
+def test_documents_longer_than_a_padded_row(
+    tmp_path: Path, opener: str, window: int | None, lengths: tuple[int, ...]
+) -> None:
+    """The second pair fills its bucket without padding."""
+    folder = write_model(tmp_path, sliding_window=window)
+    batch = make_batch(random_documents(list(lengths)))
+    rows = np.arange(0, len(batch.tokens), 97, dtype=np.int32)
+    found, expected = (opened(folder, o).logits(batch, rows) for o in (opener, "cuda"))
+    assert np.abs(found - expected).max() <= 1e-4 * expected.std()
 
 
 def test_dropout_changes_the_gradients(folder: Path) -> None:
