@@ -129,7 +129,7 @@ def test_readme_commands_run(folder: Path, capsys: Capture) -> None:
     for command in found:
         arguments = shlex.split(command, comments=True)[1:]
         arguments = ["demo" if "microsoft/" in a else a for a in arguments]
-        if arguments[0] in ("train", "evaluate", "generate"):
+        if arguments[0] in ("train", "evaluate", "generate", "verify", "parity"):
             arguments += ["--device", "cpu"]
         if arguments[0] == "train" and "--resume" not in arguments and Path("runs/a").exists():
             arguments += ["--output", "runs/b"]
