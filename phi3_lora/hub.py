@@ -9,13 +9,16 @@ from phi3_lora.demo import DEMO_MODEL_DIR
 from phi3_lora.errors import ModelError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_FILES = ["*.json", "*.jinja"]
 
 
-def resolve_model_dir(model: str, revision: str | None = None) -> Path:
+def resolve_model_dir(
+    model: str, revision: str | None = None, *, with_weights: bool = True
+) -> Path:
     """The folder of `demo`, of a path, or of a hub id (downloaded into the hub's cache).
 
-    Only configuration, tokenizer, template and safetensors files are downloaded, never code.
+    Only configuration, tokenizer, template and safetensors files are downloaded, never code; the
+    last only with_weights.
 
     Raises:
         ModelError: when there is no such folder and the hub has no such model or is out of reach.
@@ -32,8 +35,9 @@ def resolve_model_dir(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*_FILES, "*.safetensors"] if with_weights else _FILES
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ModelError(

@@ -33,13 +33,20 @@ class BaseModel:
         return self.config.stop_ids | (frozenset() if end is None else {end})
 
 
-def look_at_model(model: str, revision: str | None = None) -> BaseModel:
+def look_at_model(
+    model: str, revision: str | None = None, *, with_weights: bool = True
+) -> BaseModel:
     """Find a base model and read its config and tokenizer.
+
+    Args:
+        model: a folder, a hub id, or demo.
+        revision: branch, tag or commit of a hub id.
+        with_weights: whether to download the weights of a hub id, too.
 
     Raises:
         ModelError: when it cannot be used.
     """
-    path = resolve_model_dir(model, revision)
+    path = resolve_model_dir(model, revision, with_weights=with_weights)
     config = read_model_config(path)
     return BaseModel(model, path, config, ChatTokenizer(path, vocab_size=config.vocab_size))
 
@@ -70,6 +77,8 @@ class Opened:
 
     engine: Engine
     backend: Backend
+    identity: str
+    """Of the base model."""
     note: str
 
 
@@ -88,7 +97,7 @@ def open_engine(
         ModelError: when the weights cannot be used.
     """
     chosen, wanted, note = choose_backend(backend or "auto", device or "auto")
-    check_base(base)
+    identity = check_base(base)
     engine = chosen.open(
         LoadRequest(
             model_dir=base.path,
@@ -99,4 +108,4 @@ def open_engine(
     )
     if adapter is not None:
         engine.write_adapter(adapter.weights)
-    return Opened(engine, chosen, note)
+    return Opened(engine, chosen, identity, note)

@@ -28,7 +28,9 @@ def command(source: str, target: str, to: str, model: str | None, as_json: bool)
     from phi3_lora.hub import resolve_model_dir
     from phi3_lora.model_folder import read_model_config
 
-    config = None if model is None else read_model_config(resolve_model_dir(model))
+    config = None
+    if model is not None:
+        config = read_model_config(resolve_model_dir(model, with_weights=False))
     result = convert(Path(source), Path(target), to=to, config=config)
     for text in result.notes:
         note(text)

@@ -137,7 +137,7 @@ def _targets(value: str | None) -> str | list[str] | None:
 def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:
     from phi3_lora.training.run import prepare
 
-    facts = prepare(config, observer).facts()
+    facts = prepare(config, observer, with_weights=False).facts()
     if as_json:
         print_json(facts)
         return

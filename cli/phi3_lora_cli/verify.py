@@ -34,7 +34,7 @@ def command(
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
     from phi3_lora.adapters.fingerprint import compare, read_fingerprint
-    from phi3_lora.loading import check_base, load_adapter, look_at_model, open_engine
+    from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     stored = read_fingerprint(Path(adapter))
     base = look_at_model(model, revision)
@@ -42,7 +42,7 @@ def command(
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
     if opened.note:
         note(opened.note)
-    verdict = compare(stored, opened.engine, check_base(base))
+    verdict = compare(stored, opened.engine, opened.identity)
     opened.engine.close()
     if not verdict.same_base:
         note(f"{model} is not the base model that this adapter was trained on")

@@ -97,18 +97,25 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, observer: Observer, start_dir: str | None = None) -> Prepared:
+def prepare(
+    config: RunConfig,
+    observer: Observer,
+    start_dir: str | None = None,
+    *,
+    with_weights: bool = True,
+) -> Prepared:
     """Read and check everything but the weights: model shape, adapter, data, plan.
 
     Args:
         config: the run.
         observer: where notes go.
         start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
+        with_weights: whether to download the weights of a hub id, too.
 
     Raises:
         Phi3LoraError: when any of it cannot be used.
     """
-    base = look_at_model(config.model, config.revision)
+    base = look_at_model(config.model, config.revision, with_weights=with_weights)
     training = config.training_config
     start_dir = start_dir or config.adapter
     start = None if start_dir is None else load_adapter(start_dir, base)
@@ -163,14 +170,15 @@ def train(
         if resume:
             stored = resolve({**read_config(run_dir), "output_dir": config.output_dir}).config
             check_same_run(stored, config)
+        # Before anything is downloaded or read.
+        backend, device, note = choose_backend(config.backend, config.device)
+        if note:
+            observer.note(note)
         checkpoint = _find_checkpoint(run_dir, observer) if resume else None
         # A checkpoint is an adapter itself: what the run started from may be gone by now.
         prepared = prepare(
             config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
         )
-        backend, device, note = choose_backend(config.backend, config.device)
-        if note:
-            observer.note(note)
         run = _Run(prepared, run_dir, check_base(prepared.base), observer)
         if checkpoint is not None:
             resuming.check_belongs(checkpoint, run.belongings())
