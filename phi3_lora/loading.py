@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.folder import read_adapter
-from phi3_lora.backend import Backend, Engine, LoadRequest
+from phi3_lora.backend import Engine, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.hub import resolve_model_dir
 from phi3_lora.model_folder import read_model_config
@@ -76,7 +76,6 @@ class Opened:
     """An engine, and how it came to be."""
 
     engine: Engine
-    backend: Backend
     identity: str
     """Of the base model."""
     note: str
@@ -108,4 +107,4 @@ def open_engine(
     )
     if adapter is not None:
         engine.write_adapter(adapter.weights)
-    return Opened(engine, chosen, identity, note)
+    return Opened(engine, identity, note)

@@ -94,7 +94,12 @@ def alone(folder: Path, documents: list, attention: str) -> np.ndarray:
 
 
 def test_l1_base_logits_are_those_of_transformers(folder: Path) -> None:
-    documents = random_documents(lengths(few_heads_of(folder)))
+    check_base_logits(folder, lengths(few_heads_of(folder)))
+
+
+def check_base_logits(folder: Path, document_lengths: list[int]) -> None:
+    """Logits of documents together, and of the last one alone."""
+    documents = random_documents(document_lengths)
     expected, eager = (alone(folder, documents, kind) for kind in ("sdpa", "eager"))
     gate = max(1e-4 * expected.std(), 3 * np.abs(expected - eager).max())
     batch = make_batch(documents)
@@ -170,3 +175,16 @@ def test_greedy_tokens_cross_the_boundary_as_whole_sequences_do(folder: Path) ->
         with engine.base_only():
             found = list(engine.generate(prompt, Sampling(max_new_tokens=len(expected))))
         assert found == expected, backend
+
+
+@pytest.mark.slow
+def test_l1_holds_at_the_true_boundary_and_window(tmp_path: Path) -> None:
+    """4,096 and 4,097 tokens of Phi-4-mini's shape; a window of 2,047 in Phi-3-mini-4k's."""
+    config = few_heads(FAMILY[6])
+    config |= {"original_max_position_embeddings": 4096, "max_position_embeddings": 131_072}
+    long = write_model(tmp_path / "long", seed=SEED, **config)
+    check_base_logits(long, [4095, 4096, 4097])
+    window = write_model(
+        tmp_path / "window", seed=SEED, **few_heads(FAMILY[0]) | {"sliding_window": 2047}
+    )
+    check_base_logits(window, [2046, 2047, 2048, 2500])
