@@ -71,6 +71,7 @@ def _values_out_of_range(config: ModelConfig, raw: Mapping[str, Any]) -> list[st
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": rope.theta,
         "rope attention_factor": 1.0 if rope.attention_factor is None else rope.attention_factor,
+        "rope factor": 1.0 if rope.factor is None else rope.factor,
         "max_position_embeddings": config.max_position_embeddings,
         "original_max_position_embeddings": config.original_max_position_embeddings,
     }

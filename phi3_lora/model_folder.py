@@ -114,7 +114,7 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         rope=_parse_rope(raw, rope, model_dir),
         stop_ids=_stop_ids(raw, model_dir),
         dtype=dtype,
-        quantization=raw.get("quantization") or raw.get("quantization_config"),
+        quantization=raw.get("quantization") or raw.get("quantization_config") or None,
     )
 
 
@@ -128,13 +128,14 @@ def _parse_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], model_dir: Path
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if kind == "default":
         return RopeConfig(theta=float(theta), partial_rotary_factor=float(partial))
-    factor = rope.get("attention_factor")
+    factor, ratio = rope.get("attention_factor"), rope.get("factor")
     return RopeConfig(
         theta=float(theta),
         partial_rotary_factor=float(partial),
         short_factor=tuple(float(x) for x in rope["short_factor"]),
         long_factor=tuple(float(x) for x in rope["long_factor"]),
         attention_factor=None if factor is None else float(factor),
+        factor=None if ratio is None else float(ratio),
     )
 
 

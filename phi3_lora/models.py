@@ -23,6 +23,8 @@ class RopeConfig:
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     attention_factor: float | None = None
+    factor: float | None = None
+    """LongRoPE's ratio of contexts, where it is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +63,9 @@ class ModelConfig:
             return 1.0
         if self.rope.attention_factor is not None:
             return self.rope.attention_factor
-        factor = self.max_position_embeddings / self.original_max_position_embeddings
+        factor = self.rope.factor
+        if factor is None:
+            factor = self.max_position_embeddings / self.original_max_position_embeddings
         if factor <= 1.0:
             return 1.0
         return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))

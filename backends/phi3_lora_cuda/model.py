@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from phi3_lora.backend import LoadRequest, LoraSpec
@@ -158,7 +159,7 @@ def load_model(request: LoadRequest, device: torch.device) -> LoadedPhi3:
     """
     try:
         return LoadedPhi3(request, device)
-    except (OSError, ValueError, KeyError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as cause:
         if isinstance(cause, ModelError):
             raise
         raise ModelError(f"transformers cannot load {request.model_dir}: {cause}") from cause

@@ -36,6 +36,7 @@ def command(
       phi3-lora parity --model demo --data demo --steps 5 --device cpu
     """
     from phi3_lora.backend import LoraSpec
+    from phi3_lora.errors import BackendUnavailableError
     from phi3_lora.loading import check_base, load_adapter, look_at_model
     from phi3_lora.parity import Trial, cross_laws, measure, own_laws, random_start
     from phi3_lora.registry import available_backends
@@ -48,6 +49,8 @@ def command(
     start = random_start(spec, shapes) if weights is None else weights.weights
     trial = Trial(base, _documents(base, data, 4 * steps), spec, start, steps)
     backends, reasons = available_backends(device)
+    if not backends:
+        raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))
     for reason in reasons:
         note(reason)
     laws: list[Any] = []

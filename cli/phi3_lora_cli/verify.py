@@ -33,11 +33,12 @@ def command(
     Example:
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
-    from phi3_lora.adapters.fingerprint import compare, read_fingerprint
+    from phi3_lora.adapters.fingerprint import check_vocabulary, compare, read_fingerprint
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     stored = read_fingerprint(Path(adapter))
     base = look_at_model(model, revision)
+    check_vocabulary(stored, base.config.vocab_size)
     weights = load_adapter(adapter, base)
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
     if opened.note:

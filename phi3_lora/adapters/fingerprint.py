@@ -142,9 +142,23 @@ def read_fingerprint(folder: Path) -> Fingerprint:
     length = len(arrays["tokens"])
     wrong += [n for n in _ARRAYS if n != "doc_starts" and arrays[n].shape != (length,)]
     starts = arrays["doc_starts"]
+    wrong += ["doc_starts"] if (np.diff(starts) < 1).any() else []
     if wrong or starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != length:
         raise AdapterError(f"{path} is damaged: wrong shapes or types")
     return Fingerprint(**arrays, origin=read_metadata(path))
+
+
+def check_vocabulary(stored: Fingerprint, vocab_size: int) -> None:
+    """Make sure that a base model has the probes' token ids.
+
+    Raises:
+        AdapterError: when it has not, so that it cannot be the base.
+    """
+    if stored.tokens.min() < 0 or stored.tokens.max() >= vocab_size:
+        raise AdapterError(
+            f"the fingerprint holds token id {stored.tokens.max()}, and this base model has "
+            f"{vocab_size:,}: the adapter was trained on another one"
+        )
 
 
 def compare(stored: Fingerprint, engine: Engine, identity: str) -> Verdict:

@@ -31,6 +31,8 @@ def find_layouts(folder: Path) -> dict[str, Path]:
         raise AdapterError(f"no such adapter folder: {folder}")
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        if path.name == FINGERPRINT_NAME:
+            continue
         names = read_header(path, AdapterError)
         layout = "peft" if peft_layout.is_peft(names) else "mlx" if mlx_layout.is_mlx(names) else ""
         if not layout:

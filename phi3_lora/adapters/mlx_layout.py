@@ -45,6 +45,9 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
         problems.append(f"adapter_config.json: rank must be an integer >= 1, got {rank!r}")
     if not is_number(scale, int, float):
         problems.append(f"adapter_config.json: scale must be a number, got {scale!r}")
+    dropout = parameters.get("dropout") or 0.0
+    if not is_number(dropout, int, float) or not 0 <= dropout < 1:
+        problems.append(f"adapter_config.json: dropout must be in [0, 1), got {dropout!r}")
     foreign = [n for n in stored if not n.endswith((".lora_a", ".lora_b"))]
     problems += [f"{name}: not a LoRA tensor of a linear layer" for name in foreign]
     problems += [f"{n}: must be a matrix, got {v.shape}" for n, v in stored.items() if v.ndim != 2]

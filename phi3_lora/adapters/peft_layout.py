@@ -20,6 +20,8 @@ _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 _UNSUPPORTED = (
     *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"),
     *("lora_bias", "use_qalora", "trainable_token_indices", "target_parameters"),
+    *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config"),
+    *("monteclora_config", "velora_config"),
 )
 
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -27,6 +29,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "bias": ("none", None),
     "task_type": ("CAUSAL_LM", None),
+    # The others (pissa, olora, corda, loftq ...) change the base weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 """Values that can be used without loss; the first is meant where the key is missing."""
 

@@ -71,3 +71,8 @@ def test_an_adapter_and_data_of_ones_own(model: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = parity(model, "--adapter", str(tmp_path / "run" / "adapter"), "--data", str(rows))
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_no_backend_at_all_is_an_error(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phi3_lora.registry._auto_order", lambda: [])
+    assert parity(model).returncode == 2

@@ -202,6 +202,8 @@ def test_bad_adapter_config_is_an_adapter_error(tmp_path: Path, content: str | N
         ("r", True, "r must be an integer"),
         ("lora_alpha", True, "lora_alpha must be a number"),
         ("peft_type", "IA3", "peft_type must be LORA"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa' is not supported"),
+        ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
     ],
 )
 def test_bad_value_in_the_adapter_config_is_named(

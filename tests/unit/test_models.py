@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phi3_lora.errors import ModelError
@@ -164,3 +165,14 @@ def test_linear_shapes_with_grouped_queries(tmp_path: Path) -> None:
 def test_tied_head_has_no_tensor(tmp_path: Path, tied: bool, has_head: bool) -> None:
     found = read_model_config(write_config(tmp_path, tiny_config(tie_word_embeddings=tied)))
     assert ("lm_head.weight" in found.tensor_shapes()) == has_head
+
+
+def test_longrope_factor_wins_over_the_ratio_of_contexts(tmp_path: Path) -> None:
+    """transformers takes the ratio only where factor is absent."""
+    told = tiny_config(
+        rope_scaling={**longrope(type="longrope"), "factor": 32.0},
+        max_position_embeddings=8192,
+        original_max_position_embeddings=4096,
+    )
+    found = read_model_config(write_config(tmp_path, told)).attention_factor
+    assert found == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
