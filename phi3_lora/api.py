@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +85,7 @@ class LoadedModel:
         from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
         from phi3_lora.data.records import read_conversations
         from phi3_lora.evaluation import evaluate
+        from phi3_lora.report.observer import LoggingObserver
 
         rows = read_conversations(resolve_scoring_file(data))
         dataset = build_dataset(
@@ -96,7 +96,7 @@ class LoadedModel:
             context=self.base.config.max_position_embeddings,
         )
         for note in dataset.notes:
-            logging.getLogger("phi3_lora").warning(note)
+            LoggingObserver().note(note)
         return evaluate(self.engine, dataset.documents)
 
     def save(self, folder: str | Path, *, to: str = "both") -> None:

@@ -6,6 +6,7 @@ device tensor. Shape letters: D documents, T tokens, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -52,6 +53,14 @@ class Scores(NamedTuple):
     """Supervised tokens whose target has the largest logit."""
     supervised: NDArray[np.int64]
     """Supervised tokens."""
+
+
+def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
+    """What B A is multiplied by.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
+    """
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.backend import Batch, Bool
+from phi3_lora.rope import positions
 
 UInt32 = NDArray[np.uint32]
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
@@ -36,12 +37,10 @@ def row_keys(batch: Batch, *, seed: int, step: int) -> UInt32:
     documents = [
         crc32(batch.tokens[a:b].astype("<i4").tobytes()) for a, b in itertools.pairwise(starts)
     ]
-    lengths = np.diff(starts)
-    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     key = lowbias32(np.array([seed & 0xFFFFFFFF], np.uint32) + _GOLDEN)
     key = lowbias32(key ^ np.array([step], np.uint32))
-    rows = lowbias32(key ^ np.repeat(np.array(documents, np.uint32), lengths))
-    return lowbias32(rows ^ position.astype(np.uint32))
+    rows = lowbias32(key ^ np.repeat(np.array(documents, np.uint32), np.diff(starts)))
+    return lowbias32(rows ^ positions(starts).astype(np.uint32))
 
 
 def module_key(module: str) -> int:

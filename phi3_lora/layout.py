@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import numpy as np
 
 from phi3_lora.backend import Batch, LoadRequest
@@ -53,3 +56,10 @@ def out_of_memory_advice(request: LoadRequest) -> str:
         "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
         "same), set gradient_checkpointing: true, or lower max_length"
     )
+
+
+def process_peak_bytes() -> int:
+    """Largest memory that this process has held, whatever the device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes.
+    return peak if sys.platform == "darwin" else peak * 1024

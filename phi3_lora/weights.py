@@ -81,13 +81,15 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
         for name, info in found.items()
         if not is_finite(info)
     ]
-    problems += _what_frameworks_read_differently(model_dir, found)
+    problems += _what_frameworks_read_differently(model_dir, config, found)
     if problems:
         raise ModelError(listing(f"the weights in {model_dir} cannot be used:", problems))
     return found
 
 
-def _what_frameworks_read_differently(model_dir: Path, found: dict[str, TensorInfo]) -> list[str]:
+def _what_frameworks_read_differently(
+    model_dir: Path, config: ModelConfig, found: dict[str, TensorInfo]
+) -> list[str]:
     problems = []
     used = {info.path.name for info in found.values()}
     stray = sorted(p.name for p in model_dir.glob("model*.safetensors") if p.name not in used)
@@ -107,8 +109,7 @@ def _what_frameworks_read_differently(model_dir: Path, found: dict[str, TensorIn
             "its weights to a folder of their own and pass that with --adapter"
         )
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    tied = read_json(model_dir / "config.json").get("tie_word_embeddings", False)
-    if tied and head and embedding and not is_same(head, embedding):
+    if config.tie_word_embeddings and head and embedding and not is_same(head, embedding):
         problems.append(
             "lm_head.weight: not model.embed_tokens.weight, though tie_word_embeddings is true; "
             "delete the tensor, or set tie_word_embeddings to false"

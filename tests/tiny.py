@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_lora.backend import LoraSpec
 from phi3_lora.data.tokenizer import Document
+from phi3_lora.family import FamilyMember
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.tensor_files import encode
@@ -65,6 +66,32 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "torch_dtype": "float32",
     }
+    return {**config, **changes}
+
+
+def member_config(member: FamilyMember, **changes: Any) -> dict[str, Any]:
+    """config.json of a published model's shape; LongRoPE's factors are made up."""
+    config = tiny_config(
+        vocab_size=member.vocab_size,
+        hidden_size=member.hidden_size,
+        intermediate_size=member.intermediate_size,
+        num_hidden_layers=member.num_hidden_layers,
+        num_attention_heads=member.num_attention_heads,
+        num_key_value_heads=member.num_key_value_heads,
+        max_position_embeddings=member.context,
+        original_max_position_embeddings=member.original_context,
+        sliding_window=member.sliding_window,
+        rope_theta=member.rope_theta,
+        partial_rotary_factor=member.partial_rotary_factor,
+        tie_word_embeddings=member.tie_word_embeddings,
+    )
+    if member.rope == "longrope":
+        pairs = int(member.head_dim * member.partial_rotary_factor) // 2
+        config["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": np.linspace(1.0, 1.05, pairs).tolist(),
+            "long_factor": np.geomspace(1.0, 64.0, pairs).tolist(),
+        }
     return {**config, **changes}
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -30,6 +28,7 @@ from phi3_lora.errors import TrainingError
 from phi3_lora.layout import (
     out_of_memory_advice,
     per_document,
+    process_peak_bytes,
     split_batch,
     unused_precision,
 )
@@ -270,8 +269,7 @@ class CudaEngine:
         """Largest memory held: the GPU's allocations, or the process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_peak_bytes()
 
     def close(self) -> None:
         """Free the model."""

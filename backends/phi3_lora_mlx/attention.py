@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from phi3_lora_mlx.numerics import staged_sum
+from phi3_lora_mlx.numerics import on_cpu, staged_sum
 
 Attention = Sequence[int] | mx.array | str
 """Bounds of documents laid end to end; a mask (T, T), True where a query may look; or causal."""
@@ -43,7 +43,7 @@ def attend(
 def _causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> mx.array:
     length = q.shape[1]
     # MLX's CPU sums a softmax in one running total; a GPU sums in stages of its own.
-    if mx.default_device() == mx.Device(mx.cpu):
+    if on_cpu():
         return staged_attention(q, k, v, scale=scale, mask=window_mask(length, window))
     if window is not None and length > window:
         return _masked(q, k, v, scale=scale, mask=window_mask(length, window))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,7 +24,12 @@ from phi3_lora.backend import (
 )
 from phi3_lora.decoding import decode
 from phi3_lora.errors import TrainingError
-from phi3_lora.layout import out_of_memory_advice, per_document, unused_precision
+from phi3_lora.layout import (
+    out_of_memory_advice,
+    per_document,
+    process_peak_bytes,
+    unused_precision,
+)
 from phi3_lora_mlx.decoder import CachedDecoder
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
@@ -271,8 +274,7 @@ class MlxEngine:
         """Largest memory held: MLX's on a GPU, the process on a CPU."""
         if self._on_gpu:
             return int(mx.get_peak_memory())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_peak_bytes()
 
     def close(self) -> None:
         """Free the model."""

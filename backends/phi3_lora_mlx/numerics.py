@@ -10,6 +10,11 @@ import mlx.core as mx
 _STAGE = 64
 
 
+def on_cpu() -> bool:
+    """Whether work runs where sums must be staged."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
 def staged_sum(x: mx.array) -> mx.array:
     """Sum over the last axis in stages of 64 terms, (...,)."""
     while x.shape[-1] > _STAGE:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.attention import Attention, attend
-from phi3_lora_mlx.numerics import staged_sum
+from phi3_lora_mlx.numerics import on_cpu, staged_sum
 
 
 class Angles(NamedTuple):
@@ -40,7 +40,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __call__(self, x: mx.array) -> mx.array:
         """X (..., hidden), normalised and scaled."""
-        if mx.default_device() != mx.Device(mx.cpu):
+        if not on_cpu():
             return super().__call__(x)
         exact = x.astype(mx.float32)
         mean = staged_sum(exact**2)[..., None] / x.shape[-1]

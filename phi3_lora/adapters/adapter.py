@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from phi3_lora.adapters.names import PEFT_PREFIX, lora_a_name, lora_b_name
-from phi3_lora.backend import Float32, LoraSpec, Tensors
+from phi3_lora.backend import Float32, LoraSpec, Tensors, lora_scaling
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.seeding import uniform
 
@@ -31,7 +31,7 @@ class Adapter:
     @property
     def scaling(self) -> float:
         """What B A is multiplied by."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
     @property
     def modules(self) -> tuple[str, ...]:

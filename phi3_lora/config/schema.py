@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi3_lora.backend import LoraSpec, OptimSpec
+from phi3_lora.backend import LoraSpec, OptimSpec, lora_scaling
 from phi3_lora.errors import ConfigError
 from phi3_lora.models import DTYPES
 from phi3_lora.schedule import SCHEDULERS
@@ -49,11 +49,8 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by.
-
-        Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
-        """
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """What B A is multiplied by."""
+        return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
     def spec(self, modules: tuple[str, ...]) -> LoraSpec:
         """What a backend needs, for resolved module paths."""

@@ -179,12 +179,14 @@ def train(
         prepared = prepare(
             config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
         )
-        run = _Run(prepared, run_dir, check_base(prepared.base), observer)
+        belongings = _belongings(prepared, check_base(prepared.base))
         if checkpoint is not None:
-            resuming.check_belongs(checkpoint, run.belongings())
+            resuming.check_belongs(checkpoint, belongings)
         engine = _open(prepared, backend, device)
         try:
-            return run.train(engine, backend, checkpoint)
+            environment = resuming.environment(engine, backend)
+            run = _Run(prepared, run_dir, engine, belongings, environment, observer)
+            return run.train(checkpoint)
         finally:
             engine.close()
 
@@ -218,26 +220,45 @@ def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
     )
 
 
+def _belongings(prepared: Prepared, identity: str) -> dict[str, str]:
+    """What must be the same for a checkpoint to be of this run."""
+    lora = prepared.lora
+    return {
+        "model_identity": identity,
+        "plan_hash": prepared.plan_hash,
+        "valid_hash": documents_digest(prepared.task.eval_documents),
+        "lora": f"r {lora.r}, scale {lora.scaling:.9g}, {len(lora.modules)} modules "
+        f"(crc {zlib.crc32(' '.join(lora.modules).encode()):08x})",
+    }
+
+
 class _Run:
-    """The files of a run while it trains."""
+    """A run while it trains: the engine and the files it leaves."""
 
     def __init__(
-        self, prepared: Prepared, run_dir: Path, identity: str, observer: Observer
+        self,
+        prepared: Prepared,
+        run_dir: Path,
+        engine: Engine,
+        belongings: dict[str, str],
+        environment: dict[str, Any],
+        observer: Observer,
     ) -> None:
         self.prepared = prepared
         self.run_dir = run_dir
-        self.identity = identity
+        self.engine = engine
+        self.belongings = belongings
+        self.environment = environment
         self.observer = observer
         self.metrics = MetricsFile(run_dir)
         keep = prepared.config.training_config.save_total_limit
         self.checkpoints = CheckpointFolder(run_dir, keep=keep)
 
-    def train(self, engine: Engine, backend: Backend, checkpoint: Checkpoint | None) -> TrainResult:
+    def train(self, checkpoint: Checkpoint | None) -> TrainResult:
         """Run the loop and write the final adapter."""
-        prepared, observer = self.prepared, self.observer
-        environment = resuming.environment(engine, backend)
+        prepared, observer, engine = self.prepared, self.observer, self.engine
         write_config(self.run_dir, prepared.config)
-        progress = self._restore(engine, checkpoint, environment)
+        progress = self._restore(checkpoint)
         for note in engine.notes:
             observer.note(note)
         if progress.step == prepared.plan.total_steps:
@@ -245,15 +266,16 @@ class _Run:
         event = "start" if checkpoint is None else "resume"
         facts = prepared.facts()
         self.metrics.append(
-            {"event": event, **environment, "model_identity": self.identity, **facts}
+            {"event": event, **self.environment}
+            | {"model_identity": self.belongings["model_identity"], **facts}
             | {"step": progress.step}
         )
-        observer.start({**facts, **environment}, progress.step)
+        observer.start({**facts, **self.environment}, progress.step)
         hooks = Hooks(
             on_step=observer.step,
             on_metrics=self._log,
-            on_checkpoint=lambda p: self._save_checkpoint(engine, p, environment),
-            on_best=lambda p, e: self._save_adapter(engine, "best", p, e, environment),
+            on_checkpoint=self._save_checkpoint,
+            on_best=lambda p, e: self._save_adapter("best", p, e),
         )
         with stop_on_signal() as stop:
             try:
@@ -266,7 +288,7 @@ class _Run:
                 f"with: phi3-lora train --resume --output {self.run_dir}",
                 stop.exit_code,
             )
-        self._save_adapter(engine, "adapter", progress, None, environment)
+        self._save_adapter("adapter", progress, None)
         observer.finish()
         if not any(value.any() for name, value in engine.read_adapter().items() if is_b(name)):
             observer.note(
@@ -283,16 +305,14 @@ class _Run:
             peak_memory_bytes=engine.peak_memory_bytes(),
         )
 
-    def _restore(
-        self, engine: Engine, checkpoint: Checkpoint | None, environment: dict[str, Any]
-    ) -> Progress:
-        prepared = self.prepared
+    def _restore(self, checkpoint: Checkpoint | None) -> Progress:
+        prepared, engine = self.prepared, self.engine
         if checkpoint is not None:
             engine.write_adapter(checkpoint.weights)
             engine.write_optimizer(checkpoint.optimizer)
             self.metrics.cut_back(checkpoint.step)
             self.checkpoints.drop_after(checkpoint.step)
-            changed = resuming.changed_environment(checkpoint, environment)
+            changed = resuming.changed_environment(checkpoint, self.environment)
             if changed:
                 self.observer.note(
                     "resuming elsewhere, so not bit for bit the same run: " + "; ".join(changed)
@@ -312,11 +332,11 @@ class _Run:
         self.metrics.append(record)
         self.observer.metrics(record)
 
-    def _adapter(self, engine: Engine) -> Adapter:
+    def _adapter(self) -> Adapter:
         config, start = self.prepared.config, self.prepared.start
         peft = config.peft_config
         return Adapter(
-            weights=engine.read_adapter(),
+            weights=self.engine.read_adapter(),
             r=self.prepared.lora.r,
             lora_alpha=peft.lora_alpha if start is None else start.lora_alpha,
             use_rslora=peft.use_rslora if start is None else start.use_rslora,
@@ -325,58 +345,33 @@ class _Run:
             num_layers=self.prepared.base.config.num_hidden_layers,
         )
 
-    def belongings(self) -> dict[str, str]:
-        """What must be the same for a checkpoint to be of this run."""
-        prepared = self.prepared
-        lora = prepared.lora
-        return {
-            "model_identity": self.identity,
-            "plan_hash": prepared.plan_hash,
-            "valid_hash": documents_digest(prepared.task.eval_documents),
-            "lora": f"r {lora.r}, scale {lora.scaling:.9g}, {len(lora.modules)} modules "
-            f"(crc {zlib.crc32(' '.join(lora.modules).encode()):08x})",
-        }
-
-    def _save_checkpoint(
-        self, engine: Engine, progress: Progress, environment: dict[str, Any]
-    ) -> None:
-        state = {
-            **progress.to_dict(),
-            **self.belongings(),
-            "environment": environment,
-        }
-        path = self.checkpoints.save(self._adapter(engine), engine.read_optimizer(), state)
+    def _save_checkpoint(self, progress: Progress) -> None:
+        state = {**progress.to_dict(), **self.belongings, "environment": self.environment}
+        path = self.checkpoints.save(self._adapter(), self.engine.read_optimizer(), state)
         self.observer.saved(path)
 
-    def _save_adapter(
-        self,
-        engine: Engine,
-        name: str,
-        progress: Progress,
-        evaluation: Evaluation | None,
-        environment: dict[str, Any],
-    ) -> None:
-        adapter = self._adapter(engine)
+    def _save_adapter(self, name: str, progress: Progress, evaluation: Evaluation | None) -> None:
+        prepared, adapter = self.prepared, self._adapter()
+        identity = self.belongings["model_identity"]
         card = model_card(
             adapter,
-            self.prepared.config,
-            self.prepared.facts(),
-            self.identity,
-            environment,
-            self.prepared.base.config,
+            prepared.config,
+            prepared.facts(),
+            identity,
+            self.environment,
+            prepared.base.config,
             progress,
             evaluation,
         )
-        probes = probe_batch(self.prepared.base.tokenizer)
         origin = {
-            "backend": environment["backend"],
-            "dtype": environment["dtype"],
-            "model_identity": self.identity,
+            "backend": self.environment["backend"],
+            "dtype": self.environment["dtype"],
+            "model_identity": identity,
         }
-        fingerprint = encode_fingerprint(take_fingerprint(engine, probes, origin))
+        probes = probe_batch(prepared.base.tokenizer)
+        fingerprint = encode_fingerprint(take_fingerprint(self.engine, probes, origin))
         files = {"README.md": card.encode(), FINGERPRINT_NAME: fingerprint}
-        notes = write_adapter_folder(self.run_dir / name, adapter, files=files)
-        for note in notes:
+        for note in write_adapter_folder(self.run_dir / name, adapter, files=files):
             self.observer.note(note)
 
     def _last_good(self) -> str:

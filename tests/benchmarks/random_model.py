@@ -13,25 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from phi3_lora.family import FAMILY
 from phi3_lora.model_folder import read_model_config
-from tests.tiny import tiny_config, write_tokenizer
+from tests.tiny import member_config, tiny_config, write_tokenizer
 
-SHAPES = {
-    # microsoft/Phi-3-mini-4k-instruct, config.json.
-    "mini": {
-        "vocab_size": 32_064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "sliding_window": 2047,
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-    },
-    "tiny": {"vocab_size": 32_064, "dtype": "bfloat16", "torch_dtype": "bfloat16"},
+BFLOAT16 = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+CONFIGS = {
+    "mini": member_config(FAMILY[0], **BFLOAT16),
+    "tiny": tiny_config(vocab_size=32_064, **BFLOAT16),
 }
 
 
@@ -39,7 +28,7 @@ def main() -> None:
     """Write config.json, tokenizer.json and model.safetensors."""
     folder, name = Path(sys.argv[1]), (sys.argv[2:] or ["mini"])[0]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(tiny_config(**SHAPES[name])))
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
     write_tokenizer(folder)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

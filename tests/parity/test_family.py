@@ -22,7 +22,7 @@ from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.model import load_model
-from tests.tiny import lora_spec, random_adapter, random_documents, write_model
+from tests.tiny import lora_spec, member_config, random_adapter, random_documents, write_model
 
 SEED = 1
 """At seed 0 one draw (Phi-3-medium-128k) amplifies rounding: PyTorch itself is 2e-5 from exact."""
@@ -36,27 +36,18 @@ def few_heads(member: FamilyMember, vocab_size: int = 264) -> dict:
     heads = groups * (2 if groups == 1 else 1)
     hidden = heads * member.head_dim
     boundary = BOUNDARY if member.rope == "longrope" else 512
-    config = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // groups,
-        "max_position_embeddings": boundary * member.context // member.original_context,
-        "original_max_position_embeddings": boundary,
-        "sliding_window": None if member.sliding_window is None else WINDOW,
-        "rope_theta": member.rope_theta,
-        "partial_rotary_factor": member.partial_rotary_factor,
-        "tie_word_embeddings": member.tie_word_embeddings,
-    }
-    if member.rope == "longrope":
-        pairs = int(member.head_dim * member.partial_rotary_factor) // 2
-        config["rope_scaling"] = {
-            "type": "longrope",
-            "short_factor": np.linspace(1.0, 1.05, pairs).tolist(),
-            "long_factor": np.geomspace(1.0, 64.0, pairs).tolist(),
-        }
-    return config
+    return member_config(
+        member,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // groups,
+        max_position_embeddings=boundary * member.context // member.original_context,
+        original_max_position_embeddings=boundary,
+        sliding_window=None if member.sliding_window is None else WINDOW,
+    )
 
 
 def lengths(config: dict) -> list[int]:

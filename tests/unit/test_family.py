@@ -11,28 +11,12 @@ import pytest
 from phi3_lora.family import FAMILY, FamilyMember, peer_differences, recognise
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
-from tests.tiny import tiny_config
+from tests.tiny import member_config
 
 
 def true_shape(folder: Path, member: FamilyMember, **changes: Any) -> ModelConfig:
-    raw = tiny_config(
-        vocab_size=member.vocab_size,
-        hidden_size=member.hidden_size,
-        intermediate_size=member.intermediate_size,
-        num_hidden_layers=member.num_hidden_layers,
-        num_attention_heads=member.num_attention_heads,
-        num_key_value_heads=member.num_key_value_heads,
-        max_position_embeddings=member.context,
-        original_max_position_embeddings=member.original_context,
-        sliding_window=member.sliding_window,
-        tie_word_embeddings=member.tie_word_embeddings,
-        partial_rotary_factor=member.partial_rotary_factor,
-    )
-    if member.rope == "longrope":
-        pairs = int(member.head_dim * member.partial_rotary_factor) // 2
-        factors = {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
-        raw["rope_scaling"] = {"type": "longrope", **factors}
-    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    raw = member_config(member, **changes)
+    (folder / "config.json").write_text(json.dumps(raw))
     return read_model_config(folder)
 
 
