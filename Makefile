@@ -12,7 +12,7 @@ DEVICE ?= auto
 ON := --backend $(BACKEND) --device $(DEVICE)
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-EXTRAS := mlx,cuda,dev
+EXTRAS := mlx,cuda,nf4,dev
 
 .PHONY: help demo test test-all check install clean
 

@@ -137,6 +137,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "none",
     revision: str | None = None,
 ) -> LoadedModel:
     """Load a base model, with an adapter of either layout or bare.
@@ -147,14 +148,18 @@ def load(
         backend: mlx, cuda or auto.
         device: auto, cpu or gpu.
         dtype: float32, bfloat16, float16 or auto.
+        quantize: none, 4bit, 8bit, nf4 (cuda) or mlx-affine (mlx), of the base model.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
     """
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
+    from phi3_lora.report.observer import LoggingObserver
 
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(str(adapter), base)
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
+    for note in opened.notes:
+        LoggingObserver().note(note)
     return LoadedModel(base, opened.engine, weights)

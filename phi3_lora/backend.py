@@ -101,6 +101,9 @@ class LoadRequest:
     """What auto means on a GPU; None is the model's own dtype."""
     device: str = "auto"
     """auto, cpu or gpu."""
+    quantize: str = "none"
+    """none, or a quantisation of the backend's own: nf4 or mlx-affine. The shared grids are folders
+    and need nothing said."""
     lora: LoraSpec | None = None
     """None opens the bare base model."""
     optim: OptimSpec = field(default_factory=OptimSpec)
@@ -194,6 +197,8 @@ class Backend(Protocol):
     """A way to open engines; found through the entry-point group phi3_lora.backends."""
 
     name: str
+    quantizations: frozenset[str]
+    """Quantisations of its own that it makes while loading."""
 
     def check(self, device: str = "auto") -> None:
         """Make sure that the backend can run here.

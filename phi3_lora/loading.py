@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.fingerprint import base_identity
 from phi3_lora.adapters.folder import read_adapter
-from phi3_lora.backend import Engine, LoadRequest
+from phi3_lora.backend import Backend, Engine, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
+from phi3_lora.errors import ConfigError, ModelError
+from phi3_lora.grid import GRID_BITS
 from phi3_lora.hub import resolve_model_dir
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
+from phi3_lora.quantized_cache import quantized_copy
 from phi3_lora.registry import choose_backend
 from phi3_lora.weights import check_weights, model_identity
 
@@ -25,6 +30,13 @@ class BaseModel:
     path: Path
     config: ModelConfig
     tokenizer: ChatTokenizer
+    quantize: str = "none"
+    """How the weights are to be quantised, as QUANTIZATIONS names it."""
+
+    @property
+    def own_quantization(self) -> str:
+        """What a backend must do itself; a shared grid is in the files."""
+        return "none" if self.quantize in GRID_BITS else self.quantize
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -34,13 +46,18 @@ class BaseModel:
 
 
 def look_at_model(
-    model: str, revision: str | None = None, *, with_weights: bool = True
+    model: str,
+    revision: str | None = None,
+    *,
+    quantize: str | None = None,
+    with_weights: bool = True,
 ) -> BaseModel:
     """Find a base model and read its config and tokenizer.
 
     Args:
         model: a folder, a hub id, or demo.
         revision: branch, tag or commit of a hub id.
+        quantize: how prepare_weights is to quantise it; None means none.
         with_weights: whether to download the weights of a hub id, too.
 
     Raises:
@@ -48,16 +65,43 @@ def look_at_model(
     """
     path = resolve_model_dir(model, revision, with_weights=with_weights)
     config = read_model_config(path)
-    return BaseModel(model, path, config, ChatTokenizer(path, vocab_size=config.vocab_size))
+    tokenizer = ChatTokenizer(path, vocab_size=config.vocab_size)
+    return BaseModel(model, path, config, tokenizer, quantize or "none")
 
 
-def check_base(base: BaseModel) -> str:
-    """Check a base model's weights and return the model's identity.
+def prepare_weights(
+    base: BaseModel, backend: Backend, note: Callable[[str], None]
+) -> tuple[BaseModel, str]:
+    """Quantise a base model as asked, check its weights, and tell the model's identity.
+
+    Args:
+        base: as looked at.
+        backend: that will load it.
+        note: told of work that takes time.
+
+    Returns:
+        The base to load, and its identity: equal where every backend sees the same numbers.
 
     Raises:
-        ModelError: when a tensor is missing, extra, mis-shaped or not finite.
+        ConfigError: when the backend has no such quantisation.
+        ModelError: when a tensor is missing, extra, mis-shaped or not finite, or the model is
+            quantised already in another way.
     """
-    return model_identity(base.path, check_weights(base.path, base.config))
+    bits = GRID_BITS.get(base.quantize)
+    if bits is not None and base.config.grid_bits != bits:
+        path = quantized_copy(base.path, base.config, bits=bits, note=note)
+        base = dataclasses.replace(base, path=path, config=read_model_config(path))
+    own = base.own_quantization
+    if own not in {"none", *backend.quantizations}:
+        raise ConfigError(
+            f"--quantize {own} is not one of --backend {backend.name}'s; allowed: "
+            f"{', '.join(['none', *GRID_BITS, *sorted(backend.quantizations)])} (4bit and 8bit are "
+            "the same weights on both backends)"
+        )
+    if own != "none" and base.config.quantization is not None:
+        raise ModelError(f"{base.name} is quantised already: leave out --quantize {own}")
+    identity = model_identity(base.path, check_weights(base.path, base.config))
+    return base, identity if own == "none" else f"{identity}-{own}"
 
 
 def load_adapter(path: str, base: BaseModel) -> Adapter:
@@ -68,7 +112,21 @@ def load_adapter(path: str, base: BaseModel) -> Adapter:
     """
     adapter = read_adapter(Path(path))
     check_fits(adapter, base.config.linear_shapes(), path)
-    return dataclasses.replace(adapter, num_layers=base.config.num_hidden_layers)
+    return dataclasses.replace(
+        adapter,
+        num_layers=base.config.num_hidden_layers,
+        base_identity=base_identity(Path(path)),
+    )
+
+
+def other_base_notes(adapter: Adapter | None, identity: str) -> list[str]:
+    """A warning if an adapter names another base model than this one, by identity."""
+    if adapter is None or adapter.base_identity in (None, identity):
+        return []
+    return [
+        "this adapter was trained on another base model, or on other weights of it; phi3-lora "
+        "verify tells whether it behaves here as it did there"
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +136,7 @@ class Opened:
     engine: Engine
     identity: str
     """Of the base model."""
-    note: str
+    notes: list[str]
 
 
 def open_engine(
@@ -96,15 +154,17 @@ def open_engine(
         ModelError: when the weights cannot be used.
     """
     chosen, wanted, note = choose_backend(backend or "auto", device or "auto")
-    identity = check_base(base)
+    notes = [note] if note else []
+    base, identity = prepare_weights(base, chosen, notes.append)
     engine = chosen.open(
         LoadRequest(
             model_dir=base.path,
             dtype=dtype or "auto",
             device=wanted,
+            quantize=base.own_quantization,
             lora=None if adapter is None else dataclasses.replace(adapter.spec, dropout=0.0),
         )
     )
     if adapter is not None:
         engine.write_adapter(adapter.weights)
-    return Opened(engine, identity, note)
+    return Opened(engine, identity, notes + other_base_notes(adapter, identity))

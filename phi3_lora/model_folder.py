@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.errors import ModelError, Phi3LoraError, listing
+from phi3_lora.grid import GRID_BITS, GROUP_SIZE
 from phi3_lora.model_checks import contradictions
 from phi3_lora.models import ModelConfig, RopeConfig
 
@@ -115,7 +116,42 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         stop_ids=_stop_ids(raw, model_dir),
         dtype=dtype,
         quantization=raw.get("quantization") or raw.get("quantization_config") or None,
+        grid_bits=_grid_bits(raw),
     )
+
+
+def grid_config(bits: int, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """What config.json says of a shared grid: in mlx-lm's words, and in compressed-tensors'.
+
+    Args:
+        bits: 4 or 8.
+        dense: paths of linear layers of the decoder that are not on the grid.
+    """
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": GROUP_SIZE,
+    }
+    return {
+        "quantization": {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"},
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head", *dense],
+        },
+    }
+
+
+def _grid_bits(raw: Mapping[str, Any]) -> int | None:
+    dense = (raw.get("quantization_config") or {}).get("ignore", [])[1:]
+    for bits in GRID_BITS.values():
+        if all(raw.get(key) == value for key, value in grid_config(bits, dense).items()):
+            return bits
+    return None
 
 
 def _parse_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], model_dir: Path) -> RopeConfig:

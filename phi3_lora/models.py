@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from phi3_lora.grid import GROUP_SIZE
+
 PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "4bit", "8bit", "nf4", "mlx-affine")
+"""Of a base: none, the shared grids, bitsandbytes' and MLX's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,8 @@ class ModelConfig:
     stop_ids: frozenset[int]
     dtype: str
     quantization: Mapping[str, Any] | None
+    grid_bits: int | None = None
+    """Bits of the shared grid that the linear layers are stored on; None is no shared grid."""
 
     @property
     def rotary_dim(self) -> int:
@@ -92,8 +98,13 @@ class ModelConfig:
             for name in PROJECTIONS
         }
 
+    def grid_shapes(self) -> dict[str, tuple[int, int]]:
+        """Those linear layers that a shared grid can hold: the scale of a group needs 32 inputs."""
+        shapes = self.linear_shapes()
+        return {module: s for module, s in shapes.items() if s[1] % GROUP_SIZE == 0}
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of an unquantised model folder."""
+        """Name -> shape of every parameter, as in an unquantised model folder."""
         hidden = (self.hidden_size,)
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),

@@ -99,7 +99,11 @@ def measure(trial: Trial, backend: Backend, device: str, other: Tensors | None =
         other: an adapter that another backend trained.
     """
     request = LoadRequest(
-        model_dir=trial.base.path, dtype="float32", device=device, lora=trial.spec
+        model_dir=trial.base.path,
+        dtype="float32",
+        device=device,
+        quantize=trial.base.own_quantization,
+        lora=trial.spec,
     )
     engine = backend.open(request)
     try:

@@ -6,7 +6,9 @@ Source: the safetensors format: 8 bytes of header length, a JSON header, the ten
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,6 +153,49 @@ def read_metadata(path: Path) -> dict[str, str]:
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
+
+
+class NewTensor(NamedTuple):
+    """A tensor that is still to be written."""
+
+    dtype: str
+    """As safetensors names it, for example BF16."""
+    shape: tuple[int, ...]
+    make: Callable[[], NDArray[Any]]
+    """Its content; bfloat16 as the uint16 of its bits."""
+
+
+def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
+    """A safetensors file, made and written one tensor at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start = end
+        end += math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.dtype]).itemsize
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    raw = json.dumps(header).encode()
+    # Readers map the tensors where they lie; 8 bytes is the format's own alignment.
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, tensor in tensors.items():
+            value = np.ascontiguousarray(tensor.make())
+            wanted = np.dtype(_NUMPY_TYPES[tensor.dtype])
+            assert (value.dtype, value.shape) == (wanted, tensor.shape), name
+            file.write(value.data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_bfloat16_bits(value: Float32) -> NDArray[np.uint16]:
+    """The upper halves of float32 numbers that bfloat16 holds exactly."""
+    bits = np.ascontiguousarray(value).view(np.uint32)
+    assert not (bits & 0xFFFF).any(), "not a bfloat16 number"
+    return (bits >> 16).astype(np.uint16)
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:

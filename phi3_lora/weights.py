@@ -11,18 +11,21 @@ import numpy as np
 from phi3_lora.errors import ModelError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
+from phi3_lora.quantized_folder import MLX_FILE, grid_problems, stored_shapes
 from phi3_lora.tensor_files import FLOAT_TYPES, TensorInfo, is_finite, is_same, read_header
 
 _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
 
 
-def tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
+def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Every tensor of a model folder, sharded or not.
 
     Raises:
         ModelError: when a file is missing or damaged, or a shard index names what is not there.
     """
+    if config.grid_bits is not None:
+        return read_header(model_dir / MLX_FILE, ModelError)
     single = model_dir / "model.safetensors"
     index_path = model_dir / "model.safetensors.index.json"
     if single.exists():
@@ -48,15 +51,17 @@ def tensor_index(model_dir: Path) -> dict[str, TensorInfo]:
 def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Check names, shapes and finiteness of all weights, and return their index.
 
-    A quantised folder's packed tensors are checked by the backend that can unpack them.
+    Packed tensors of a quantisation that is no shared grid are checked by the backend that can
+    unpack them.
 
     Raises:
         ModelError: one message that lists every missing, extra, mis-shaped or non-finite tensor.
     """
-    found = tensor_index(model_dir)
-    expected = config.tensor_shapes()
+    found = tensor_index(model_dir, config)
+    is_known = config.quantization is None or config.grid_bits is not None
+    expected = config.tensor_shapes() if config.grid_bits is None else stored_shapes(config)
     problems = []
-    if config.quantization is None:
+    if is_known:
         problems += [f"missing: {name} {expected[name]}" for name in expected if name not in found]
         problems += [
             f"wrong shape: {name} is {found[name].shape}, config.json needs {shape}"
@@ -76,6 +81,8 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
             for name, info in found.items()
             if info.dtype not in FLOAT_TYPES
         ]
+    if config.grid_bits is not None:
+        problems += grid_problems(found, config)
     problems += [
         f"not finite: {name} holds NaN or infinity"
         for name, info in found.items()

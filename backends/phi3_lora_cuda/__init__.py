@@ -1,5 +1,10 @@
 """The PyTorch backend: transformers' Phi-3 with PEFT's LoRA layers, on NVIDIA GPUs and CPUs."""
 
-from phi3_lora_cuda.backend import CudaBackend
+import logging
+
+# PEFT imports bitsandbytes where it is installed, which tells of kernels that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from phi3_lora_cuda.backend import CudaBackend  # noqa: E402
 
 __all__ = ["CudaBackend"]

@@ -22,6 +22,7 @@ class CudaBackend:
     """PyTorch with PEFT."""
 
     name = "cuda"
+    quantizations = frozenset({"nf4"})
 
     def check(self, device: str = "auto") -> None:
         """Make sure that the device exists.

@@ -80,8 +80,8 @@ class CudaEngine:
         notes = unused_precision(self._request, self.dtype)
         if self._request.compile and not self._model.is_compiled:
             notes.append(
-                "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton "
-                "and a C compiler"
+                "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton, "
+                "a C compiler and a base that is not quantised"
             )
         return notes
 

@@ -13,6 +13,8 @@ import peft
 import torch
 from torch import Tensor
 
+from phi3_lora_cuda.quantized import Decode, StoredLinear
+
 
 class LoraLinear(peft.tuners.lora.Linear):
     """y = W x + scaling B A x for one active adapter; everything else is PEFT's."""
@@ -23,11 +25,13 @@ class LoraLinear(peft.tuners.lora.Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         dropped = self.lora_dropout[name](x)
+        linear = self.get_base_layer()
         return _LoraProduct.apply(
             x,
             # Given twice, a tensor loses its gradient in torch.compile of PyTorch 2.11.
             None if dropped is x else dropped,
-            self.get_base_layer().weight,
+            linear.weight,
+            linear.decode if isinstance(linear, StoredLinear) else None,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
@@ -37,6 +41,8 @@ class LoraLinear(peft.tuners.lora.Linear):
 class _LoraProduct(torch.autograd.Function):
     """W x + scaling B A dropped, where dropped is x after dropout; None means x.
 
+    W is kept as it is stored: decode makes it dense, in both passes; None means that it is.
+
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
 
@@ -45,37 +51,39 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
+        stored: Tensor,
+        decode: Decode | None,
         a: Tensor,
         b: Tensor,
         scaling: float,
     ) -> Tensor:
         x_rows = x.reshape(-1, x.shape[-1])
         rows = x_rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+        weight = stored if decode is None else decode(stored)
         a_cast, b_cast = a.to(weight.dtype), (b * scaling).to(weight.dtype)
         low = rows @ a_cast.T
         y = x_rows @ weight.T
         y.addmm_(low, b_cast.T)
-        ctx.save_for_backward(rows, low, weight, a_cast, b_cast)
-        ctx.scaling, ctx.shape, ctx.is_plain = scaling, x.shape, dropped is None
+        ctx.save_for_backward(rows, low, stored, a_cast, b_cast)
+        ctx.decode, ctx.scaling, ctx.shape, ctx.is_plain = decode, scaling, x.shape, dropped is None
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low, weight, a_cast, b_cast = ctx.saved_tensors
+        rows, low, stored, a_cast, b_cast = ctx.saved_tensors
         slope = grad.reshape(-1, grad.shape[-1])
         low_slope = slope @ b_cast
         grad_a = _product_in_float32(low_slope.T, rows)
         grad_b = _product_in_float32(slope.T, low) * ctx.scaling
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = slope @ weight
+            grad_x = slope @ (stored if ctx.decode is None else ctx.decode(stored))
             if ctx.is_plain:
                 grad_x.addmm_(low_slope, a_cast)
             else:
                 grad_dropped = (low_slope @ a_cast).view(ctx.shape)
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_dropped, None, grad_a, grad_b, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:

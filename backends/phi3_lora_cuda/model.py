@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import shutil
 import warnings
 from contextlib import AbstractContextManager
@@ -12,15 +11,14 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
-from phi3_lora_cuda.documents import ATTENTION_NAME, GivenRotary, has_flash
+from phi3_lora_cuda.base import load_base, resolve_dtype
+from phi3_lora_cuda.documents import GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 from phi3_lora_cuda.lora import LoraLinear
 
@@ -32,8 +30,8 @@ class LoadedPhi3:
 
     def __init__(self, request: LoadRequest, device: torch.device) -> None:
         self.config = read_model_config(request.model_dir)
-        self.dtype = _resolve_dtype(request, device, self.config.dtype)
-        self.causal_lm = _load_base(request, self.config, self.dtype, device)
+        self.dtype = resolve_dtype(request, device, self.config.dtype)
+        self.causal_lm = load_base(request, self.config, self.dtype, device)
         self.rotary = GivenRotary()
         self.causal_lm.model.rotary_emb = self.rotary
         self.dropout_keys = DropoutKeys()
@@ -50,7 +48,8 @@ class LoadedPhi3:
                 self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
             # Without an adapter below the first layer, its inputs need no gradient of their own.
             self.causal_lm.enable_input_require_grads()
-        self.is_compiled = request.compile and can_compile(self.dtype, device)
+        is_dense = self.config.quantization is None and request.quantize == "none"
+        self.is_compiled = request.compile and is_dense and can_compile(self.dtype, device)
         if self.is_compiled:
             self._compile_layers()
         self.causal_lm.train(request.lora is not None)
@@ -109,46 +108,6 @@ def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether layers can be fused: one attention kernel, Triton and a C compiler are needed."""
     tools = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
     return has_flash(device, dtype) and bool(tools)
-
-
-def _resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch.dtype:
-    name = request.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else request.gpu_dtype or own
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _load_base(
-    request: LoadRequest, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> Any:
-    """Phi3ForCausalLM by name: the folder's auto_map is never followed.
-
-    Raises:
-        ModelError: when the folder holds quantised weights.
-    """
-    if config.quantization is not None:
-        raise ModelError(
-            f"{request.model_dir} holds quantised weights, which --backend cuda does not read yet; "
-            "use the unquantised model, or --backend mlx for a folder that mlx-lm quantised"
-        )
-    # Its notes (generation flags, unused rotary buffers) are not for our users.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = transformers.Phi3ForCausalLM.from_pretrained(
-            request.model_dir,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            # Dropout is the adapter's alone, and rows are never padded.
-            resid_pdrop=0.0,
-            attention_dropout=0.0,
-            embd_pdrop=0.0,
-            pad_token_id=None,
-            local_files_only=True,
-        )
-    return model.to(device)
 
 
 def load_model(request: LoadRequest, device: torch.device) -> LoadedPhi3:

@@ -25,6 +25,7 @@ class MlxBackend:
     """MLX with native LoRA layers."""
 
     name = "mlx"
+    quantizations = frozenset({"mlx-affine"})
 
     def check(self, device: str = "auto") -> None:
         """Make sure that the device exists.

@@ -16,6 +16,9 @@ from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.lora import LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Phi3
 
+_AFFINE_GROUP_SIZE, _AFFINE_BITS = 64, 4
+"""mlx-lm's defaults."""
+
 
 class LoadedPhi3:
     """The model, its shape, and its LoRA layers by module path."""
@@ -76,6 +79,8 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
     except (ValueError, RuntimeError, KeyError, OSError) as cause:
         raise ModelError(f"mlx-lm cannot load {request.model_dir}: {cause}") from cause
     model.set_dtype(getattr(mx, dtype))
+    if request.quantize == "mlx-affine":
+        nn.quantize(model, group_size=_AFFINE_GROUP_SIZE, bits=_AFFINE_BITS)
     model.freeze()
     mx.eval(model.parameters())
     loaded = LoadedPhi3(model, config, dtype)

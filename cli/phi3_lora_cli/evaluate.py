@@ -37,6 +37,7 @@ def command(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     generate: bool,
     limit: int | None,
     samples: int,
@@ -59,7 +60,7 @@ def command(
     from phi3_lora.evaluation import answer_conversations, evaluate
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
     rows = read_conversations(resolve_scoring_file(data))[:limit]
     dataset = build_dataset(
@@ -73,8 +74,8 @@ def command(
         note(text)
     scored = {document.source for document in dataset.documents}
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    if opened.note:
-        note(opened.note)
+    for text in opened.notes:
+        note(text)
     with _progress(len(dataset.documents), "scoring") as advance:
         scores = evaluate(opened.engine, dataset.documents, advance)
     result: dict[str, Any] = scores.to_dict()

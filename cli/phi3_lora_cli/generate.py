@@ -32,6 +32,7 @@ def command(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -51,14 +52,14 @@ def command(
         prompt = sys.stdin.read().rstrip("\n")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer.encode_prompt(messages)
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    if opened.note:
-        note(opened.note)
+    for told in opened.notes:
+        note(told)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=base.stop_ids
     )

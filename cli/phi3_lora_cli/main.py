@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("train", "Fine-tune a Phi-3 model with LoRA."),
     "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
     "generate": ("generate", "Answer one prompt."),
+    "quantize": ("quantize", "Write a base in 4 or 8 bits that is equal on both backends."),
     "convert": ("convert", "Move an adapter between PEFT and mlx-lm."),
     "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),

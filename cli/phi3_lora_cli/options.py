@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from phi3_lora.models import QUANTIZATIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -29,7 +31,7 @@ def output_options(function: F) -> F:
 
 
 def backend_options(function: F) -> F:
-    """--backend, --device and --dtype."""
+    """--backend, --device, --dtype and --quantize."""
     return _stack(
         click.option("--backend", metavar="[mlx|cuda|auto]", help="Default: auto."),
         click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Default: auto."),
@@ -38,6 +40,16 @@ def backend_options(function: F) -> F:
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             help="Of the base model. Default: auto (float32 on a CPU, the model's own on a GPU).",
         ),
+        quantize_option,
+    )(function)
+
+
+def quantize_option(function: F) -> F:
+    """--quantize."""
+    return click.option(
+        "--quantize",
+        type=click.Choice(QUANTIZATIONS),
+        help="The base. 4bit and 8bit: equal weights on both backends. Default: none.",
     )(function)
 
 

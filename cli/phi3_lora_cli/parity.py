@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import click
 
-from phi3_lora_cli.options import model_options, note, output_options, print_json
+from phi3_lora_cli.options import (
+    model_options,
+    note,
+    output_options,
+    print_json,
+    quantize_option,
+)
 
 
 @click.command()
@@ -16,6 +23,7 @@ from phi3_lora_cli.options import model_options, note, output_options, print_jso
     "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Training steps."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto")
+@quantize_option
 @output_options
 def command(
     model: str,
@@ -24,6 +32,7 @@ def command(
     data: str | None,
     steps: int,
     device: str,
+    quantize: str | None,
     as_json: bool,
 ) -> int:
     """Check on your own model that both backends give the same numbers.
@@ -37,13 +46,12 @@ def command(
     """
     from phi3_lora.backend import LoraSpec
     from phi3_lora.errors import BackendUnavailableError
-    from phi3_lora.loading import check_base, load_adapter, look_at_model
+    from phi3_lora.loading import load_adapter, look_at_model, prepare_weights
     from phi3_lora.parity import Trial, cross_laws, measure, own_laws, random_start
     from phi3_lora.registry import available_backends
 
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
-    check_base(base)
     shapes = base.config.linear_shapes()
     spec = LoraSpec(modules=tuple(shapes), r=8, scaling=2.0) if weights is None else weights.spec
     start = random_start(spec, shapes) if weights is None else weights.weights
@@ -56,6 +64,8 @@ def command(
     laws: list[Any] = []
     measured: list[Any] = []
     for name, backend in backends.items():
+        ready, _ = prepare_weights(base, backend, note)
+        trial = dataclasses.replace(trial, base=ready)
         other = measured[0].trained if measured else None
         measured.append(measure(trial, backend, device, other))
         laws += own_laws(name, measured[-1])

@@ -16,6 +16,7 @@ _FLAGS = {
     "backend": "backend",
     "device": "device",
     "dtype": "dtype",
+    "quantize": "quantize",
     "data": "data.train",
     "valid": "data.valid",
     "valid_fraction": "data.valid_fraction",

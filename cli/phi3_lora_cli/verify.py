@@ -22,6 +22,7 @@ def command(
     backend: str | None,
     device: str | None,
     dtype: str | None,
+    quantize: str | None,
     as_json: bool,
 ) -> int:
     """Tell whether an adapter behaves here as it did where it was trained.
@@ -37,16 +38,14 @@ def command(
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     stored = read_fingerprint(Path(adapter))
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, quantize=quantize)
     check_vocabulary(stored, base.config.vocab_size)
     weights = load_adapter(adapter, base)
     opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    if opened.note:
-        note(opened.note)
+    for text in opened.notes:
+        note(text)
     verdict = compare(stored, opened.engine, opened.identity)
     opened.engine.close()
-    if not verdict.same_base:
-        note(f"{model} is not the base model that this adapter was trained on")
     if as_json:
         print_json(verdict.to_dict())
     else:

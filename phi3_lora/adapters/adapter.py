@@ -25,6 +25,8 @@ class Adapter:
     lora_dropout: float = 0.0
     base_model: str | None = None
     """What the adapter says it was trained on."""
+    base_identity: str | None = None
+    """The identity of that base, where the adapter carries a fingerprint."""
     num_layers: int | None = None
     """Decoder layers of the base model, where known."""
 

@@ -148,6 +148,19 @@ def read_fingerprint(folder: Path) -> Fingerprint:
     return Fingerprint(**arrays, origin=read_metadata(path))
 
 
+def base_identity(folder: Path) -> str | None:
+    """The identity of the base model that an adapter was trained on, if it tells.
+
+    Raises:
+        AdapterError: when the fingerprint is damaged.
+    """
+    path = folder / FINGERPRINT_NAME
+    if not path.exists():
+        return None
+    read_header(path, AdapterError)
+    return read_metadata(path).get("model_identity")
+
+
 def check_vocabulary(stored: Fingerprint, vocab_size: int) -> None:
     """Make sure that a base model has the probes' token ids.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from phi3_lora.backend import LoraSpec, OptimSpec, lora_scaling
 from phi3_lora.errors import ConfigError
-from phi3_lora.models import DTYPES
+from phi3_lora.models import DTYPES, QUANTIZATIONS
 from phi3_lora.schedule import SCHEDULERS
 
 STRATEGIES = ("no", "steps", "epoch")
@@ -232,6 +232,8 @@ class RunConfig:
     """auto, cpu or gpu."""
     dtype: str = "auto"
     """float32, bfloat16, float16 or auto."""
+    quantize: str = "none"
+    """The base: none, 4bit or 8bit (equal weights on both backends), nf4 or mlx-affine."""
     output_dir: str = ""
     """The run folder."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -246,6 +248,10 @@ class RunConfig:
         _require(
             self.dtype in ("auto", *DTYPES),
             f"dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}",
+        )
+        _require(
+            self.quantize in QUANTIZATIONS,
+            f"quantize must be one of {', '.join(QUANTIZATIONS)}; got {self.quantize!r}",
         )
         for name, flag in (("model", "--model"), ("output_dir", "--output")):
             _require(bool(getattr(self, name)), f"{name} is missing: set it or pass {flag}")

@@ -42,6 +42,7 @@ def model_card(
     training = config.training_config
     rows = {
         "Base model": f"`{config.model}`",
+        "Quantised": f"`{config.quantize}`",
         "Base identity (sha256)": f"`{identity}`",
         "Training data": f"`{config.data.train}`: {facts['num_documents']:,} documents, "
         f"{facts['loss_tokens']:,} supervised tokens",

@@ -19,7 +19,13 @@ from phi3_lora.data.dataset import Dataset, documents_digest, load_splits, resol
 from phi3_lora.errors import TrainingError, TrainingInterrupted
 from phi3_lora.evaluation import Evaluation
 from phi3_lora.family import recognise
-from phi3_lora.loading import BaseModel, check_base, load_adapter, look_at_model
+from phi3_lora.loading import (
+    BaseModel,
+    load_adapter,
+    look_at_model,
+    other_base_notes,
+    prepare_weights,
+)
 from phi3_lora.plan import Plan
 from phi3_lora.registry import choose_backend
 from phi3_lora.report.model_card import model_card
@@ -82,6 +88,7 @@ class Prepared:
         member = recognise(self.base.config)
         return {
             "model": self.config.model,
+            "quantize": self.config.quantize,
             "family": member.hub_ids[0] if member else None,
             "num_parameters": num_parameters(self.base.config),
             "num_trainable_parameters": sum(self.lora.r * (o + i) for o, i in self.shapes.values()),
@@ -115,7 +122,9 @@ def prepare(
     Raises:
         Phi3LoraError: when any of it cannot be used.
     """
-    base = look_at_model(config.model, config.revision, with_weights=with_weights)
+    base = look_at_model(
+        config.model, config.revision, quantize=config.quantize, with_weights=with_weights
+    )
     training = config.training_config
     start_dir = start_dir or config.adapter
     start = None if start_dir is None else load_adapter(start_dir, base)
@@ -179,7 +188,11 @@ def train(
         prepared = prepare(
             config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
         )
-        belongings = _belongings(prepared, check_base(prepared.base))
+        base, identity = prepare_weights(prepared.base, backend, observer.note)
+        prepared = dataclasses.replace(prepared, base=base)
+        belongings = _belongings(prepared, identity)
+        for text in other_base_notes(prepared.start if checkpoint is None else None, identity):
+            observer.note(text)
         if checkpoint is not None:
             resuming.check_belongs(checkpoint, belongings)
         engine = _open(prepared, backend, device)
@@ -210,6 +223,7 @@ def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
             dtype=config.dtype,
             gpu_dtype="bfloat16" if training.bf16 else "float16" if training.fp16 else None,
             device=device,
+            quantize=prepared.base.own_quantization,
             lora=prepared.lora,
             optim=training.optim_spec,
             seed=training.seed,

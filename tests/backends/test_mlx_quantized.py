@@ -52,5 +52,7 @@ def test_base_logits_equal_stock_mlx_lm_and_lora_learns(folder: Path) -> None:
 
 
 def test_pytorch_refuses_it_and_says_what_to_use(folder: Path) -> None:
-    with pytest.raises(ModelError, match="use the unquantised model, or --backend mlx"):
+    with pytest.raises(
+        ModelError, match="use the unquantised model with --quantize, or --backend mlx"
+    ):
         CudaBackend().open(LoadRequest(model_dir=folder, device="cpu"))

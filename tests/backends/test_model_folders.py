@@ -13,9 +13,9 @@ from phi3_lora.adapters.folder import write_adapter_folder
 from phi3_lora.backend import LoadRequest, Sampling
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.errors import ModelError
-from phi3_lora.loading import check_base, look_at_model
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.tensor_files import encode, read_all_float32
+from phi3_lora.weights import check_weights
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
@@ -52,7 +52,7 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((tmp_path / "a" / name).read_bytes())
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        check_base(look_at_model(str(folder)))
+        check_weights(folder, read_model_config(folder))
 
 
 def test_weights_that_no_index_names_are_refused(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_weights_that_no_index_names_are_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     (folder / "model_old.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match=r"model_old\.safetensors"):
-        check_base(look_at_model(str(folder)))
+        check_weights(folder, read_model_config(folder))
 
 
 def test_a_stored_head_that_is_not_the_tied_one_is_refused(tmp_path: Path) -> None:
@@ -70,11 +70,11 @@ def test_a_stored_head_that_is_not_the_tied_one_is_refused(tmp_path: Path) -> No
     weights = read_all_float32(path, ModelError)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     path.write_bytes(encode(weights))
-    check_base(look_at_model(str(folder)))
+    check_weights(folder, read_model_config(folder))
     weights["lm_head.weight"][0, 0] += 1
     path.write_bytes(encode(weights))
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
-        check_base(look_at_model(str(folder)))
+        check_weights(folder, read_model_config(folder))
 
 
 def test_dropout_of_the_base_model_is_off_in_training(tmp_path: Path) -> None:

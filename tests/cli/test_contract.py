@@ -15,7 +15,7 @@ from phi3_lora_cli.main import COMMANDS, group
 from tests.tiny import chat, random_adapter, write_model, write_rows
 
 OUTPUT = ["--json", "--debug"]
-BACKEND = ["--backend", "--device", "--dtype"]
+BACKEND = ["--backend", "--device", "--dtype", "--quantize"]
 MODEL = ["--model", "--revision", "--adapter"]
 OPTIONS = {
     "train": [
@@ -35,9 +35,13 @@ OPTIONS = {
         *(*MODEL, "--prompt", "--system", *BACKEND),
         *("--max-new-tokens", "--temperature", "--seed", *OUTPUT),
     ],
+    "quantize": ["--model", "--revision", "--output", "--bits", *OUTPUT],
     "convert": ["--to", "--model", *OUTPUT],
     "verify": ["--model", "--revision", *BACKEND, *OUTPUT],
-    "parity": ["--model", "--revision", "--adapter", "--data", "--steps", "--device", *OUTPUT],
+    "parity": [
+        *("--model", "--revision", "--adapter", "--data", "--steps", "--device", "--quantize"),
+        *OUTPUT,
+    ],
     "inspect": OUTPUT,
     "doctor": OUTPUT,
 }

@@ -69,7 +69,7 @@ def test_a_changed_adapter_is_different(adapter: Path, model: str, tmp_path: Pat
 
 def test_another_base_is_told(adapter: Path, tmp_path: Path) -> None:
     found = verify(adapter, str(write_model(tmp_path / "other", seed=1)))
-    assert found.returncode == 3 and "is not the base model" in found.stderr
+    assert found.returncode == 3 and "another base model" in found.stderr
     assert json.loads(found.stdout)["base_max_difference"] > 0.1
 
 

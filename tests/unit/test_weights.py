@@ -28,13 +28,15 @@ def check(folder: Path) -> None:
 
 
 def identity(folder: Path) -> str:
-    return model_identity(folder, tensor_index(folder))
+    return model_identity(folder, tensor_index(folder, read_model_config(folder)))
 
 
 def test_good_weights_pass(model: Path) -> None:
     check(model)
     config = read_model_config(model)
-    held = sum(int(np.prod(t.shape)) for t in tensor_index(model).values())
+    held = sum(
+        int(np.prod(t.shape)) for t in tensor_index(model, read_model_config(model)).values()
+    )
     assert held == num_parameters(config)
 
 

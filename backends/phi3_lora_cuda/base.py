@@ -1,0 +1,114 @@
+"""transformers' Phi-3 with a folder's weights, streamed onto the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from typing import Any
+
+import torch
+import transformers
+
+from phi3_lora.backend import LoadRequest
+from phi3_lora.errors import ModelError
+from phi3_lora.models import ModelConfig
+from phi3_lora.tensor_files import TensorInfo, read_raw
+from phi3_lora.weights import tensor_index
+from phi3_lora_cuda.documents import ATTENTION_NAME
+from phi3_lora_cuda.quantized import Nf4Linear, use_stored
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch.dtype:
+    """The dtype to compute in; own is the model's."""
+    name = request.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else request.gpu_dtype or own
+    return _DTYPES[name]
+
+
+def load_base(
+    request: LoadRequest, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Phi3ForCausalLM by name: the folder's auto_map is never followed.
+
+    Raises:
+        ModelError: when the folder holds weights that are quantised otherwise than on a shared
+            grid, or nf4 is asked for and bitsandbytes is missing.
+    """
+    if config.quantization is not None and config.grid_bits is None:
+        raise ModelError(
+            f"{request.model_dir} holds quantised weights, which --backend cuda does not read; use "
+            "the unquantised model with --quantize, or --backend mlx for a folder that mlx-lm "
+            "quantised"
+        )
+    if request.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("--quantize nf4 needs bitsandbytes: pip install 'phi3-lora[nf4]'")
+    # Its notes (generation flags, unused rotary buffers) are not for our users.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _empty_model(request, dtype)
+    if config.grid_bits is not None:
+        use_stored(model, list(config.grid_shapes()), bits=config.grid_bits)
+    elif request.quantize == "nf4":
+        use_stored(model, list(config.linear_shapes()), bits=None)
+    _stream_weights(model, tensor_index(request.model_dir, config), dtype, device)
+    return model
+
+
+def _settings(request: LoadRequest) -> dict[str, Any]:
+    # Dropout is the adapter's alone, and rows are never padded.
+    return {
+        "resid_pdrop": 0.0,
+        "attention_dropout": 0.0,
+        "embd_pdrop": 0.0,
+        "pad_token_id": None,
+        "local_files_only": True,
+    }
+
+
+def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
+    """The model without memory for its weights."""
+    config = transformers.Phi3Config.from_pretrained(request.model_dir, **_settings(request))
+    if hasattr(config, "quantization_config"):
+        # The words are read here, not by transformers' own quantisers.
+        del config.quantization_config
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME
+        )
+
+
+def _stream_weights(
+    model: Any, tensors: dict[str, TensorInfo], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a model on the meta device its weights, one tensor at a time."""
+    wanted = model.state_dict().keys()
+    # Old exports also store the tied head and rotary buffers; a grid's biases say nothing new.
+    for name in wanted & tensors.keys():
+        value = _to_torch(tensors[name], dtype, device)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, Nf4Linear):
+            layer.quantize(value)
+        else:
+            model.load_state_dict({name: value}, strict=False, assign=True)
+    model.tie_weights()
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    assert not left, f"weights were checked, and yet these are missing: {left}"
+
+
+def _to_torch(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A stored tensor on a device; floats in the given dtype, words as they are."""
+    with warnings.catch_warnings():
+        # The mapped file cannot be written to, and nobody does.
+        warnings.simplefilter("ignore")
+        value = torch.from_numpy(read_raw(info))
+    if info.dtype == "BF16":
+        value = value.view(torch.bfloat16)
+    if info.dtype == "U32":
+        return value.view(torch.int32).to(device, copy=True)
+    return value.to(device, dtype, copy=True)
