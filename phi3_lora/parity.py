@@ -89,18 +89,25 @@ def random_start(spec: LoraSpec, shapes: dict[str, tuple[int, int]]) -> Tensors:
     }
 
 
-def measure(trial: Trial, backend: Backend, device: str, other: Tensors | None = None) -> Numbers:
-    """Everything that the laws compare, from one backend in float32.
+def measure(
+    trial: Trial,
+    backend: Backend,
+    device: str,
+    other: Tensors | None = None,
+    dtype: str = "float32",
+) -> Numbers:
+    """Everything that the laws compare, from one backend.
 
     Args:
         trial: what to run.
         backend: on what.
         device: auto, cpu or gpu.
         other: an adapter that another backend trained.
+        dtype: of the base model; the gates are float32's.
     """
     request = LoadRequest(
         model_dir=trial.base.path,
-        dtype="float32",
+        dtype=dtype,
         device=device,
         quantize=trial.base.own_quantization,
         lora=trial.spec,

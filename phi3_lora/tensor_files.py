@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,15 @@ def read_raw(info: TensorInfo) -> NDArray[np.generic]:
     return np.memmap(info.path, kind, mode="r", offset=info.offset, shape=info.shape)
 
 
+def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
+    """A tensor as stored, flat, in parts of at most so many elements; nothing stays mapped."""
+    kind = np.dtype(_NUMPY_TYPES[info.dtype])
+    total = info.num_bytes // kind.itemsize
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        yield np.fromfile(info.path, kind, count, offset=info.offset + start * kind.itemsize)
+
+
 def read_float32(info: TensorInfo) -> Float32:
     """A tensor as float32; exact for float32, float16 and bfloat16."""
     raw = read_raw(info)
@@ -111,13 +120,11 @@ def read_float32(info: TensorInfo) -> Float32:
     return np.array(raw, dtype=np.float32)
 
 
-def is_finite(info: TensorInfo, chunk: int = 1 << 24) -> bool:
+def is_finite(info: TensorInfo) -> bool:
     """Whether a stored tensor holds neither NaN nor infinity; integers always pass."""
     if info.dtype not in FLOAT_TYPES:
         return True
-    flat = read_raw(info).reshape(-1)
-    for start in range(0, flat.size, chunk):
-        part = flat[start : start + chunk]
+    for part in read_parts(info):
         if info.dtype == "BF16":
             # All eight exponent bits set: infinity or NaN.
             bad = bool((np.bitwise_and(part.view(np.uint16), 0x7F80) == 0x7F80).any())

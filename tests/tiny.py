@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,27 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Bytes as tokens, and Phi-3's markers, which eat the white space after them."""
+def write_tokenizer(
+    folder: Path,
+    markers: Sequence[str] = MARKERS,
+    template: str = TEMPLATE,
+    *,
+    eats_space: bool = True,
+) -> None:
+    """Bytes as tokens, and markers, which by default eat the white space after them as Phi-3's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(m, special=True, normalized=False, rstrip=m != MARKERS[0]) for m in MARKERS]
+        [
+            AddedToken(m, special=True, normalized=False, rstrip=eats_space and m != markers[0])
+            for m in markers
+        ]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": MARKERS[0], "pad_token": MARKERS[0], "chat_template": TEMPLATE}
+    config = {"eos_token": markers[0], "pad_token": markers[0], "chat_template": template}
+    config["bos_token"] = markers[0]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 

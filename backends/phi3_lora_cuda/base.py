@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from phi3_lora.backend import LoadRequest
 from phi3_lora.errors import ModelError
 from phi3_lora.models import ModelConfig
-from phi3_lora.tensor_files import TensorInfo, read_raw
+from phi3_lora.tensor_files import TensorInfo, read_parts
 from phi3_lora.weights import tensor_index
 from phi3_lora_cuda.documents import ATTENTION_NAME
 from phi3_lora_cuda.quantized import Nf4Linear, use_stored
@@ -103,12 +105,13 @@ def _stream_weights(
 
 def _to_torch(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A stored tensor on a device; floats in the given dtype, words as they are."""
-    with warnings.catch_warnings():
-        # The mapped file cannot be written to, and nobody does.
-        warnings.simplefilter("ignore")
-        value = torch.from_numpy(read_raw(info))
-    if info.dtype == "BF16":
-        value = value.view(torch.bfloat16)
-    if info.dtype == "U32":
-        return value.view(torch.int32).to(device, copy=True)
-    return value.to(device, dtype, copy=True)
+    is_words = info.dtype == "U32"
+    kind = torch.int32 if is_words else dtype
+    out = torch.empty(math.prod(info.shape), dtype=kind, device=device)
+    start = 0
+    for part in read_parts(info):
+        value = torch.from_numpy(part.view(np.int32) if is_words else part)
+        value = value.view(torch.bfloat16) if info.dtype == "BF16" else value
+        out[start : start + len(part)].copy_(value)
+        start += len(part)
+    return out.view(info.shape)

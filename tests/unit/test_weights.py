@@ -10,7 +10,14 @@ import pytest
 
 from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_model_config
-from phi3_lora.tensor_files import encode, read_all_float32, read_float32, read_header
+from phi3_lora.tensor_files import (
+    encode,
+    is_finite,
+    read_all_float32,
+    read_float32,
+    read_header,
+    read_parts,
+)
 from phi3_lora.weights import check_weights, model_identity, num_parameters, tensor_index
 from tests.tiny import write_model
 
@@ -202,7 +209,14 @@ def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
     [([0x3F80], True), ([0x7F7F], True), ([0x7F80], False), ([0xFFC0], False)],
 )
 def test_bfloat16_finiteness(tmp_path: Path, bits: list[int], is_good: bool) -> None:
-    from phi3_lora.tensor_files import is_finite
-
     write_bfloat16(tmp_path / "x.safetensors", bits)
     assert is_finite(read_header(tmp_path / "x.safetensors", ModelError)["x"]) == is_good
+
+
+def test_parts_are_the_whole_tensor(tmp_path: Path) -> None:
+    value = np.arange(21, dtype=np.float32).reshape(3, 7)
+    (tmp_path / "x.safetensors").write_bytes(encode({"a": value[:1], "x": value}))
+    info = read_header(tmp_path / "x.safetensors", ModelError)["x"]
+    parts = list(read_parts(info, size=8))
+    assert [len(part) for part in parts] == [8, 8, 5]
+    assert np.array_equal(np.concatenate(parts).reshape(3, 7), value)
