@@ -120,6 +120,33 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
     )
 
 
+def in_both_styles(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """config.json with rotary settings where mlx-lm and transformers 4 look, and where 5 does.
+
+    auto_map is left out: the folders that we write hold no code.
+
+    Args:
+        raw: config.json of the model.
+        config: as read from it.
+    """
+    rope = config.rope
+    told = {
+        "rope_theta": rope.theta,
+        "partial_rotary_factor": rope.partial_rotary_factor,
+        "original_max_position_embeddings": config.original_max_position_embeddings,
+    }
+    scaling: dict[str, Any] | None = None
+    if rope.long_factor is not None and rope.short_factor is not None:
+        scaling = {"type": "longrope", "rope_type": "longrope"}
+        scaling |= {"short_factor": [*rope.short_factor], "long_factor": [*rope.long_factor]}
+        ratios = {"factor": rope.factor, "attention_factor": rope.attention_factor}
+        scaling |= {name: value for name, value in ratios.items() if value is not None}
+    parameters = {"rope_type": "default", **told, **(scaling or {})}
+    parameters.pop("type", None)
+    own = {key: value for key, value in raw.items() if key != "auto_map"}
+    return {**own, **told, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
 def grid_config(bits: int, dense: Sequence[str] = ()) -> dict[str, Any]:
     """What config.json says of a shared grid: in mlx-lm's words, and in compressed-tensors'.
 

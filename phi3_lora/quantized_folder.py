@@ -21,7 +21,7 @@ import numpy as np
 
 from phi3_lora.errors import ModelError
 from phi3_lora.grid import GROUP_SIZE, Grid, dequantize, quantize
-from phi3_lora.model_folder import grid_config, read_json
+from phi3_lora.model_folder import grid_config, in_both_styles, read_json
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
@@ -83,9 +83,7 @@ def write_quantized_folder(
             for path in source.glob(pattern):
                 if path.name not in _NOT_COPIED:
                     shutil.copyfile(path, folder / path.name)
-        raw = read_json(source / "config.json")
-        # The folder holds no code that auto_map could name.
-        raw.pop("auto_map", None)
+        raw = in_both_styles(read_json(source / "config.json"), config)
         dense = [m for m in config.linear_shapes() if m not in config.grid_shapes()]
         text = json.dumps({**raw, **grid_config(bits, dense)}, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
     """Write a base model in 4 or 8 bits, with equal weights on both backends.
 
     The folder also loads in stock mlx-lm and, with compressed-tensors installed, in stock
-    transformers and vLLM. Embedding and output head keep their dtype.
+    transformers. Embedding and output head keep their dtype.
 
     \b
     Example:

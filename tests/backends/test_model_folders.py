@@ -119,3 +119,12 @@ def test_longrope_without_its_boundary_means_that_of_transformers(tmp_path: Path
     del raw["original_max_position_embeddings"]
     (folder / "config.json").write_text(json.dumps(raw))
     assert read_model_config(folder).original_max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_code_that_auto_map_names_is_never_run(tmp_path: Path, backend: str) -> None:
+    auto_map = {"AutoConfig": "evil.Phi3Config", "AutoModelForCausalLM": "evil.Phi3ForCausalLM"}
+    folder = write_model(tmp_path / "mapped", auto_map=auto_map)
+    (folder / "evil.py").write_text("raise SystemExit('code of the model folder was run')")
+    expected = gradients(write_model(tmp_path / "plain"), backend)
+    assert largest(gradients(folder, backend), expected) == 0.0

@@ -36,6 +36,18 @@ SHAPES = {
         "intermediate_size": 160,
     },
     "a layer that stays dense": {"intermediate_size": 72},
+    "LongRoPE, config of transformers 5": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 1.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0 + 0.01 * i for i in range(8)],
+            "long_factor": [1.0 + i for i in range(8)],
+        },
+        "original_max_position_embeddings": 16,
+        "rope_theta": None,
+    },
     "bfloat16": {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
 }
 BACKENDS = ("cuda", "mlx", "mlx-padded")
