@@ -9,8 +9,6 @@ Source: compressed-tensors, pack_quantized; MLX, mx.quantize.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,24 +19,22 @@ import numpy as np
 
 from phi3_lora.errors import ModelError
 from phi3_lora.grid import GROUP_SIZE, Grid, dequantize, quantize
-from phi3_lora.model_folder import grid_config, in_both_styles, read_json
+from phi3_lora.model_folder import grid_config
+from phi3_lora.model_writer import write_companions, write_index
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
     NewTensor,
     TensorInfo,
+    from_float32,
     read_float32,
     read_header,
     read_raw,
-    to_bfloat16_bits,
     write_streamed,
 )
 
 MLX_FILE = "model-00001-of-00001.safetensors"
 TRANSFORMERS_FILE = "transformers.safetensors"
-_INDEX = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.jinja", "tokenizer.model")
-_NOT_COPIED = {"config.json", _INDEX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +75,13 @@ def write_quantized_folder(
     writer = _Writer(config, tensors, bits)
 
     def fill(folder: Path) -> None:
-        for pattern in _COPIED:
-            for path in source.glob(pattern):
-                if path.name not in _NOT_COPIED:
-                    shutil.copyfile(path, folder / path.name)
-        raw = in_both_styles(read_json(source / "config.json"), config)
         dense = [m for m in config.linear_shapes() if m not in config.grid_shapes()]
-        text = json.dumps({**raw, **grid_config(bits, dense)}, indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_companions(source, config, folder, grid_config(bits, dense))
         write_streamed(folder / MLX_FILE, writer.for_mlx())
         if for_transformers:
             twin = for_compressed_tensors(read_header(folder / MLX_FILE, ModelError), config)
             write_streamed(folder / TRANSFORMERS_FILE, twin)
-            index = {"metadata": {}, "weight_map": dict.fromkeys(twin, TRANSFORMERS_FILE)}
-            (folder / _INDEX).write_text(json.dumps(index, indent=2))
+            write_index(folder, dict.fromkeys(twin, TRANSFORMERS_FILE))
 
     replace_folder(target, fill)
     return writer.error()
@@ -155,7 +144,7 @@ class _Writer:
         return grid.words
 
     def _scaled(self, factor: int) -> np.ndarray:
-        return to_bfloat16_bits(self._scales * np.float32(factor))
+        return from_float32(self._scales * np.float32(factor), "BF16")
 
     def error(self) -> QuantizationError:
         """Of everything written."""

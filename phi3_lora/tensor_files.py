@@ -34,6 +34,9 @@ _NUMPY_TYPES = {
     "BOOL": np.bool_,
 }
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY_TYPES.items()}
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""A dtype's name in safetensors."""
 
 
 class TensorInfo(NamedTuple):
@@ -114,10 +117,22 @@ def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.gen
 
 def read_float32(info: TensorInfo) -> Float32:
     """A tensor as float32; exact for float32, float16 and bfloat16."""
-    raw = read_raw(info)
-    if info.dtype == "BF16":
+    return to_float32(read_raw(info), info.dtype)
+
+
+def to_float32(raw: NDArray[Any], dtype: str) -> Float32:
+    """What was stored as a float type of safetensors."""
+    if dtype == "BF16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.array(raw, dtype=np.float32)
+
+
+def from_float32(value: Float32, dtype: str) -> NDArray[Any]:
+    """What to store as a float type of safetensors: the nearest number, even on a tie."""
+    if dtype != "BF16":
+        return value.astype(_NUMPY_TYPES[dtype])
+    bits = np.ascontiguousarray(value).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def is_finite(info: TensorInfo) -> bool:
@@ -178,7 +193,7 @@ def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
     end = 0
     for name, tensor in tensors.items():
         start = end
-        end += math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.dtype]).itemsize
+        end += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         header[name] = {
             "dtype": tensor.dtype,
             "shape": tensor.shape,
@@ -196,13 +211,6 @@ def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
             file.write(value.data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def to_bfloat16_bits(value: Float32) -> NDArray[np.uint16]:
-    """The upper halves of float32 numbers that bfloat16 holds exactly."""
-    bits = np.ascontiguousarray(value).view(np.uint32)
-    assert not (bits & 0xFFFF).any(), "not a bfloat16 number"
-    return (bits >> 16).astype(np.uint16)
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:

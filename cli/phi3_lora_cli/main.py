@@ -18,11 +18,12 @@ COMMANDS = {
     "convert": ("convert", "Move an adapter between PEFT and mlx-lm."),
     "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),
+    "merge": ("merge", "Fold adapters into the base model."),
     "inspect": ("inspect", "Show what an adapter holds and what loads it."),
     "doctor": ("doctor", "Show what this machine can run and what is missing."),
 }
 """Name -> module with a `command`, and the line that --help shows."""
-ALIASES = {"eval": "evaluate"}
+ALIASES = {"eval": "evaluate", "fuse": "merge"}
 
 
 class LazyGroup(click.Group):

@@ -42,6 +42,10 @@ OPTIONS = {
         *("--model", "--revision", "--adapter", "--data", "--steps", "--device", "--quantize"),
         *OUTPUT,
     ],
+    "merge": [
+        *("--model", "--revision", "--adapter", "--weight", "--output", "--to", "--dtype"),
+        *("--dequantize", *OUTPUT),
+    ],
     "inspect": OUTPUT,
     "doctor": OUTPUT,
 }

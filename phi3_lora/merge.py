@@ -1,0 +1,213 @@
+"""Folding adapters into a base model, a tensor at a time, and how much of them was kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.backend import Float32
+from phi3_lora.errors import AdapterError, ModelError
+from phi3_lora.grid import dequantize
+from phi3_lora.model_writer import write_companions, write_shards
+from phi3_lora.models import DTYPES, ModelConfig
+from phi3_lora.quantized_folder import read_grid
+from phi3_lora.storage import replace_folder
+from phi3_lora.tensor_files import (
+    STORED_AS,
+    NewTensor,
+    TensorInfo,
+    from_float32,
+    read_float32,
+    read_raw,
+    to_float32,
+)
+
+_BLOCK_ELEMENTS = 1 << 22
+"""Elements of a weight that are merged at once, in float64."""
+
+
+class Part(NamedTuple):
+    """An adapter and what its delta is multiplied by."""
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """How much of the adapters' delta the stored weights of a module hold."""
+
+    cosine: float
+    """Between the delta and the change of the stored weights; 1 is its whole direction."""
+    norm_ratio: float
+    """|change| / |delta|; 1 is its whole size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What a merge did."""
+
+    path: str
+    dtype: str
+    survival: dict[str, Survival]
+    """By module path, of the modules with a delta that is not 0."""
+
+    @property
+    def worst_module(self) -> str | None:
+        """The module that kept least of the direction of its delta."""
+        return min(self.survival, key=lambda m: self.survival[m].cosine, default=None)
+
+    @property
+    def mean_cosine(self) -> float:
+        """Over the modules; 1 without any."""
+        values = [s.cosine for s in self.survival.values()]
+        return float(np.mean(values)) if values else 1.0
+
+
+def merge(
+    source: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    parts: Sequence[Part],
+    target: Path,
+    *,
+    dtype: str | None = None,
+    dequantized: bool = False,
+) -> Merge:
+    """Write the base with W + sum of weight * scale * B A in place of W.
+
+    Args:
+        source: the base model's folder, its weights checked.
+        config: of source.
+        tensors: of source.
+        parts: at least one; each checked against source.
+        target: a folder that does not exist or is empty.
+        dtype: float32, bfloat16 or float16 of the result; None is the base's own.
+        dequantized: write a base on a shared grid in full; else it is refused.
+
+    Raises:
+        AdapterError: when target is in use.
+        ModelError: when the base is quantised.
+        StorageError: when the disk is full; target stays as it was.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise AdapterError(f"{target} is in use: choose a new or empty folder")
+    _check_base(source, config, dequantized=dequantized)
+    chosen = dtype or config.dtype
+    assert chosen in DTYPES
+    merger = _Merger(config, tensors, parts, STORED_AS[chosen])
+    changes: dict[str, Any] = {"dtype": chosen, "torch_dtype": chosen}
+    changes |= dict.fromkeys(("quantization", "quantization_config"))
+
+    def fill(folder: Path) -> None:
+        write_companions(source, config, folder, changes)
+        write_shards(folder, merger.tensors())
+
+    replace_folder(target, fill)
+    return Merge(str(target), chosen, merger.survival())
+
+
+def _check_base(source: Path, config: ModelConfig, *, dequantized: bool) -> None:
+    if config.quantization is None:
+        return
+    if config.grid_bits is None:
+        raise ModelError(
+            f"{source} is quantised in a way that only mlx-lm reads: merge into the model that it "
+            "was made from"
+        )
+    if not dequantized:
+        raise ModelError(
+            f"{source} holds {config.grid_bits}-bit weights, on whose steps most of an adapter is "
+            "lost: add --dequantize to write the result in full, or keep base and adapter apart"
+        )
+
+
+class _Merger:
+    """Makes the tensors of the merged model as they are written, and keeps account."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo],
+        parts: Sequence[Part],
+        stored_as: str,
+    ) -> None:
+        self._config = config
+        self._tensors = tensors
+        self._parts = parts
+        self._stored_as = stored_as
+        self._sums: dict[str, np.ndarray] = {}
+
+    def tensors(self) -> dict[str, NewTensor]:
+        """Of a plain, unquantised model."""
+        adapted = {module for part in self._parts for module in part.adapter.modules}
+        found = {}
+        for name, shape in self._config.tensor_shapes().items():
+            module = name.removesuffix(".weight")
+            make: Any = partial(self._merged, module) if module in adapted else None
+            found[name] = NewTensor(self._stored_as, shape, make or partial(self._copied, name))
+        return found
+
+    def _copied(self, name: str) -> np.ndarray:
+        info = self._tensors[name]
+        if info.dtype == self._stored_as:
+            return read_raw(info)
+        return self._stored(name, self._base(name))
+
+    def _stored(self, name: str, value: Float32) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = from_float32(value, self._stored_as)
+        if not np.isfinite(to_float32(stored, self._stored_as)).all():
+            raise ModelError(
+                f"{name} has a number that {self._stored_as} does not hold: merge with --dtype "
+                "bfloat16 or float32"
+            )
+        return stored
+
+    def _base(self, name: str) -> Float32:
+        module = name.removesuffix(".weight")
+        if self._config.grid_bits is not None and module in self._config.grid_shapes():
+            return dequantize(read_grid(self._tensors, module))
+        return read_float32(self._tensors[name])
+
+    def _merged(self, module: str) -> np.ndarray:
+        base = self._base(f"{module}.weight")
+        rows = max(1, _BLOCK_ELEMENTS // base.shape[1])
+        sums = np.zeros(3)
+        stored = []
+        for start in range(0, len(base), rows):
+            part = base[start : start + rows]
+            delta = self._delta(module, start, start + rows)
+            stored.append(self._stored(module, (part + delta).astype(np.float32)))
+            change = to_float32(stored[-1], self._stored_as).astype(np.float64) - part
+            sums += [np.vdot(delta, change), np.vdot(delta, delta), np.vdot(change, change)]
+        self._sums[module] = sums
+        return np.concatenate(stored)
+
+    def _delta(self, module: str, start: int, end: int) -> np.ndarray:
+        """Rows [start, end) of the sum of all deltas, in float64."""
+        found: Any = 0.0
+        for adapter, weight in self._parts:
+            if module not in adapter.modules:
+                continue
+            a = adapter.weights[lora_a_name(module)].astype(np.float64)
+            b = adapter.weights[lora_b_name(module)][start:end].astype(np.float64)
+            found = found + weight * adapter.scaling * (b @ a)
+        return np.asarray(found)
+
+    def survival(self) -> dict[str, Survival]:
+        """Of each module whose delta is not 0."""
+        found = {}
+        for module, (dot, delta, change) in self._sums.items():
+            if delta > 0:
+                cosine = dot / math.sqrt(delta * change) if change > 0 else 0.0
+                found[module] = Survival(cosine, math.sqrt(change / delta))
+        return found
