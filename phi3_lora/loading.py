@@ -110,7 +110,7 @@ def load_adapter(path: str, base: BaseModel) -> Adapter:
     Raises:
         AdapterError: when it is damaged or does not fit.
     """
-    adapter = read_adapter(Path(path))
+    adapter = read_adapter(Path(path), base.config)
     check_fits(adapter, base.config.linear_shapes(), path)
     return dataclasses.replace(
         adapter,

@@ -12,13 +12,14 @@ from phi3_lora_cli.options import note, output_options, print_json
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--to", type=click.Choice(["peft", "mlx", "both"]), required=True)
+@click.option("--to", type=click.Choice(["peft", "mlx", "both", "unfused"]), required=True)
 @click.option("--model", metavar="ID|DIR|demo", help="The base model: makes the config shorter.")
 @output_options
 def command(source: str, target: str, to: str, model: str | None, as_json: bool) -> None:
-    """Move an adapter between PEFT's and mlx-lm's layout.
+    """Move an adapter between layouts: PEFT, mlx-lm, and q, k, v unfused (Unsloth).
 
-    SRC's layout is told by its content. The result is read back and compared.
+    SRC's layout is told by its content. The result is read back and compared. unfused needs --model
+    for the sizes of q, k and v; so does an unfused SRC that leaves one of them out.
 
     \b
     Example:

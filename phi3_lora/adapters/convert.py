@@ -45,9 +45,9 @@ def convert(
     Args:
         source: the adapter folder.
         target: a folder that does not exist or is empty.
-        to: peft, mlx or both.
+        to: peft, mlx, both or unfused.
         config: the base model's shape, if known; it makes target_modules short and tells whether
-            the adapted layers are the model's last ones.
+            the adapted layers are the model's last ones. unfused needs it.
 
     Raises:
         AdapterError: when the source is damaged, the target is in use, or cannot hold it.
@@ -57,19 +57,19 @@ def convert(
     if target.resolve().is_relative_to(source.resolve()):
         raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
     layouts = find_layouts(source)
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, config)
     if config is not None:
         adapter = dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
     # What it answered where it was trained holds in every layout.
     kept = [source / name for name in (FINGERPRINT_NAME, "README.md") if (source / name).exists()]
     files = {path.name: path.read_bytes() for path in kept}
-    notes = write_adapter_folder(target, adapter, to=to, files=files)
-    if adapter.num_layers is None and to != "peft":
+    notes = write_adapter_folder(target, adapter, to=to, base=config, files=files)
+    if adapter.num_layers is None and to in ("mlx", "both"):
         notes.append(
             "the base model's number of layers is not known, and mlx-lm takes the adapted layers "
             "for its last ones: pass --model to check"
         )
-    written = read_adapter(target)
+    written = read_adapter(target, config)
     difference = max(
         float(np.abs(value - written.weights[name]).max(initial=0.0))
         for name, value in adapter.weights.items()

@@ -12,8 +12,10 @@ import numpy as np
 
 from phi3_lora.adapters import mlx_layout, peft_layout
 from phi3_lora.adapters.adapter import Adapter, pair_problems
+from phi3_lora.adapters.fused import fuse, is_unfused, unfuse
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
+from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder, write_bytes
 from phi3_lora.tensor_files import encode, read_header
 
@@ -34,10 +36,10 @@ def find_layouts(folder: Path) -> dict[str, Path]:
         if path.name == FINGERPRINT_NAME:
             continue
         names = read_header(path, AdapterError)
-        layout = "peft" if peft_layout.is_peft(names) else "mlx" if mlx_layout.is_mlx(names) else ""
-        if not layout:
+        layout = _layout(names)
+        if layout is None:
             continue
-        usual = {"peft": peft_layout.WEIGHTS_NAME, "mlx": mlx_layout.WEIGHTS_NAME}[layout]
+        usual = mlx_layout.WEIGHTS_NAME if layout == "mlx" else peft_layout.WEIGHTS_NAME
         # mlx-lm leaves numbered checkpoints beside the final file.
         if layout not in found or path.name == usual:
             found[layout] = path
@@ -49,8 +51,23 @@ def find_layouts(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder of either layout; with both files, they must agree.
+def _layout(names: Mapping[str, Any]) -> str | None:
+    if is_unfused(names):
+        return "unfused"
+    if peft_layout.is_peft(names):
+        return "peft"
+    return "mlx" if mlx_layout.is_mlx(names) else None
+
+
+def read_adapter(
+    folder: Path, base: ModelConfig | None = None, *, keep_parts: bool = False
+) -> Adapter:
+    """The adapter in a folder of any layout, on fused modules; with two files, they must agree.
+
+    Args:
+        folder: of the adapter.
+        base: the base model's shape, which an adapter of separate q, k, v may need.
+        keep_parts: leave q, k, v and gate, up apart where they are.
 
     Raises:
         AdapterError: when a file is missing, damaged, or contradicts another.
@@ -59,10 +76,9 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_adapter_config(folder)
     adapters = []
     try:
-        if "peft" in layouts:
-            adapters.append(peft_layout.read_peft(layouts["peft"], config))
-        if "mlx" in layouts:
-            adapters.append(mlx_layout.read_mlx(layouts["mlx"], config))
+        for layout, path in layouts.items():
+            read = mlx_layout.read_mlx if layout == "mlx" else peft_layout.read_peft
+            adapters.append(read(path, config))
     except AdapterError:
         raise
     except (TypeError, ValueError) as cause:
@@ -77,8 +93,10 @@ def read_adapter(folder: Path) -> Adapter:
         problems = pair_problems(adapter.weights, adapter.r)
         if problems:
             raise AdapterError(listing(f"the adapter in {folder} is damaged:", problems))
-    if len(adapters) == 2:
-        _check_agree(folder, *adapters)
+    if not keep_parts:
+        adapters = [fuse(adapter, base) for adapter in adapters]
+    for other in adapters[1:]:
+        _check_agree(folder, adapters[0], other)
     return adapters[0]
 
 
@@ -141,6 +159,7 @@ def write_adapter_folder(
     adapter: Adapter,
     *,
     to: str = "both",
+    base: ModelConfig | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Write an adapter folder in one move.
@@ -148,7 +167,8 @@ def write_adapter_folder(
     Args:
         folder: where; an older adapter there is replaced.
         adapter: what.
-        to: peft, mlx or both.
+        to: peft, mlx, both, or unfused (PEFT's layout with q, k, v and gate, up on their own).
+        base: the base model's shape, which unfused needs.
         files: further files, by name.
 
     Returns:
@@ -158,6 +178,10 @@ def write_adapter_folder(
         AdapterError: when the only layout asked for cannot hold the adapter.
         StorageError: when the folder cannot be written; the old content stays.
     """
+    if to == "unfused":
+        if base is None:
+            raise AdapterError("unfused needs the sizes of q, k and v: pass --model")
+        adapter, to = unfuse(adapter, base), "peft"
     layouts = ("peft", "mlx") if to == "both" else (to,)
     notes = []
     reason = mlx_layout.why_not_mlx(adapter) if "mlx" in layouts else None

@@ -20,7 +20,7 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         AdapterError: when it is damaged.
     """
     layouts = find_layouts(folder)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, keep_parts=True)
     norms = {module: delta_norm(adapter, module) for module in adapter.modules}
     places = [place for place in map(split_layer, adapter.modules) if place is not None]
     return {
@@ -52,6 +52,10 @@ def delta_norm(adapter: Adapter, module: str) -> float:
 
 def _loads_in(adapter: Adapter, layouts: dict[str, Path]) -> dict[str, str]:
     """Tool -> yes, or what stands in the way."""
+    if "unfused" in layouts:
+        convert = "no: phi3-lora convert --to both --model BASE"
+        peft = "yes, on a base that keeps q, k, v and gate, up apart"
+        return {"phi3-lora": "yes", "peft": peft, "mlx-lm": convert}
     mlx_reason = why_not_mlx(adapter)
     needs = "phi3-lora convert --to {}"
     peft = "yes" if "peft" in layouts else needs.format("peft")
