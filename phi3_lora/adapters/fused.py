@@ -69,16 +69,27 @@ def fuse(adapter: Adapter, config: ModelConfig | None) -> Adapter:
                 problems.append(str(cause))
     if problems:
         raise AdapterError(listing("the parts cannot be fused:", problems))
+    fused = with_one_rank(pairs, adapter.scaling)
+    if fused.r == adapter.r:
+        return dataclasses.replace(adapter, weights=fused.weights)
+    return dataclasses.replace(
+        adapter, weights=fused.weights, r=fused.r, lora_alpha=fused.lora_alpha, use_rslora=False
+    )
+
+
+def with_one_rank(pairs: Mapping[str, tuple[Float32, Float32]], scaling: float) -> Adapter:
+    """An adapter of factors of several ranks, padded with zeros to the largest.
+
+    Args:
+        pairs: module -> A (its rank, in) and B (out, its rank).
+        scaling: what B A is multiplied by, for all of them.
+    """
     r = max(len(a) for a, _ in pairs.values())
     weights: Tensors = {}
     for module, (a, b) in pairs.items():
         weights[lora_a_name(module)] = np.pad(a, ((0, r - len(a)), (0, 0)))
         weights[lora_b_name(module)] = np.pad(b, ((0, 0), (0, r - b.shape[1])))
-    if r == adapter.r:
-        return dataclasses.replace(adapter, weights=weights)
-    return dataclasses.replace(
-        adapter, weights=weights, r=r, lora_alpha=adapter.scaling * r, use_rslora=False
-    )
+    return Adapter(weights=weights, r=r, lora_alpha=scaling * r)
 
 
 def _pair(adapter: Adapter, module: str) -> tuple[Float32, Float32]:

@@ -36,7 +36,7 @@ OPTIONS = {
         *("--max-new-tokens", "--temperature", "--seed", *OUTPUT),
     ],
     "quantize": ["--model", "--revision", "--output", "--bits", *OUTPUT],
-    "convert": ["--to", "--model", *OUTPUT],
+    "convert": ["--to", "--model", "--alpha", "--prefix", "--enable", *OUTPUT],
     "verify": ["--model", "--revision", *BACKEND, *OUTPUT],
     "parity": [
         *("--model", "--revision", "--adapter", "--data", "--steps", "--device", "--quantize"),
