@@ -157,13 +157,35 @@ def is_same(first: TensorInfo, second: TensorInfo) -> bool:
     return bool(np.array_equal(read_raw(first).view(np.uint8), read_raw(second).view(np.uint8)))
 
 
-def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
-    """Every tensor of a file as float32.
+def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
+    """The tensors of the shards that an index (*.index.json) names.
 
     Raises:
-        error: when the file is damaged or holds a tensor that is not of a float type.
+        error: when it is no index, names files outside its folder, or a shard is damaged.
     """
-    header = read_header(path, error)
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
+    except (OSError, ValueError, AttributeError) as cause:
+        raise error(f"{path} is not readable JSON: {cause}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise error(f"{path} has no weight_map from tensor names to file names")
+    files = sorted(set(weight_map.values()))
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise error(f"{path} names files outside its folder: {', '.join(outside)}")
+    found: dict[str, TensorInfo] = {}
+    for name in files:
+        found.update(read_header(path.parent / name, error))
+    return found
+
+
+def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
+    """Every tensor of a file, or of an index's shards, as float32.
+
+    Raises:
+        error: when a file is damaged or holds a tensor that is not of a float type.
+    """
+    header = (read_index if path.suffix == ".json" else read_header)(path, error)
     odd = [f"{name} ({i.dtype})" for name, i in header.items() if i.dtype not in FLOAT_TYPES]
     if odd:
         raise error(f"{path} holds tensors that are not of a float type: {', '.join(odd)}")

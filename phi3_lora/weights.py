@@ -12,7 +12,14 @@ from phi3_lora.errors import ModelError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_folder import MLX_FILE, grid_problems, stored_shapes
-from phi3_lora.tensor_files import FLOAT_TYPES, TensorInfo, is_finite, is_same, read_header
+from phi3_lora.tensor_files import (
+    FLOAT_TYPES,
+    TensorInfo,
+    is_finite,
+    is_same,
+    read_header,
+    read_index,
+)
 
 _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
@@ -35,17 +42,7 @@ def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
             f"{model_dir} has no model.safetensors and no model.safetensors.index.json; "
             "weights in another format (.bin, .gguf) must be converted to safetensors first"
         )
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f"{index_path} has no weight_map from tensor names to file names")
-    files = sorted(set(weight_map.values()))
-    outside = [name for name in files if Path(name).name != name]
-    if outside:
-        raise ModelError(f"{index_path} names files outside its folder: {', '.join(outside)}")
-    found: dict[str, TensorInfo] = {}
-    for name in files:
-        found.update(read_header(model_dir / name, ModelError))
-    return found
+    return read_index(index_path, ModelError)
 
 
 def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:

@@ -71,6 +71,21 @@ def initial_weights(shapes: Mapping[str, tuple[int, int]], *, r: int, seed: int)
     return weights
 
 
+def with_one_rank(pairs: Mapping[str, tuple[Float32, Float32]], scaling: float) -> Adapter:
+    """An adapter of factors of several ranks, padded with zeros to the largest.
+
+    Args:
+        pairs: module -> A (its rank, in) and B (out, its rank).
+        scaling: what B A is multiplied by, for all of them.
+    """
+    r = max(len(a) for a, _ in pairs.values())
+    weights: Tensors = {}
+    for module, (a, b) in pairs.items():
+        weights[lora_a_name(module)] = np.pad(a, ((0, r - len(a)), (0, 0)))
+        weights[lora_b_name(module)] = np.pad(b, ((0, 0), (0, r - b.shape[1])))
+    return Adapter(weights=weights, r=r, lora_alpha=scaling * r)
+
+
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
     """Check an adapter's tensors against each other and against a base model's linear layers.
 
@@ -98,8 +113,13 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], where: s
         raise AdapterError(listing(f"the adapter {where} does not fit:", problems))
 
 
-def pair_problems(weights: Mapping[str, Float32], r: int) -> list[str]:
-    """What is wrong with an adapter's tensors, seen without a base model."""
+def pair_problems(weights: Mapping[str, Float32], r: int | None) -> list[str]:
+    """What is wrong with an adapter's tensors, seen without a base model.
+
+    Args:
+        weights: under PEFT names.
+        r: the rank of all; None lets each pair have its own.
+    """
     problems = []
     for name, value in weights.items():
         a_name, b_name = name, name.replace(".lora_A.", ".lora_B.")
@@ -109,8 +129,11 @@ def pair_problems(weights: Mapping[str, Float32], r: int) -> list[str]:
         if other not in weights:
             problems.append(f"{name}: its pair {other} is missing")
         rank = value.shape[0 if name == a_name else -1] if value.ndim == 2 else None
-        if rank != r:
-            problems.append(f"{name}: shape {value.shape} does not hold rank {r}")
+        wanted = r
+        if r is None and rank is not None and a_name in weights:
+            wanted = len(weights[a_name])
+        if rank is None or rank != wanted:
+            problems.append(f"{name}: shape {value.shape} does not hold rank {wanted}")
         if not np.isfinite(value).all():
             problems.append(f"{name}: holds NaN or infinity")
     return problems

@@ -17,7 +17,7 @@ from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder, write_bytes
-from phi3_lora.tensor_files import encode, read_header
+from phi3_lora.tensor_files import encode, read_header, read_index
 
 CONFIG_NAME = "adapter_config.json"
 FINGERPRINT_NAME = "fingerprint.safetensors"
@@ -32,8 +32,14 @@ def find_layouts(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise AdapterError(f"no such adapter folder: {folder}")
     found: dict[str, Path] = {}
+    index = folder / f"{peft_layout.WEIGHTS_NAME}.index.json"
+    shards: set[str] = set()
+    if index.exists():
+        tensors = read_index(index, AdapterError)
+        shards = {info.path.name for info in tensors.values()}
+        found[_layout(tensors) or "peft"] = index
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name == FINGERPRINT_NAME:
+        if path.name == FINGERPRINT_NAME or path.name in shards:
             continue
         names = read_header(path, AdapterError)
         layout = _layout(names)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.adapter import Adapter, with_one_rank
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32, Tensors
 from phi3_lora.errors import AdapterError, listing
@@ -75,21 +75,6 @@ def fuse(adapter: Adapter, config: ModelConfig | None) -> Adapter:
     return dataclasses.replace(
         adapter, weights=fused.weights, r=fused.r, lora_alpha=fused.lora_alpha, use_rslora=False
     )
-
-
-def with_one_rank(pairs: Mapping[str, tuple[Float32, Float32]], scaling: float) -> Adapter:
-    """An adapter of factors of several ranks, padded with zeros to the largest.
-
-    Args:
-        pairs: module -> A (its rank, in) and B (out, its rank).
-        scaling: what B A is multiplied by, for all of them.
-    """
-    r = max(len(a) for a, _ in pairs.values())
-    weights: Tensors = {}
-    for module, (a, b) in pairs.items():
-        weights[lora_a_name(module)] = np.pad(a, ((0, r - len(a)), (0, 0)))
-        weights[lora_b_name(module)] = np.pad(b, ((0, 0), (0, r - b.shape[1])))
-    return Adapter(weights=weights, r=r, lora_alpha=scaling * r)
 
 
 def _pair(adapter: Adapter, module: str) -> tuple[Float32, Float32]:

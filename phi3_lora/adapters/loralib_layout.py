@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.fused import FUSED_PARTS, with_one_rank
+from phi3_lora.adapters.adapter import Adapter, with_one_rank
+from phi3_lora.adapters.fused import FUSED_PARTS
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32, Tensors
 from phi3_lora.errors import AdapterError, listing

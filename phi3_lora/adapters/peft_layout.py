@@ -5,20 +5,25 @@ Source: PEFT, tuners/lora/config.py and utils/save_and_load.py.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.names import PEFT_PREFIX, short_targets
-from phi3_lora.backend import Tensors
+import numpy as np
+
+from phi3_lora.adapters.adapter import Adapter, pair_problems, with_one_rank
+from phi3_lora.adapters.names import PEFT_PREFIX, lora_a_name, lora_b_name, short_targets
+from phi3_lora.backend import Tensors, lora_scaling
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.tensor_files import read_all_float32
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
 _UNSUPPORTED = (
-    *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"),
+    *("use_dora", "modules_to_save", "layer_replication"),
     *("lora_bias", "use_qalora", "trainable_token_indices", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config"),
     *("monteclora_config", "velora_config"),
@@ -72,9 +77,12 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
         problems.append(
             f"adapter_config.json: lora_alpha must be a number, got {config.get('lora_alpha')!r}"
         )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not _is_pattern(config.get(name) or {}):
+            problems.append(f"adapter_config.json: {name} must map names to numbers > 0")
     if problems:
         raise AdapterError(listing(f"{path} cannot be used:", problems))
-    return Adapter(
+    adapter = Adapter(
         weights=weights,
         r=config["r"],
         lora_alpha=float(config["lora_alpha"]),
@@ -82,6 +90,58 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         base_model=config.get("base_model_name_or_path"),
     )
+    return _without_patterns(adapter, config)
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        is_number(number, int, float) and 0 < number < math.inf for number in value.values()
+    )
+
+
+def _without_patterns(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The same deltas with one rank and one scale: ranks padded with zeros, scales put into B.
+
+    Raises:
+        AdapterError: when a pattern is no regular expression, or a tensor has another rank.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not ranks and not alphas:
+        return adapter
+    problems = list(pair_problems(adapter.weights, None))
+    if problems:
+        raise AdapterError(listing("the adapter is damaged:", problems))
+    pairs = {}
+    for module in adapter.modules:
+        r = int(_by_pattern(ranks, module, adapter.r))
+        alpha = _by_pattern(alphas, module, adapter.lora_alpha)
+        a, b = adapter.weights[lora_a_name(module)], adapter.weights[lora_b_name(module)]
+        if len(a) != r:
+            problems.append(f"{module}: rank {len(a)}, adapter_config.json says {r}")
+        ratio = lora_scaling(alpha, r, use_rslora=adapter.use_rslora) / adapter.scaling
+        pairs[module] = a, b if ratio == 1.0 else (b.astype(np.float64) * ratio).astype(np.float32)
+    if problems:
+        raise AdapterError(listing("the adapter is damaged:", problems))
+    plain = with_one_rank(pairs, adapter.scaling)
+    return dataclasses.replace(
+        adapter, weights=plain.weights, r=plain.r, lora_alpha=plain.lora_alpha, use_rslora=False
+    )
+
+
+def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first key that a module's path ends with.
+
+    Source: PEFT, utils/other.py, get_pattern_key.
+    """
+    for key, value in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as cause:
+            raise AdapterError(
+                f"adapter_config.json: the pattern {key!r} is no regular expression: {cause}"
+            ) from None
+    return default
 
 
 def is_number(value: Any, *kinds: type) -> bool:

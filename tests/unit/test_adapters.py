@@ -170,7 +170,7 @@ def test_truncated_file_is_named(tmp_path: Path, name: str, kept: int) -> None:
         ("peft", {"lora_alpha": "DELETE"}, "lora_alpha must be a number, got None"),
         ("peft", {"use_dora": True}, "use_dora = True is not supported"),
         ("peft", {"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
-        ("peft", {"rank_pattern": {"q": 2}}, "rank_pattern"),
+        ("peft", {"rank_pattern": {"o_proj": 2}}, "rank 4, adapter_config.json says 2"),
         ("mlx", {"fine_tune_type": "dora"}, "fine_tune_type 'dora' is not supported"),
         ("mlx", {"lora_parameters": "DELETE"}, "lora_parameters needs rank and scale"),
         ("mlx", {"lora_parameters": {"rank": 4}}, "lora_parameters needs rank and scale"),
