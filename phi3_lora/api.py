@@ -68,17 +68,38 @@ class LoadedModel:
         seed: int = 0,
     ) -> str:
         """The model's answer to a user message or a conversation."""
+        (answer,) = self.generate_batch(
+            [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return answer
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """The model's answer to each prompt, the same as alone, in less time."""
         from phi3_lora.backend import Sampling
 
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        tokenizer = self.base.tokenizer
+        ids = [
+            tokenizer.encode_prompt([{"role": "user", "content": p}] if isinstance(p, str) else p)
+            for p in prompts
+        ]
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             stop_ids=self.base.stop_ids,
         )
-        ids = list(self.engine.generate(self.base.tokenizer.encode_prompt(messages), sampling))
-        return self.base.tokenizer.decode([i for i in ids if i not in sampling.stop_ids])
+        answers: list[list[int]] = [[] for _ in ids]
+        for index, token in self.engine.generate(ids, sampling):
+            if token not in sampling.stop_ids:
+                answers[index].append(token)
+        return [tokenizer.decode(answer) for answer in answers]
 
     def score(self, data: str, *, max_length: int = 2048) -> Evaluation:
         """Loss, perplexity and token accuracy on a data file."""

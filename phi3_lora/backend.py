@@ -171,8 +171,13 @@ class Engine(Protocol):
     def base_only(self) -> AbstractContextManager[None]:
         """A context in which the model answers without its adapter."""
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """New token ids after the prompt, one by one; the stop token, if met, comes last."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
+        """Index of a prompt and its next token id, as they come; a stop token comes last.
+
+        Prompts are decoded together, and each gets the answer that it would get alone.
+        """
 
     def read_adapter(self) -> Tensors:
         """The adapter as float32 under PEFT names: lora_A (R, in), lora_B (out, R)."""

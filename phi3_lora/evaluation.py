@@ -101,16 +101,33 @@ def answer_conversations(
 ) -> list[Answer]:
     """Let the model give each conversation's last answer itself.
 
-    A conversation that does not end with an answer is left out.
+    Args:
+        engine: the model.
+        tokenizer: its own.
+        rows: one that does not end with an answer is left out.
+        sampling: how tokens are chosen.
+        on_progress: called with the number of conversations just answered.
+
+    Returns:
+        Answers in the order of the rows.
     """
-    answers = []
-    for row in rows:
-        on_progress(1)
-        *context, last = row.messages
-        if last["role"] != "assistant":
-            continue
-        ids = list(engine.generate(tokenizer.encode_prompt(context), sampling))
-        if ids and ids[-1] in sampling.stop_ids:
-            ids.pop()
-        answers.append(Answer(context[-1]["content"], last["content"], tokenizer.decode(ids)))
-    return answers
+    asked = [row.messages for row in rows if row.messages[-1]["role"] == "assistant"]
+    num_reported = len(rows) - len(asked)
+    on_progress(num_reported)
+    given: list[list[int]] = [[] for _ in asked]
+    prompts = [tokenizer.encode_prompt(messages[:-1]) for messages in asked]
+    for index, token in engine.generate(prompts, sampling):
+        given[index].append(token)
+        if token in sampling.stop_ids or len(given[index]) == sampling.max_new_tokens:
+            num_reported += 1
+            on_progress(1)
+    # What ended because the context was full.
+    on_progress(len(rows) - num_reported)
+    return [
+        Answer(
+            messages[-2]["content"],
+            messages[-1]["content"],
+            tokenizer.decode([i for i in ids if i not in sampling.stop_ids]),
+        )
+        for messages, ids in zip(asked, given, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Documents laid end to end in transformers' Phi-3: each attends to itself alone.
+"""Documents laid end to end in transformers' Phi-3: each attends to itself and its cache alone.
 
 Two public extension points are used: a registered attention function, and the model's one
 rotary module. Source: transformers, AttentionInterface.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ except ImportError:
 _VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
 
 ATTENTION_NAME = "phi3_lora_documents"
+_CACHE_STEP = 256
+"""Tokens by which a cache grows, so that most new ids are written in place."""
 
 
 class GivenRotary(nn.Module):
@@ -48,24 +51,64 @@ class GivenRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class Documents:
-    """Where the documents of a row lie."""
+class KeyValues:
+    """Keys and values of one sequence, by layer."""
 
-    def __init__(self, doc_starts: Int32, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
+        # Each (2, key-value heads, capacity, head_dim).
+        self._stores: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's new ones, each (1, key-value heads, T, head_dim); returns all of them."""
+        start = self._lengths.get(layer, 0)
+        end = start + key.shape[2]
+        store = self._stores.get(layer)
+        if store is None or end > store.shape[2]:
+            capacity = -(-end // _CACHE_STEP) * _CACHE_STEP
+            grown = key.new_empty(2, key.shape[1], capacity, key.shape[3])
+            if store is not None:
+                grown[:, :, :start] = store[:, :, :start]
+            self._stores[layer] = store = grown
+        store[0, :, start:end], store[1, :, start:end] = key[0], value[0]
+        self._lengths[layer] = end
+        return store[:1, :, :end], store[1:, :, :end]
+
+    def prefix(self, length: int) -> KeyValues:
+        """Those of the first so many tokens."""
+        found = KeyValues()
+        # A view has no room left, so that the next append copies it and never writes to it.
+        found._stores = {i: store[:, :, :length] for i, store in self._stores.items()}
+        found._lengths = dict.fromkeys(self._stores, length)
+        return found
+
+
+class Documents:
+    """Where the documents of a row lie, and what of each is cached."""
+
+    def __init__(
+        self,
+        doc_starts: Int32,
+        device: torch.device,
+        dtype: torch.dtype,
+        caches: Sequence[KeyValues] | None = None,
+    ) -> None:
+        self.caches = caches
+        """D, each holding the tokens before the document's; None where nothing is cached."""
         self.starts: list[int] = doc_starts.tolist()
         """D + 1 bounds."""
         self.longest = int(np.diff(doc_starts).max())
         """Tokens."""
         self.kernel_starts = (
             torch.from_numpy(doc_starts).to(device, torch.int32)
-            if has_flash(device, dtype)
+            if caches is None and has_flash(device, dtype)
             else None
         )
         """The bounds for the kernel that takes all documents at once, where there is one."""
 
 
 def document_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,46 +122,45 @@ def document_attention(
     """Causal attention within each document.
 
     Args:
-        module: the attention layer; unused.
+        module: the attention layer.
         query: (1, heads, T, head_dim).
-        key: (1, key-value heads, T or cached length, head_dim).
+        key: (1, key-value heads, T, head_dim).
         value: as key.
         attention_mask: always None for this function.
         scaling: of the scores.
         dropout: always 0 for Phi-3.
         sliding_window: keys a query sees at most, itself included.
-        documents: None is one new token after a cached sequence.
+        documents: where they lie; always given.
         kwargs: what other attention functions read.
 
     Returns:
         (1, T, heads, head_dim), and no weights.
     """
-    if documents is None:
-        window = key.shape[2] if sliding_window is None else sliding_window
-        out = scaled_dot_product_attention(
-            query, key[:, :, -window:], value[:, :, -window:], scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
+    assert documents is not None
     if documents.kernel_starts is not None:
         bounds, longest = documents.kernel_starts, documents.longest
         return _in_one_kernel(query, key, value, bounds, longest, scaling, sliding_window), None
     parts = []
-    for start, end in itertools.pairwise(documents.starts):
-        length = end - start
-        windowed = sliding_window is not None and length > sliding_window
-        mask = window_mask(length, sliding_window, query.device) if windowed else None
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
+    for i, (start, end) in enumerate(itertools.pairwise(documents.starts)):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if documents.caches is not None:
+            k, v = documents.caches[i].append(module.layer_idx, k, v)
+        parts.append(_causal(q, k, v, scaling, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Attention of the last tokens of one document to all of it."""
+    new, total = q.shape[2], k.shape[2]
+    mask = None
+    if new == 1:
+        first = max(0, total - (window or total))
+        k, v = k[:, :, first:], v[:, :, first:]
+    elif new < total or (window is not None and total > window):
+        mask = window_mask(new, total, window, q.device)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, scale=scaling, enable_gqa=True
+    )
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
@@ -153,11 +195,11 @@ def _in_one_kernel(
     return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **options)[None]
 
 
-def window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look, (length, length)."""
-    distance = torch.arange(length, device=device)
-    distance = distance[:, None] - distance[None, :]
-    return (distance >= 0) & (distance < (window or length))
+def window_mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """True where each of the last tokens may look, (new, total)."""
+    index = torch.arange(total, device=device)
+    distance = index[total - new :, None] - index[None, :]
+    return (distance >= 0) & (distance < (window or total))
 
 
 AttentionInterface.register(ATTENTION_NAME, document_attention)

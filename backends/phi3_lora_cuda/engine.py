@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from phi3_lora.backend import (
     StepResult,
     Tensors,
 )
-from phi3_lora.decoding import decode
+from phi3_lora.decoding import PrefixCache, decode
 from phi3_lora.dropout import row_keys
 from phi3_lora.errors import TrainingError
 from phi3_lora.layout import (
@@ -34,7 +33,7 @@ from phi3_lora.layout import (
 )
 from phi3_lora.rope import rotary_tables
 from phi3_lora_cuda.decoder import CachedDecoder
-from phi3_lora_cuda.documents import Documents
+from phi3_lora_cuda.documents import Documents, KeyValues
 from phi3_lora_cuda.head import head_loss, head_scores
 from phi3_lora_cuda.model import LoadedPhi3
 
@@ -53,6 +52,8 @@ class CudaEngine:
         self._device = device
         self._parameters = self._named_parameters()
         self._optimizer = self._make_optimizer() if self._parameters else None
+        self._decoder = CachedDecoder(model, device)
+        self._prefixes: PrefixCache[KeyValues] = PrefixCache()
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         named = {}
@@ -135,9 +136,10 @@ class CudaEngine:
             index, targets = self._rows(part)
             if not len(index):
                 continue
-            hidden = self._hidden(part).index_select(0, index)
-            loss = head_loss(hidden.detach(), self._model.head_weight, targets)
-            hidden.backward(loss.grad)
+            with self._memory_faults():
+                hidden = self._hidden(part).index_select(0, index)
+                loss = head_loss(hidden.detach(), self._model.head_weight, targets)
+                hidden.backward(loss.grad)
             nats += loss.nats
         # Last and in float32: a half-precision gradient of a large step's mean would vanish.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -148,9 +150,9 @@ class CudaEngine:
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step."""
         assert self._optimizer is not None
+        self._forget_prefixes()
         self._optimizer.zero_grad(set_to_none=True)
-        with self._memory_faults():
-            nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
         limit = self._request.optim.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         for group in self._optimizer.param_groups:
@@ -218,18 +220,35 @@ class CudaEngine:
             hidden = self._hidden(batch)[index]
             return np.asarray((hidden @ self._model.head_weight.T).float().cpu().numpy())
 
-    def base_only(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
         """A context in which the model answers without its adapter."""
-        if self._model.peft_model is None:
-            return contextlib.nullcontext()
-        return self._model.peft_model.disable_adapter()
+        peft_model = self._model.peft_model
+        self._forget_prefixes()
+        try:
+            with contextlib.nullcontext() if peft_model is None else peft_model.disable_adapter():
+                yield
+        finally:
+            self._forget_prefixes()
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """New ids after the prompt."""
-        # The decoder turns gradients off itself: a context here would stay open between tokens.
+    def _forget_prefixes(self) -> None:
+        self._prefixes = PrefixCache()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
+        """Index of a prompt and its next id, all prompts together."""
         self._model.causal_lm.eval()
-        decoder = CachedDecoder(self._model, self._device)
-        return decode(decoder, self._model.config, prompt, sampling)
+        # The decoder turns gradients off itself: a context here would stay open between tokens.
+        with self._memory_faults():
+            yield from decode(
+                self._decoder,
+                self._model.config,
+                prompts,
+                sampling,
+                prefixes=self._prefixes,
+                max_tokens=self._request.micro_batch_tokens,
+            )
 
     def read_adapter(self) -> Tensors:
         """The adapter under PEFT names."""
@@ -238,6 +257,7 @@ class CudaEngine:
     def write_adapter(self, weights: Tensors) -> None:
         """Replace the adapter."""
         assert weights.keys() == self._parameters.keys(), "not this adapter's tensors"
+        self._forget_prefixes()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(torch.from_numpy(weights[name].copy()))
@@ -274,6 +294,7 @@ class CudaEngine:
     def close(self) -> None:
         """Free the model."""
         self._parameters, self._optimizer = {}, None
-        del self._model
+        self._forget_prefixes()
+        del self._model, self._decoder
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

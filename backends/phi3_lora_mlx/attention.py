@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
 from phi3_lora_mlx.numerics import on_cpu, staged_sum
 
@@ -14,9 +15,16 @@ Attention = Sequence[int] | mx.array | str
 
 
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, *, attention: Attention, scale: float, window: int | None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    attention: Attention,
+    scale: float,
+    window: int | None,
+    caches: Sequence[KVCache] | None = None,
 ) -> mx.array:
-    """Causal attention of each document to itself.
+    """Causal attention of each document to itself and what is cached of it.
 
     Args:
         q: (heads, T, head_dim).
@@ -25,6 +33,7 @@ def attend(
         attention: the documents.
         scale: of the scores.
         window: keys a query sees at most, itself included.
+        caches: of each document, where attention is their bounds.
 
     Returns:
         (heads, T, head_dim).
@@ -34,35 +43,40 @@ def attend(
     if isinstance(attention, mx.array):
         return _masked(q, k, v, scale=scale, mask=attention)
     parts = []
-    for start, end in itertools.pairwise(attention):
-        span = slice(start, end)
-        parts.append(_causal(q[:, span], k[:, span], v[:, span], scale=scale, window=window))
+    for i, (start, end) in enumerate(itertools.pairwise(attention)):
+        keys, values = k[:, start:end], v[:, start:end]
+        if caches is not None:
+            keys, values = (x[0] for x in caches[i].update_and_fetch(keys[None], values[None]))
+        parts.append(_causal(q[:, start:end], keys, values, scale=scale, window=window))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
 def _causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> mx.array:
-    length = q.shape[1]
+    """Attention of the last tokens of one document to all of it."""
+    new, total = q.shape[1], k.shape[1]
+    if new == 1 < total:
+        first = max(0, total - (window or total))
+        return _masked(q, k[:, first:], v[:, first:], scale=scale, mask=None)
     # MLX's CPU sums a softmax in one running total; a GPU sums in stages of its own.
     if on_cpu():
-        return staged_attention(q, k, v, scale=scale, mask=window_mask(length, window))
-    if window is not None and length > window:
-        return _masked(q, k, v, scale=scale, mask=window_mask(length, window))
-    out = mx.fast.scaled_dot_product_attention(
-        q[None], k[None], v[None], scale=scale, mask="causal"
-    )
-    return out[0]
+        return staged_attention(q, k, v, scale=scale, mask=window_mask(new, total, window))
+    if window is not None and total > window:
+        return _masked(q, k, v, scale=scale, mask=window_mask(new, total, window))
+    return _masked(q, k, v, scale=scale, mask="causal")
 
 
-def _masked(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array) -> mx.array:
+def _masked(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | str | None
+) -> mx.array:
     out = mx.fast.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, mask=mask)
     return out[0]
 
 
-def window_mask(length: int, window: int | None) -> mx.array:
-    """True where a query may look, (length, length)."""
-    index = mx.arange(length)
-    distance = index[:, None] - index[None, :]
-    return (distance >= 0) & (distance < (window or length))
+def window_mask(new: int, total: int, window: int | None) -> mx.array:
+    """True where each of the last tokens may look, (new, total)."""
+    index = mx.arange(total)
+    distance = index[total - new :, None] - index[None, :]
+    return (distance >= 0) & (distance < (window or total))
 
 
 def staged_attention(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ from phi3_lora.backend import (
     StepResult,
     Tensors,
 )
-from phi3_lora.decoding import decode
+from phi3_lora.decoding import PrefixCache, decode
 from phi3_lora.errors import TrainingError
 from phi3_lora.layout import (
     out_of_memory_advice,
@@ -30,7 +29,7 @@ from phi3_lora.layout import (
     process_peak_bytes,
     unused_precision,
 )
-from phi3_lora_mlx.decoder import CachedDecoder
+from phi3_lora_mlx.decoder import CachedDecoder, KeyValues
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
 from phi3_lora_mlx.lora import linear_shape
@@ -62,6 +61,8 @@ class MlxEngine:
         self._optimizer = Optimizer(request.optim, is_compiled=on_gpu)
         step = mx.value_and_grad(self._surrogate)
         self._value_and_grad = mx.compile(step) if on_gpu else step
+        self._decoder = CachedDecoder(loaded)
+        self._prefixes: PrefixCache[KeyValues] = PrefixCache()
         # MLX name of each array -> PEFT name; the two are transposes of each other.
         self._names: dict[str, str] = {}
         for path in loaded.layers:
@@ -127,9 +128,10 @@ class MlxEngine:
         for part in micro_batches(batch, request.micro_batch_tokens, is_padded=self._on_gpu):
             if not part.loss_mask.any():
                 continue
-            (_, part_nats), part_gradients = self._value_and_grad(
-                self._parameters, self._rows(part, key)
-            )
+            with self._memory_faults():
+                (_, part_nats), part_gradients = self._value_and_grad(
+                    self._parameters, self._rows(part, key)
+                )
             # The trace left its own arrays in the model.
             self._install(self._parameters)
             gradients = (
@@ -139,7 +141,8 @@ class MlxEngine:
             )
             nats.append(part_nats)
             # Free this micro-batch's activations before the next one.
-            mx.eval(gradients, part_nats)
+            with self._memory_faults():
+                mx.eval(gradients, part_nats)
         self._loaded.state.dropout_rows = None
         if not gradients:
             return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
@@ -153,8 +156,8 @@ class MlxEngine:
 
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step."""
-        with self._memory_faults():
-            gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
+        self._forget_prefixes()
+        gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
         new, norm = self._optimizer.step(self._parameters, gradients, lr=lr, step=step)
         self._install(new)
         loss = nats / loss_tokens
@@ -177,12 +180,16 @@ class MlxEngine:
                 raise
             raise TrainingError(out_of_memory_advice(self._request)) from cause
 
+    def _hidden(self, batch: Batch, select: np.ndarray) -> mx.array:
+        """Final hidden states at chosen positions, (len(select), hidden)."""
+        rows = self._rows(batch)
+        return self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
+
     def _score_rows(self, batch: Batch, select: np.ndarray) -> RowScores:
         """Scores of chosen rows, whatever the loss mask says."""
-        rows = self._rows(batch)
-        hidden = self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
-        targets = mx.array(batch.targets[select])
         with self._memory_faults():
+            hidden = self._hidden(batch, select)
+            targets = mx.array(batch.targets[select])
             return head_scores(self._loaded.model, hidden, targets, self._loaded.config.vocab_size)
 
     def score(self, batch: Batch) -> Scores:
@@ -214,26 +221,37 @@ class MlxEngine:
 
     def logits(self, batch: Batch, rows: Int32) -> Float32:
         """Logits at the chosen positions, (len(rows), vocabulary)."""
-        placed = self._rows(batch)
-        model = self._loaded.model
-        hidden = model(placed.tokens, placed.angles, placed.attention)[mx.array(np.asarray(rows))]
-        return np.array(model.head(hidden).astype(mx.float32))
+        with self._memory_faults():
+            hidden = self._hidden(batch, np.asarray(rows))
+            return np.array(self._loaded.model.head(hidden).astype(mx.float32))
 
     @contextlib.contextmanager
-    def _without_adapter(self) -> Iterator[None]:
+    def base_only(self) -> Iterator[None]:
+        """A context in which the model answers without its adapter."""
+        self._forget_prefixes()
         self._loaded.state.is_enabled = False
         try:
             yield
         finally:
             self._loaded.state.is_enabled = True
+            self._forget_prefixes()
 
-    def base_only(self) -> AbstractContextManager[None]:
-        """A context in which the model answers without its adapter."""
-        return self._without_adapter()
+    def _forget_prefixes(self) -> None:
+        self._prefixes = PrefixCache()
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """New ids after the prompt."""
-        return decode(CachedDecoder(self._loaded), self._loaded.config, prompt, sampling)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
+        """Index of a prompt and its next id, all prompts together."""
+        with self._memory_faults():
+            yield from decode(
+                self._decoder,
+                self._loaded.config,
+                prompts,
+                sampling,
+                prefixes=self._prefixes,
+                max_tokens=self._request.micro_batch_tokens,
+            )
 
     def _to_peft(self, arrays: Arrays) -> Tensors:
         return {
@@ -254,6 +272,7 @@ class MlxEngine:
     def write_adapter(self, weights: Tensors) -> None:
         """Replace the adapter."""
         assert weights.keys() == set(self._names.values()), "not this adapter's tensors"
+        self._forget_prefixes()
         self._install(self._from_peft(weights))
 
     def read_optimizer(self) -> Tensors:
@@ -279,7 +298,8 @@ class MlxEngine:
     def close(self) -> None:
         """Free the model."""
         self._parameters = {}
-        del self._loaded, self._value_and_grad
+        self._forget_prefixes()
+        del self._loaded, self._value_and_grad, self._decoder
         mx.clear_cache()
 
 

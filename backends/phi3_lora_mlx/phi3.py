@@ -6,10 +6,12 @@ Source: transformers, modeling_phi3.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 
 from phi3_lora.models import ModelConfig
 from phi3_lora_mlx.attention import Attention, attend
@@ -21,6 +23,10 @@ class Angles(NamedTuple):
 
     cos: mx.array
     sin: mx.array
+
+
+Caches = Sequence[KVCache] | None
+"""A layer's key-value caches, one a document."""
 
 
 def rotate(x: mx.array, angles: Angles) -> mx.array:
@@ -93,7 +99,9 @@ class SelfAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, heads + 2 * key_values)
         self.o_proj = Linear(heads, config.hidden_size)
 
-    def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
+    def __call__(
+        self, x: mx.array, angles: Angles, attention: Attention, caches: Caches
+    ) -> mx.array:
         """X (T, hidden) to (T, hidden)."""
         config, length = self._config, x.shape[0]
         queries, keys = config.num_attention_heads, config.num_key_value_heads
@@ -103,16 +111,8 @@ class SelfAttention(nn.Module):
         k = rotate(qkv[queries : queries + keys], angles)
         v = qkv[queries + keys :]
         scale = config.head_dim**-0.5
-        if cache is not None:
-            k, v = (y[0] for y in cache.update_and_fetch(k[None], v[None]))
-        if k.shape[1] != length:
-            # One new token sees every cached one, or those in its window.
-            window = config.sliding_window or k.shape[1]
-            out = mx.fast.scaled_dot_product_attention(
-                q[None], k[None, :, -window:], v[None, :, -window:], scale=scale
-            )[0]
-        else:
-            out = attend(q, k, v, attention=attention, scale=scale, window=config.sliding_window)
+        window = config.sliding_window
+        out = attend(q, k, v, attention=attention, scale=scale, window=window, caches=caches)
         return self.o_proj(out.swapaxes(0, 1).reshape(length, -1))
 
 
@@ -140,9 +140,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, angles: Angles, attention: Attention, cache: Any) -> mx.array:
+    def __call__(
+        self, x: mx.array, angles: Angles, attention: Attention, caches: Caches
+    ) -> mx.array:
         """X (T, hidden) to (T, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, attention, cache)
+        x = x + self.self_attn(self.input_layernorm(x), angles, attention, caches)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -172,9 +174,9 @@ class Phi3(nn.Module):
         tokens: mx.array,
         angles: Angles,
         attention: Attention,
-        caches: list[Any] | None = None,
+        caches: Sequence[Sequence[KVCache]] | None = None,
     ) -> mx.array:
-        """Final hidden states of tokens (T,), as (T, hidden)."""
+        """Final hidden states of tokens (T,), as (T, hidden); caches of each layer."""
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             if self._checkpointed and caches is None:

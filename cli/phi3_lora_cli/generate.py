@@ -65,7 +65,7 @@ def command(
     )
     new_ids: list[int] = []
     shown = ""
-    for token in opened.engine.generate(ids, sampling):
+    for _, token in opened.engine.generate([ids], sampling):
         new_ids.append(token)
         text = base.tokenizer.decode([i for i in new_ids if i not in sampling.stop_ids])
         # A character may span tokens; half of one decodes to the replacement character.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3_lora.backend import Engine, LoadRequest
+from phi3_lora.backend import Engine, LoadRequest, Sampling
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.errors import TrainingError
 from phi3_lora.model_folder import read_model_config
@@ -162,3 +162,49 @@ def test_a_full_memory_is_told_with_what_to_do(
     monkeypatch.setattr(engine, "_backward", fail)
     with pytest.raises(TrainingError, match="micro-batches of 77 tokens: halve"):
         engine.train_step(make_batch(random_documents([12])), loss_tokens=6, lr=1e-3, step=1)
+
+
+def answers(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for index, token in engine.generate(prompts, sampling):
+        found[index].append(token)
+    return found
+
+
+@pytest.mark.parametrize("opener", EVERY)
+def test_a_batch_of_prompts_gets_the_answers_of_each_alone(folder: Path, opener: str) -> None:
+    engine = opened(folder, opener)
+    prompts = [d.tokens.tolist() for d in random_documents([3, 40, 1, 17])]
+    sampling = Sampling(max_new_tokens=8, temperature=0.7, seed=5)
+    found = answers(engine, prompts, sampling)
+    assert found == [answers(opened(folder, opener), [prompt], sampling)[0] for prompt in prompts]
+    assert len({tuple(answer) for answer in found}) > 1
+
+
+@pytest.mark.parametrize("opener", EVERY)
+def test_cached_keys_are_forgotten_when_the_model_changes(folder: Path, opener: str) -> None:
+    prompt = random_documents([30])[0].tokens.tolist()
+    sampling = Sampling(max_new_tokens=6)
+    weights = random_adapter(read_model_config(folder).linear_shapes(), r=4, seed=9)
+    batch = make_batch(random_documents([20]))
+    fresh = opened(folder, opener)
+    with fresh.base_only():
+        bare = answers(fresh, [prompt], sampling)
+    other = answers(opened_with(folder, opener, weights), [prompt], sampling)
+    engine = opened(folder, opener)
+    own = answers(engine, [prompt], sampling)
+    assert own not in (bare, other) and bare != other
+    with engine.base_only():
+        assert answers(engine, [prompt], sampling) == bare
+    assert answers(engine, [prompt], sampling) == own
+    engine.write_adapter(weights)
+    assert answers(engine, [prompt], sampling) == other
+    engine.train_step(batch, loss_tokens=1, lr=0.05, step=1)
+    trained = opened_with(folder, opener, engine.read_adapter())
+    assert answers(engine, [prompt], sampling) == answers(trained, [prompt], sampling)
+
+
+def opened_with(folder: Path, opener: str, weights: dict) -> Engine:
+    engine = opened(folder, opener)
+    engine.write_adapter(weights)
+    return engine

@@ -96,7 +96,7 @@ def test_checkpointed_training_does_not_change_generation(tmp_path: Path, backen
     folder = write_model(tmp_path)
     prompt = random_documents([20])[0].tokens.tolist()
     plain, checkpointed = (
-        list(opened(folder, backend, **changes).generate(prompt, Sampling(max_new_tokens=8)))
+        list(opened(folder, backend, **changes).generate([prompt], Sampling(max_new_tokens=8)))
         for changes in ({}, {"gradient_checkpointing": True})
     )
     assert plain == checkpointed

@@ -204,7 +204,7 @@ def test_a_resumed_run_is_bit_equal(plain: Path, backend: str, dtype: str) -> No
 def test_greedy_tokens_are_those_of_the_cpu(folder: Path, backend: str) -> None:
     prompt = random_documents([30])[0].tokens.tolist()
     expected, found = (
-        list(engine.generate(prompt, Sampling(max_new_tokens=12)))
+        list(engine.generate([prompt], Sampling(max_new_tokens=12)))
         for engine in (reference(folder), opened(folder, backend, "gpu"))
     )
     assert found == expected

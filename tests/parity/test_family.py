@@ -139,9 +139,8 @@ def test_l4_holds_at_the_true_vocabulary(tmp_path: Path, index: int) -> None:
     assert_equal_step(folder, random_documents([17, 60], vocab_size=member.vocab_size))
 
 
-def greedy_reference(folder: Path, prompt: list[int], count: int) -> list[int]:
+def greedy_reference(reference: Phi3ForCausalLM, prompt: list[int], count: int) -> list[int]:
     """New ids by transformers, the whole sequence each time, up to a tie of the best two."""
-    reference = Phi3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = list(prompt)
     while len(ids) < len(prompt) + count:
         with torch.no_grad():
@@ -154,18 +153,32 @@ def greedy_reference(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 def test_greedy_tokens_cross_the_boundary_as_whole_sequences_do(folder: Path) -> None:
-    """64 tokens, or up to the first whose two best logits are closer than twice the gate."""
-    for seed in range(20):
-        prompt = random_documents([BOUNDARY - 8], seed=seed)[0].tokens.tolist()
-        expected = greedy_reference(folder, prompt, 64)
-        if len(expected) > 12:
-            break
-    assert len(expected) > 12
+    """A batch: 64 tokens, or up to the first whose two best logits are closer than twice the gate.
+
+    The first prompt crosses the boundary while the others stay on their sides of it; a second call
+    goes on from the first one's keys.
+    """
+    reference = Phi3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts, expected = [], []
+    for length, count in ((BOUNDARY - 8, 64), (5, 16), (BOUNDARY + 9, 16)):
+        for seed in range(20):
+            prompt = random_documents([length], seed=seed)[0].tokens.tolist()
+            answer = greedy_reference(reference, prompt, count)
+            if len(answer) > 12:
+                break
+        assert len(answer) > 12
+        prompts.append(prompt)
+        expected.append(answer)
+    sampling = Sampling(max_new_tokens=max(map(len, expected)))
     for backend in ("mlx", "cuda"):
         engine = opened(folder, backend)
         with engine.base_only():
-            found = list(engine.generate(prompt, Sampling(max_new_tokens=len(expected))))
-        assert found == expected, backend
+            found: list[list[int]] = [[] for _ in prompts]
+            for index, token in engine.generate(prompts, sampling):
+                found[index].append(token)
+            again = [token for _, token in engine.generate(prompts[2:], sampling)]
+        for given, wanted in zip([*found, again], [*expected, expected[2]], strict=True):
+            assert given[: len(wanted)] == wanted, backend
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_l7_gradients_do_not_depend_on_batching_or_micro_batches(plain: Path, na
 def test_greedy_tokens_are_equal_and_those_of_whole_sequences(plain: Path) -> None:
     prompt = random_documents([10])[0].tokens.tolist()
     found = {
-        name: list(engine.generate(prompt, Sampling(max_new_tokens=12)))
+        name: list(engine.generate([prompt], Sampling(max_new_tokens=12)))
         for name, engine in open_both(plain).items()
     }
     assert found["mlx"] == found["cuda"]

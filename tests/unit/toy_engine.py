@@ -128,7 +128,9 @@ class ToyEngine:
     def base_only(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int]]:
         raise NotImplementedError
 
     def read_adapter(self) -> Tensors:
