@@ -180,7 +180,12 @@ def load(
 
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(str(adapter), base)
-    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    for note in opened.notes:
-        LoggingObserver().note(note)
+    opened = open_engine(
+        base,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        adapter=weights,
+        note=LoggingObserver().note,
+    )
     return LoadedModel(base, opened.engine, weights)

@@ -136,7 +136,6 @@ class Opened:
     engine: Engine
     identity: str
     """Of the base model."""
-    notes: list[str]
 
 
 def open_engine(
@@ -146,16 +145,28 @@ def open_engine(
     device: str | None,
     dtype: str | None,
     adapter: Adapter | None,
+    note: Callable[[str], None],
 ) -> Opened:
     """Open a model for scoring and generation, with an adapter or bare; None means auto.
+
+    Args:
+        base: as looked at.
+        backend: mlx, cuda or auto.
+        device: auto, cpu or gpu.
+        dtype: of the base.
+        adapter: checked against the base.
+        note: told what the user should know, before the work that it is about.
 
     Raises:
         BackendUnavailableError: when the backend or device is missing.
         ModelError: when the weights cannot be used.
     """
-    chosen, wanted, note = choose_backend(backend or "auto", device or "auto")
-    notes = [note] if note else []
-    base, identity = prepare_weights(base, chosen, notes.append)
+    chosen, wanted, choice = choose_backend(backend or "auto", device or "auto")
+    if choice:
+        note(choice)
+    base, identity = prepare_weights(base, chosen, note)
+    for text in other_base_notes(adapter, identity):
+        note(text)
     engine = chosen.open(
         LoadRequest(
             model_dir=base.path,
@@ -167,4 +178,4 @@ def open_engine(
     )
     if adapter is not None:
         engine.write_adapter(adapter.weights)
-    return Opened(engine, identity, notes + other_base_notes(adapter, identity))
+    return Opened(engine, identity)

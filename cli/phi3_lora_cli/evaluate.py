@@ -73,9 +73,9 @@ def command(
     for text in dataset.notes:
         note(text)
     scored = {document.source for document in dataset.documents}
-    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    for text in opened.notes:
-        note(text)
+    opened = open_engine(
+        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
+    )
     with _progress(len(dataset.documents), "scoring") as advance:
         scores = evaluate(opened.engine, dataset.documents, advance)
     result: dict[str, Any] = scores.to_dict()

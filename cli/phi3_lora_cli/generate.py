@@ -57,9 +57,9 @@ def command(
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer.encode_prompt(messages)
-    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    for told in opened.notes:
-        note(told)
+    opened = open_engine(
+        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
+    )
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=base.stop_ids
     )

@@ -41,9 +41,9 @@ def command(
     base = look_at_model(model, revision, quantize=quantize)
     check_vocabulary(stored, base.config.vocab_size)
     weights = load_adapter(adapter, base)
-    opened = open_engine(base, backend=backend, device=device, dtype=dtype, adapter=weights)
-    for text in opened.notes:
-        note(text)
+    opened = open_engine(
+        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
+    )
     verdict = compare(stored, opened.engine, opened.identity)
     opened.engine.close()
     if as_json:

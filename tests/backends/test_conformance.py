@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Phi3Model
 
 from phi3_lora.backend import Engine, LoadRequest, Sampling
 from phi3_lora.data.dataset import make_batch
@@ -18,6 +19,7 @@ from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.layout import ROW_TOKENS
 from phi3_lora_mlx.model import load_model
+from phi3_lora_mlx.phi3 import Phi3
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
 
 
@@ -159,9 +161,18 @@ def test_a_full_memory_is_told_with_what_to_do(
     def fail(*arguments: object, **options: object) -> None:
         raise fault
 
-    monkeypatch.setattr(engine, "_backward", fail)
-    with pytest.raises(TrainingError, match="micro-batches of 77 tokens: halve"):
-        engine.train_step(make_batch(random_documents([12])), loss_tokens=6, lr=1e-3, step=1)
+    monkeypatch.setattr(*{"mlx": (Phi3, "__call__"), "cuda": (Phi3Model, "forward")}[opener], fail)
+    batch = make_batch(random_documents([12]))
+    for call in (
+        lambda: engine.train_step(batch, loss_tokens=6, lr=1e-3, step=1),
+        lambda: engine.gradients(batch, loss_tokens=6),
+        lambda: engine.score(batch),
+        lambda: engine.logprobs(batch),
+        lambda: engine.logits(batch, np.array([3], np.int32)),
+        lambda: list(engine.generate([[1, 2]], Sampling(max_new_tokens=2))),
+    ):
+        with pytest.raises(TrainingError, match="micro-batches of 77 tokens: halve"):
+            call()
 
 
 def answers(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from mlx_lm.utils import load_model as load_with_mlx_lm
 from transformers import Phi3ForCausalLM
 
-from phi3_lora.backend import Engine, LoadRequest
+from phi3_lora.backend import Engine, LoadRequest, LoraSpec
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.errors import ModelError
 from phi3_lora.grid import dequantize
@@ -157,6 +157,26 @@ def test_embedding_and_head_keep_their_numbers(folder: Path) -> None:
     assert len(kept) >= 6
     for name in kept:
         assert np.array_equal(read_float32(dense[name]), read_float32(tensors[name]))
+
+
+def test_l4_holds_with_dropout_checkpointing_and_layers_without_lora(tmp_path: Path) -> None:
+    folder = quantized(write_model(tmp_path / "dense"), 4)
+    shapes = read_model_config(folder).linear_shapes()
+    first = "model.layers.0.self_attn.qkv_proj"
+    spec = LoraSpec(modules=(first,), r=4, scaling=2.0, dropout=0.2)
+    batch = make_batch(random_documents([20, 33]))
+    found = []
+    for backend in (CudaBackend, MlxBackend):
+        for checkpointing in (False, True):
+            request = LoadRequest(
+                model_dir=folder, device="cpu", lora=spec, gradient_checkpointing=checkpointing
+            )
+            engine = backend().open(request)
+            engine.write_adapter(random_adapter({first: shapes[first]}, r=4))
+            found.append(engine.gradients(batch, loss_tokens=26, step=3))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert np.linalg.norm(other[name] - value) <= 1e-5 * np.linalg.norm(value), name
 
 
 def test_nf4_weights_are_those_of_stock_transformers_and_it_trains(tmp_path: Path) -> None:
