@@ -21,6 +21,8 @@ GROUP_SIZE = 32
 """Inputs that share a scale."""
 GRID_BITS = {"4bit": 4, "8bit": 8}
 """Name of a grid -> bits of a weight."""
+GRID_VERSION = 1
+"""Of the rule that chooses scales; a cached base of another version is made anew."""
 
 _STRETCHES = (0.875, 0.9375, 1.0, 1.0625)
 """Candidates for a 4-bit scale, over the one that just holds the group's largest weight."""

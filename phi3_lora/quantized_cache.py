@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from phi3_lora.errors import ModelError, StorageError
+from phi3_lora.grid import GRID_VERSION
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_folder import write_quantized_folder
 from phi3_lora.storage import explained
-from phi3_lora.weights import check_weights, model_identity, tensor_index
+from phi3_lora.weights import check_weights
+
+_SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 def cache_dir() -> Path:
@@ -35,23 +41,52 @@ def quantized_copy(
         ModelError: when the weights cannot be used, or are quantised already.
         StorageError: when the cache cannot be written.
     """
-    identity = model_identity(source, tensor_index(source, config))
-    target = cache_dir() / f"{identity[:32]}-{bits}bit"
-    with _locked(target):
-        if not target.exists():
-            tensors = check_weights(source, config)
-            note(f"quantising {source} to {bits} bits, once, into {target}")
-            write_quantized_folder(
-                source, config, tensors, target, bits=bits, for_transformers=False
-            )
+    target = cache_dir() / f"{_key(source)}-{bits}bit"
+    if _is_whole(target):
+        return target
+    try:
+        with _locked(target, note):
+            if not _is_whole(target):
+                tensors = check_weights(source, config)
+                note(f"quantising {source} to {bits} bits, once, into {target}")
+                write_quantized_folder(
+                    source, config, tensors, target, bits=bits, for_transformers=False
+                )
+    except StorageError as cause:
+        raise StorageError(
+            f"{cause}; the quantised base is kept there: set XDG_CACHE_HOME to a folder with room, "
+            "or write it yourself with phi3-lora quantize --output"
+        ) from cause
     return target
 
 
+def _key(source: Path) -> str:
+    """Of the files as they are: an edit makes another base, though a sample of it be the same."""
+    digest = hashlib.sha256(str(GRID_VERSION).encode())
+    for path in sorted(p for pattern in _SOURCES for p in source.glob(pattern)):
+        status = path.resolve().stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _is_whole(target: Path) -> bool:
+    try:
+        check_weights(target, read_model_config(target))
+    except ModelError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _locked(target: Path, note: Callable[[str], None]) -> Iterator[None]:
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with explained(target):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note("waiting for another process that is quantising the same base")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield

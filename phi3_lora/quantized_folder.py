@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,8 +89,8 @@ def write_quantized_folder(
 def _check_quantizable(source: Path, config: ModelConfig) -> None:
     if config.quantization is not None:
         raise ModelError(
-            f"{source} is quantised already ({_described(config.quantization)}): start from the "
-            "unquantised model"
+            f"{source} is quantised already ({_described(config)}): start from the unquantised "
+            "model"
         )
     if not config.grid_shapes():
         raise ModelError(
@@ -99,7 +98,10 @@ def _check_quantizable(source: Path, config: ModelConfig) -> None:
         )
 
 
-def _described(quantization: Mapping[str, Any]) -> str:
+def _described(config: ModelConfig) -> str:
+    if config.grid_bits is not None:
+        return f"shared grid, {config.grid_bits} bits"
+    quantization = config.quantization or {}
     method = quantization.get("quant_method", "mlx-lm")
     bits = quantization.get("bits")
     return f"{method}, {bits} bits" if bits else str(method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -77,16 +78,21 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         StorageError: when something cannot be written; the old folder stays.
     """
     folder = folder.resolve()
-    part = folder.with_name(folder.name + ".part")
-    old = folder.with_name(folder.name + ".old")
+    # Names that no user gives to a folder of his own.
+    part = folder.with_name(f".{folder.name}.phi3-lora-part")
+    old = folder.with_name(f".{folder.name}.phi3-lora-old")
     with explained(folder):
+        _refuse_if_being_written(part, folder)
         if old.exists() and not folder.exists():
             # A crash came between the two renames: the older content is still the newest whole.
             os.rename(old, folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        lock = None
         try:
             part.mkdir(parents=True)
+            lock = os.open(part, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             fill(part)
             fsync_folder(part)
             if folder.exists():
@@ -99,4 +105,22 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             if old.exists() and not folder.exists():
                 os.rename(old, folder)
             raise
+        finally:
+            if lock is not None:
+                os.close(lock)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_if_being_written(part: Path, folder: Path) -> None:
+    """A folder that is being filled is locked; one that a crash left is not."""
+    if not part.is_dir():
+        return
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StorageError(
+            f"another process is writing {folder}: wait for it, or choose another folder"
+        ) from None
+    finally:
+        os.close(descriptor)

@@ -80,7 +80,14 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
         raise ModelError(f"mlx-lm cannot load {request.model_dir}: {cause}") from cause
     model.set_dtype(getattr(mx, dtype))
     if request.quantize == "mlx-affine":
-        nn.quantize(model, group_size=_AFFINE_GROUP_SIZE, bits=_AFFINE_BITS)
+        nn.quantize(
+            model,
+            group_size=_AFFINE_GROUP_SIZE,
+            bits=_AFFINE_BITS,
+            class_predicate=lambda _, layer: (
+                hasattr(layer, "to_quantized") and layer.weight.shape[-1] % _AFFINE_GROUP_SIZE == 0
+            ),
+        )
     model.freeze()
     mx.eval(model.parameters())
     loaded = LoadedPhi3(model, config, dtype)

@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
     "generate": ("generate", "Answer one prompt."),
     "quantize": ("quantize", "Write a base in 4 or 8 bits that is equal on both backends."),
-    "convert": ("convert", "Move an adapter between PEFT and mlx-lm."),
+    "convert": ("convert", "Move an adapter between PEFT, mlx-lm, loralib and unfused."),
     "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),
     "merge": ("merge", "Fold adapters into the base model."),

@@ -63,9 +63,9 @@ def command(
         note(reason)
     laws: list[Any] = []
     measured: list[Any] = []
+    ready = {name: prepare_weights(base, b, note)[0] for name, b in backends.items()}
     for name, backend in backends.items():
-        ready, _ = prepare_weights(base, backend, note)
-        trial = dataclasses.replace(trial, base=ready)
+        trial = dataclasses.replace(trial, base=ready[name])
         other = measured[0].trained if measured else None
         measured.append(measure(trial, backend, device, other))
         laws += own_laws(name, measured[-1])

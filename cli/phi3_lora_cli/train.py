@@ -120,9 +120,11 @@ def command(
     if as_json:
         print_json(result.to_dict())
     elif not quiet:
+        chosen = settings.config.quantize
+        quantize = "" if chosen == "none" else f" --quantize {chosen}"
         click.echo(f"adapter: {result.adapter}", err=True)
         click.echo(
-            f"try it: phi3-lora generate --model {settings.config.model} --adapter "
+            f"try it: phi3-lora generate --model {settings.config.model}{quantize} --adapter "
             f"{result.adapter} --prompt '...'",
             err=True,
         )

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from phi3_lora.errors import ModelError
+from phi3_lora.loading import look_at_model, prepare_weights
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.quantized_cache import cache_dir
 from phi3_lora.quantized_folder import MLX_FILE, read_grid
+from phi3_lora.registry import load_backend
 from phi3_lora.tensor_files import encode, read_header, read_raw
 from phi3_lora.weights import check_weights, model_identity, tensor_index
 from tests.cli.test_contract import Capture, run, run_json
@@ -134,3 +136,78 @@ def test_a_grid_is_read_back_as_it_was_made(capsys: Capture, model: Path, tmp_pa
         read_header(tmp_path / "q" / MLX_FILE, ModelError), "model.layers.0.mlp.down_proj"
     )
     assert grid.words.shape == (64, 96 * 4 // 32) and grid.scales.shape == (64, 3)
+
+
+def evaluated(capsys: Capture, model: Path, data: Path) -> tuple[float, str]:
+    code, out, err = run(
+        *(capsys, "evaluate", "--model", model, "--data", data, "--quantize", "4bit"),
+        *("--device", "cpu", "--backend", "cuda", "--json"),
+    )
+    assert code == 0, err
+    return json.loads(out)["loss"], err
+
+
+def test_weights_that_differ_outside_the_sample_get_a_base_of_their_own(
+    capsys: Capture, model: Path, data: Path, tmp_path: Path
+) -> None:
+    first, _ = evaluated(capsys, model, data)
+    path = model / "model.safetensors"
+    info = read_header(path, ModelError)["model.layers.0.mlp.gate_up_proj.weight"]
+    raw = bytearray(path.read_bytes())
+    raw[info.offset + 4000 : info.offset + 20_000] = bytes(16_000)
+    path.write_bytes(bytes(raw))
+    second, err = evaluated(capsys, model, data)
+    assert second != first and "quantising" in err
+
+
+def test_a_damaged_cache_is_made_anew_and_a_whole_one_may_be_read_only(
+    capsys: Capture, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, _ = evaluated(capsys, model, data)
+    (made,) = (p for p in cache_dir().iterdir() if p.is_dir())
+    for damage in (
+        lambda: (made / MLX_FILE).write_bytes((made / MLX_FILE).read_bytes()[:-100]),
+        lambda: (made / "config.json").unlink(),
+    ):
+        damage()
+        again, err = evaluated(capsys, model, data)
+        assert again == first and "quantising" in err
+    monkeypatch.setattr("fcntl.flock", None)
+    assert evaluated(capsys, model, data)[0] == first
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(
+    capsys: Capture, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+    code, _, err = run(
+        *(capsys, "evaluate", "--model", model, "--data", data, "--quantize", "4bit"),
+        *("--device", "cpu", "--backend", "cuda"),
+    )
+    assert code == 2 and "XDG_CACHE_HOME" in err and "quantize --output" in err
+
+
+@pytest.mark.parametrize(("backend", "own"), [("cuda", "nf4"), ("mlx", "mlx-affine")])
+def test_a_backends_own_quantisation_is_another_base_and_needs_an_unquantised_one(
+    capsys: Capture, model: Path, tmp_path: Path, backend: str, own: str
+) -> None:
+    chosen = load_backend(backend)
+    plain, named = (
+        prepare_weights(look_at_model(str(model), quantize=q), chosen, print)[1]
+        for q in ("none", own)
+    )
+    assert named == f"{plain}-{own}"
+    run_json(capsys, "quantize", "--model", model, "--output", tmp_path / "q")
+    with pytest.raises(ModelError, match="quantised already"):
+        prepare_weights(look_at_model(str(tmp_path / "q"), quantize=own), chosen, print)
+
+
+def test_mlx_affine_leaves_layers_dense_that_its_groups_do_not_divide(
+    capsys: Capture, model: Path, data: Path
+) -> None:
+    found = run_json(
+        *(capsys, "evaluate", "--model", model, "--data", data, "--quantize", "mlx-affine"),
+        *("--device", "cpu", "--backend", "mlx"),
+    )
+    assert found["loss"] > 0
