@@ -96,14 +96,16 @@ class PrefixCache(Generic[Cache]):
         """Free its memory."""
         self._row = None
 
-    def start(self, decoder: Decoder[Cache], ids: list[int], *, is_long: bool) -> Row[Cache]:
+    def start(
+        self, decoder: Decoder[Cache], ids: list[int], *, is_long: bool, prompt: int = 0
+    ) -> Row[Cache]:
         """A row whose cache holds as many of the first ids as are known, but never the last."""
         kept = self._row
         if kept is None or kept.is_long != is_long:
-            return Row(ids, is_long, decoder.new_cache())
+            return Row(ids, is_long, decoder.new_cache(), prompt=prompt)
         length = _num_common(kept.ids[: kept.num_cached], ids[:-1])
         cache = kept.cache.prefix(length) if length else decoder.new_cache()
-        return Row(ids, is_long, cache, length)
+        return Row(ids, is_long, cache, length, prompt)
 
 
 def decode(
@@ -135,28 +137,21 @@ def decode(
         DataError: when a prompt is empty or longer than the model's context.
     """
     limit = config.max_position_embeddings
-    for prompt in prompts:
-        if not 0 < len(prompt) <= limit:
-            raise DataError(
-                f"the prompt has {len(prompt):,} tokens; the model takes 1 to {limit:,}"
-            )
+    _check_lengths(prompts, limit)
     if sampling.max_new_tokens < 1:
         return
     waiting = deque((index, list(prompt)) for index, prompt in enumerate(prompts))
     _encode_common_prefix(decoder, config, [ids for _, ids in waiting], prefixes)
     rows: list[Row[Cache]] = []
     while waiting or rows:
-        num_admitted = _num_admitted(rows, waiting, sampling, max_tokens)
-        for index, ids in (waiting.popleft() for _ in range(num_admitted)):
-            row = prefixes.start(decoder, ids, is_long=_is_long(config, ids))
-            row.prompt = index
-            rows.append(row)
-        if num_admitted:
+        admitted = [waiting.popleft() for _ in range(_room(rows, waiting, sampling, max_tokens))]
+        for index, ids in admitted:
+            rows.append(prefixes.start(decoder, ids, is_long=_is_long(config, ids), prompt=index))
+        if admitted:
             # Its keys live on in the rows that start with them.
             prefixes.forget()
-        logits = _feed(decoder, rows)
         growing = []
-        for row, row_logits in zip(rows, logits, strict=True):
+        for row, row_logits in zip(rows, _feed(decoder, rows), strict=True):
             token = choose_token(row_logits, sampling, row.num_new)
             row.ids.append(token)
             row.num_new += 1
@@ -170,6 +165,14 @@ def decode(
                 row.cache, row.num_cached = decoder.new_cache(), 0
             growing.append(row)
         rows = growing
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], limit: int) -> None:
+    for prompt in prompts:
+        if not 0 < len(prompt) <= limit:
+            raise DataError(
+                f"the prompt has {len(prompt):,} tokens; the model takes 1 to {limit:,}"
+            )
 
 
 def _num_common(*sequences: Sequence[int]) -> int:
@@ -198,7 +201,7 @@ def _encode_common_prefix(
     prefixes.keep(row)
 
 
-def _num_admitted(
+def _room(
     rows: Sequence[Row[Cache]],
     waiting: Sequence[tuple[int, list[int]]],
     sampling: Sampling,

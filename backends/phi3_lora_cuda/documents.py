@@ -59,6 +59,11 @@ class KeyValues:
         self._stores: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is cached."""
+        return not self._lengths
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's new ones, each (1, key-value heads, T, head_dim); returns all of them."""
         start = self._lengths.get(layer, 0)
@@ -101,7 +106,7 @@ class Documents:
         """Tokens."""
         self.kernel_starts = (
             torch.from_numpy(doc_starts).to(device, torch.int32)
-            if caches is None and has_flash(device, dtype)
+            if has_flash(device, dtype) and all(cache.is_empty for cache in caches or ())
             else None
         )
         """The bounds for the kernel that takes all documents at once, where there is one."""
@@ -137,15 +142,20 @@ def document_attention(
         (1, T, heads, head_dim), and no weights.
     """
     assert documents is not None
+    spans = list(itertools.pairwise(documents.starts))
+    key_values = [(key[:, :, a:b], value[:, :, a:b]) for a, b in spans]
+    if documents.caches is not None:
+        key_values = [
+            cache.append(module.layer_idx, k, v)
+            for cache, (k, v) in zip(documents.caches, key_values, strict=True)
+        ]
     if documents.kernel_starts is not None:
         bounds, longest = documents.kernel_starts, documents.longest
         return _in_one_kernel(query, key, value, bounds, longest, scaling, sliding_window), None
-    parts = []
-    for i, (start, end) in enumerate(itertools.pairwise(documents.starts)):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if documents.caches is not None:
-            k, v = documents.caches[i].append(module.layer_idx, k, v)
-        parts.append(_causal(q, k, v, scaling, sliding_window))
+    parts = [
+        _causal(query[:, :, a:b], k, v, scaling, sliding_window)
+        for (a, b), (k, v) in zip(spans, key_values, strict=True)
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
