@@ -72,15 +72,10 @@ def dequantize(grid: Grid) -> Float32:
 def _quantize_block(weight: Float32, bits: int) -> Grid:
     groups = weight.reshape(len(weight), -1, GROUP_SIZE)
     largest = np.abs(groups).max(axis=-1)
-    best_scale = best_error = None
-    for scale in _candidates(largest, bits):
-        error = _error(groups, scale, bits)
-        if best_scale is None or best_error is None:
-            best_scale, best_error = scale, error
-            continue
-        best_scale = np.where(error < best_error, scale, best_scale)
-        best_error = np.minimum(error, best_error)
-    assert best_scale is not None
+    scales = list(_candidates(largest, bits))
+    # The first of equals, as argmin has it.
+    best = np.argmin([_error(groups, scale, bits) for scale in scales], axis=0)
+    best_scale = np.choose(best, scales)
     q = _codes(groups, best_scale, bits) + np.float32(2 ** (bits - 1))
     per_word = 32 // bits
     codes = q.astype(np.uint32).reshape(len(weight), -1, per_word)

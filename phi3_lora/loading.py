@@ -89,8 +89,9 @@ def prepare_weights(
     """
     bits = GRID_BITS.get(base.quantize)
     if bits is not None and base.config.grid_bits != bits:
-        path = quantized_copy(base.path, base.config, bits=bits, note=note)
-        base = dataclasses.replace(base, path=path, config=read_model_config(path))
+        path, config, tensors = quantized_copy(base.path, base.config, bits=bits, note=note)
+        base = dataclasses.replace(base, path=path, config=config)
+        return base, model_identity(path, tensors)
     own = base.own_quantization
     if own not in {"none", *backend.quantizations}:
         raise ConfigError(

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.folder import check_unused
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32
-from phi3_lora.errors import AdapterError, ModelError
+from phi3_lora.errors import ModelError
 from phi3_lora.grid import dequantize
 from phi3_lora.model_writer import write_companions, write_shards
 from phi3_lora.models import DTYPES, ModelConfig
@@ -98,8 +99,7 @@ def merge(
         ModelError: when the base is quantised.
         StorageError: when the disk is full; target stays as it was.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} is in use: choose a new or empty folder")
+    check_unused(target)
     _check_base(source, config, dequantized=dequantized)
     chosen = dtype or config.dtype
     assert chosen in DTYPES

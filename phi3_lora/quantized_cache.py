@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from phi3_lora.errors import ModelError, StorageError
 from phi3_lora.grid import GRID_VERSION
@@ -15,9 +16,18 @@ from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_folder import write_quantized_folder
 from phi3_lora.storage import explained
+from phi3_lora.tensor_files import TensorInfo
 from phi3_lora.weights import check_weights
 
 _SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+class Checked(NamedTuple):
+    """A model folder whose weights were checked."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
 
 
 def cache_dir() -> Path:
@@ -28,8 +38,8 @@ def cache_dir() -> Path:
 
 def quantized_copy(
     source: Path, config: ModelConfig, *, bits: int, note: Callable[[str], None]
-) -> Path:
-    """The folder of a model's weights on a grid; processes that ask at once share the work.
+) -> Checked:
+    """A model's weights on a grid; processes that ask at once share the work.
 
     Args:
         source: the model's folder.
@@ -42,11 +52,12 @@ def quantized_copy(
         StorageError: when the cache cannot be written.
     """
     target = cache_dir() / f"{_key(source)}-{bits}bit"
-    if _is_whole(target):
-        return target
+    found = _checked(target)
+    if found is not None:
+        return found
     try:
         with _locked(target, note):
-            if not _is_whole(target):
+            if _checked(target) is None:
                 tensors = check_weights(source, config)
                 note(f"quantising {source} to {bits} bits, once, into {target}")
                 write_quantized_folder(
@@ -57,7 +68,8 @@ def quantized_copy(
             f"{cause}; the quantised base is kept there: set XDG_CACHE_HOME to a folder with room, "
             "or write it yourself with phi3-lora quantize --output"
         ) from cause
-    return target
+    config = read_model_config(target)
+    return Checked(target, config, check_weights(target, config))
 
 
 def _key(source: Path) -> str:
@@ -69,12 +81,13 @@ def _key(source: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _is_whole(target: Path) -> bool:
+def _checked(target: Path) -> Checked | None:
+    """A cached base, or None if there is none or it is damaged."""
     try:
-        check_weights(target, read_model_config(target))
+        config = read_model_config(target)
+        return Checked(target, config, check_weights(target, config))
     except ModelError:
-        return False
-    return True
+        return None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from phi3_lora.backend import Float32, Tensors
 from phi3_lora.errors import Phi3LoraError
+from phi3_lora.model_folder import read_json
 
 MAX_HEADER_BYTES = 100_000_000
 _NUMPY_TYPES = {
@@ -163,10 +164,7 @@ def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
     Raises:
         error: when it is no index, names files outside its folder, or a shard is damaged.
     """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
-    except (OSError, ValueError, AttributeError) as cause:
-        raise error(f"{path} is not readable JSON: {cause}") from None
+    weight_map = read_json(path, error).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise error(f"{path} has no weight_map from tensor names to file names")
     files = sorted(set(weight_map.values()))

@@ -62,20 +62,17 @@ def load_base(
     return model
 
 
-def _settings(request: LoadRequest) -> dict[str, Any]:
-    # Dropout is the adapter's alone, and rows are never padded.
-    return {
-        "resid_pdrop": 0.0,
-        "attention_dropout": 0.0,
-        "embd_pdrop": 0.0,
-        "pad_token_id": None,
-        "local_files_only": True,
-    }
-
-
 def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
     """The model without memory for its weights."""
-    config = transformers.Phi3Config.from_pretrained(request.model_dir, **_settings(request))
+    config = transformers.Phi3Config.from_pretrained(
+        request.model_dir,
+        # Dropout is the adapter's alone, and rows are never padded.
+        resid_pdrop=0.0,
+        attention_dropout=0.0,
+        embd_pdrop=0.0,
+        pad_token_id=None,
+        local_files_only=True,
+    )
     if hasattr(config, "quantization_config"):
         # The words are read here, not by transformers' own quantisers.
         del config.quantization_config

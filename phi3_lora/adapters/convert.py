@@ -12,6 +12,7 @@ import numpy as np
 from phi3_lora.adapters.adapter import Adapter, pair_problems
 from phi3_lora.adapters.folder import (
     FINGERPRINT_NAME,
+    check_unused,
     find_layouts,
     read_adapter,
     write_adapter_folder,
@@ -90,8 +91,7 @@ def _check_target(source: Path, target: Path, *, is_file: bool) -> None:
         if target.exists():
             raise AdapterError(f"{target} exists already: choose a new file")
         return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} is in use: choose a new or empty folder")
+    check_unused(target)
     if target.resolve().is_relative_to(source.resolve()):
         raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
 

@@ -141,6 +141,16 @@ def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]
     return config
 
 
+def check_unused(folder: Path) -> None:
+    """Make sure that a folder is new or empty.
+
+    Raises:
+        AdapterError: when it is not.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdapterError(f"{folder} is in use: choose a new or empty folder")
+
+
 def check_replaceable(folder: Path) -> None:
     """Make sure that writing an adapter here deletes nothing but an older adapter.
 

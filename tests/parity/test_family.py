@@ -63,9 +63,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_model(tmp_path_factory.mktemp("m"), seed=SEED, **few_heads(request.param))
 
 
-def opened(folder: Path, backend: str):
+def opened(folder: Path, backend: str, **changes: object):
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config))
+    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config), **changes)
     if backend == "mlx-padded":
         engine = MlxEngine(load_model(request, on_gpu=False), request, on_gpu=True)
     else:

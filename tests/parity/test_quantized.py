@@ -22,9 +22,9 @@ from phi3_lora.tensor_files import read_float32, read_header
 from phi3_lora.weights import check_weights
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
-from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.model import load_model
-from tests.tiny import lora_spec, random_adapter, random_documents, write_model
+from tests.parity.test_family import BACKENDS, opened
+from tests.tiny import random_adapter, random_documents, write_model
 
 SHAPES = {
     "plain": {},
@@ -50,7 +50,6 @@ SHAPES = {
     },
     "bfloat16": {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
 }
-BACKENDS = ("cuda", "mlx", "mlx-padded")
 
 
 @pytest.fixture(params=[4, 8], ids=["4bit", "8bit"])
@@ -81,17 +80,6 @@ def dense_model(folder: Path, config: ModelConfig) -> Phi3ForCausalLM:
     return model
 
 
-def opened(folder: Path, backend: str, **changes: object) -> Engine:
-    config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config), **changes)
-    if backend == "mlx-padded":
-        engine = MlxEngine(load_model(request, on_gpu=False), request, on_gpu=True)
-    else:
-        engine = {"mlx": MlxBackend, "cuda": CudaBackend}[backend]().open(request)
-    engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
-    return engine
-
-
 def test_l1_logits_are_those_of_the_dense_weights_and_l4_holds(folder: Path) -> None:
     config = read_model_config(folder)
     check_weights(folder, config)
@@ -108,7 +96,7 @@ def test_l1_logits_are_those_of_the_dense_weights_and_l4_holds(folder: Path) -> 
             found = engine.logits(batch, np.arange(len(batch.tokens), dtype=np.int32))
         assert np.abs(found - expected).max() <= 1e-4 * expected.std(), backend
         gradients[backend] = engine.gradients(batch, loss_tokens=30)
-    for backend in BACKENDS[1:]:
+    for backend in BACKENDS:
         for name, value in gradients["cuda"].items():
             gap = np.linalg.norm(gradients[backend][name] - value) / np.linalg.norm(value)
             assert gap <= 1e-5, (backend, name)
