@@ -1,4 +1,7 @@
-"""The MLX backend: a Phi-3 forward with native LoRA layers, on Apple silicon (and Linux)."""
+"""The MLX backend: a Phi-3 forward with native LoRA layers, on Apple silicon (and Linux).
+
+`import phi3_lora_mlx as lora` also gives loralib's layers and verbs, for training code of your own.
+"""
 
 from phi3_lora_mlx.blas import preload_blas
 
@@ -6,5 +9,22 @@ from phi3_lora_mlx.blas import preload_blas
 BLAS = preload_blas()
 
 from phi3_lora_mlx.backend import MlxBackend  # noqa: E402
+from phi3_lora_mlx.loralib import (  # noqa: E402
+    Embedding,
+    Linear,
+    MergedLinear,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
 
-__all__ = ["BLAS", "MlxBackend"]
+__all__ = [
+    "BLAS",
+    "Embedding",
+    "Linear",
+    "MergedLinear",
+    "MlxBackend",
+    "load_lora_state_dict",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+]

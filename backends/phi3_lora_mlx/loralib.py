@@ -1,0 +1,173 @@
+"""loralib's verbs in MLX: its layers, what of a model is trained, and what is saved and loaded.
+
+`from phi3_lora_mlx import loralib as lora` stands where `import loralib as lora` stands in torch
+code. There is no Conv2d: Phi-3 has no convolution.
+Source: microsoft/LoRA, loralib 0.1.2, loralib/utils.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from phi3_lora.backend import Tensors
+from phi3_lora.errors import AdapterError, ConfigError, listing
+from phi3_lora_mlx.loralib_layers import Embedding, Linear, LoRALayer, MergedLinear
+
+__all__ = [
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "LoadResult",
+    "MergedLinear",
+    "load_lora_state_dict",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "to_numpy",
+]
+
+_BIAS = ("none", "all", "lora_only")
+
+
+class LoadResult(NamedTuple):
+    """What did not meet, as torch's load_state_dict tells it."""
+
+    missing_keys: list[str]
+    """LoRA arrays of the model that the state lacks; they are as they were."""
+    unexpected_keys: list[str]
+    """Names in the state that the model lacks; they were left aside."""
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze all of a model but its LoRA arrays, and biases where asked.
+
+    Args:
+        model: whose layers were replaced by those of this module.
+        bias: none; all, every bias of the model; lora_only, those of the layers with LoRA.
+
+    Raises:
+        ConfigError: when bias is something else, or nothing would be left to train.
+    """
+    chosen = _chosen(model, bias)
+    model.freeze()
+    for path, module in model.named_modules():
+        names = {f"{path}.{key}" if path else key: key for key in _own_arrays(module)}
+        keys = [key for name, key in names.items() if name in chosen]
+        module.unfreeze(keys=keys, recurse=False)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, mx.array]:
+    """The LoRA arrays of a model, and biases where asked, by name.
+
+    With the same bias it holds what mark_only_lora_as_trainable leaves to train.
+
+    Raises:
+        ConfigError: as mark_only_lora_as_trainable.
+    """
+    chosen = _chosen(model, bias)
+    return {name: value for name, value in _arrays(model).items() if name in chosen}
+
+
+def to_numpy(state: Mapping[str, mx.array]) -> Tensors:
+    """A state dict in float32, as phi3_lora.adapters.torch_file.encode_torch_file takes it."""
+    return {name: np.array(value.astype(mx.float32)) for name, value in state.items()}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Any], strict: bool = False
+) -> LoadResult:
+    """Put arrays into a model by name: a LoRA state dict, or pretrained weights before it.
+
+    The model's dtypes stay. Layers that are merged (after eval()) are merged anew: MLX's own
+    load_weights(strict=False) checks no shape and, on merged layers, would lose what it loads.
+
+    Args:
+        model: whose arrays are replaced.
+        state: arrays of MLX, numpy or torch by name; lora_state_dict's, read_torch_file's.
+        strict: whether every LoRA array of the model and every name of the state must meet.
+
+    Raises:
+        AdapterError: when a shape differs, a value is not finite, no name of the state is in the
+            model, or strict finds a difference. The model is then as it was.
+    """
+    current = _arrays(model)
+    values = {name: _as_array(state[name]) for name in state if name in current}
+    missing = [name for name in current if "lora_" in name and name not in state]
+    unexpected = [name for name in state if name not in current]
+    problems = list(_misfits(values, current))
+    if strict:
+        problems += [f"{name}: missing in the state" for name in missing]
+        problems += [f"{name}: not in the model" for name in unexpected]
+    elif not values:
+        problems += [f"{name}: not in the model" for name in unexpected] or ["it is empty"]
+    if problems:
+        like = next((name for name in current if "lora_" in name), next(iter(current), "none"))
+        title = f"the state does not fit the model, whose names are like {like}:"
+        raise AdapterError(listing(title, problems))
+    merged = [m for m in model.modules() if isinstance(m, LoRALayer) and m.merged]
+    for layer in merged:
+        layer.unmerge()
+    for name, value in values.items():
+        _put(model, name, value.astype(current[name].dtype))
+    for layer in merged:
+        layer.merge()
+    return LoadResult(missing, unexpected)
+
+
+def _arrays(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def _own_arrays(module: nn.Module) -> list[str]:
+    """Names of a module's arrays, without those of the modules inside it."""
+
+    def is_own(owner: nn.Module, key: str, value: Any) -> bool:
+        is_parameter = nn.Module.valid_parameter_filter(owner, key, value)
+        return is_parameter and not isinstance(value, nn.Module)
+
+    return [key for key, _ in tree_flatten(module.filter_and_map(is_own))]
+
+
+def _chosen(model: nn.Module, bias: str) -> set[str]:
+    """Names of the arrays that are trained and saved."""
+    if bias not in _BIAS:
+        raise ConfigError(f"bias must be one of {', '.join(_BIAS)}; got {bias!r}")
+    names = set(_arrays(model))
+    chosen = {name for name in names if "lora_" in name}
+    if bias == "lora_only":
+        chosen |= {name.split("lora_")[0] + "bias" for name in chosen} & names
+    if bias == "all":
+        # MLX calls the offsets of a quantised weight "biases"; they are no bias of the model.
+        chosen |= {name for name in names if "bias" in name and not name.endswith("biases")}
+    if not chosen:
+        raise ConfigError(
+            f"the model has no LoRA array among its {len(names)}; put Linear, Embedding or "
+            "MergedLinear with r > 0 in place of its layers first"
+        )
+    return chosen
+
+
+def _as_array(value: Any) -> mx.array:
+    return value if isinstance(value, mx.array) else mx.array(np.asarray(value, np.float32))
+
+
+def _misfits(values: Mapping[str, mx.array], current: Mapping[str, mx.array]) -> Iterable[str]:
+    for name, value in values.items():
+        if value.shape != current[name].shape:
+            yield f"{name}: {value.shape}, but {current[name].shape} in the model"
+        elif not mx.isfinite(value).all().item():
+            yield f"{name}: not finite"
+
+
+def _put(model: nn.Module, name: str, value: mx.array) -> None:
+    """Replace one array; modules are dicts, and their lists are lists."""
+    *path, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+    owner: Any = model
+    for key in path:
+        owner = owner[key]
+    owner[last] = value
