@@ -23,6 +23,7 @@ from phi3_lora.errors import ConfigError
 class LoRALayer(nn.Module):
     """What the layers share: the scale alpha / r, and a weight that is merged outside training."""
 
+    weight: mx.array
     r: int
     lora_alpha: float
     scaling: float
@@ -35,7 +36,7 @@ class LoRALayer(nn.Module):
             raise ConfigError(
                 f"r must be a whole number >= 0, got {r!r}; 0 is a layer without LoRA"
             )
-        if not (lora_alpha > 0 and math.isfinite(lora_alpha)):
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
             raise ConfigError(
                 f"lora_alpha must be a number above 0, got {lora_alpha!r}; the delta is scaled by "
                 "lora_alpha / r, and lora_alpha = r leaves it as it is"

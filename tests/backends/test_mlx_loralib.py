@@ -469,6 +469,7 @@ def test_a_saved_merged_linear_has_the_delta_that_convert_reads() -> None:
         (lambda: lora.Embedding(4, 6, r=-2), "r must be a whole number >= 0, got -2"),
         (lambda: lora.Linear(4, 6, r=1, lora_alpha=0), "lora_alpha must be a number above 0"),
         (lambda: lora.Linear(4, 6, r=1, lora_alpha=float("nan")), "above 0, got nan"),
+        (lambda: lora.Linear(4, 6, r=1, lora_alpha="2"), "above 0, got '2'"),
         (lambda: lora.Linear(4, 6, r=1, lora_dropout=1.0), "lora_dropout must be from 0"),
         (lambda: lora.MergedLinear(4, 7, r=1, enable_lora=[True] * 3), "do not divide .* 7"),
         (lambda: lora.MergedLinear(4, 7, r=1, enable_lora=[]), "0 parts"),
