@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ _BLOCK_ELEMENTS = 1 << 22
 _Q8_0_VALUES = 32
 """Weights of a row that share a scale."""
 _Q8_0_BYTES = 34
+_CONTEXT_STEP = 256
 _LARGEST_Q8_0 = 127 * float(np.finfo(np.float16).max)
 
 
@@ -154,6 +155,16 @@ def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
     return read_vocabulary(model_dir, config)
 
 
+def context_for(config: ModelConfig) -> int:
+    """Tokens of context to run with.
+
+    llama.cpp rounds it up to a multiple of 256 and, where it is then above LongRoPE's boundary,
+    takes the long factors for every text.
+    """
+    limit = min(config.max_position_embeddings, config.original_max_position_embeddings)
+    return limit // _CONTEXT_STEP * _CONTEXT_STEP or limit
+
+
 def as_q8_0(value: Float32) -> Float32:
     """What a reader of a q8_0 file gets for rows of a matrix; a merge measures itself by it.
 
@@ -228,7 +239,8 @@ def _add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     if vocabulary.model == "llama":
         writer.add_token_scores(vocabulary.scores)
     else:
-        writer.add_token_merges(vocabulary.merges)
+        # llama.cpp wants the key, the package writes no empty list; this pair merges nothing.
+        writer.add_token_merges(vocabulary.merges or [" "])
     for kind, i in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(i)
     writer.add_add_bos_token(vocabulary.adds_bos)
@@ -255,11 +267,16 @@ def _write_tensors(part: Path, plan: list[_Planned], alignment: int) -> None:
     with open(part, "ab") as file:
         file.write(bytes(-file.tell() % alignment))
         for planned in plan:
-            for block in _blocks(planned):
-                file.write(np.ascontiguousarray(block).data)
+            _write_tensor(file, planned)
             file.write(bytes(-planned.num_bytes % alignment))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, planned: _Planned) -> None:
+    # A function of its own, so that no view of a tensor is left when the next one is made.
+    for block in _blocks(planned):
+        file.write(np.ascontiguousarray(block).data)
 
 
 def _blocks(planned: _Planned) -> Iterator[NDArray[Any]]:
@@ -299,7 +316,7 @@ def _too_large(name: str, kind: str) -> ModelError:
 def _notes(config: ModelConfig, plan: list[_Planned], out_type: str) -> list[str]:
     notes = []
     if config.rope.long_factor is not None:
-        limit = config.original_max_position_embeddings
+        limit = context_for(config)
         notes.append(
             f"llama.cpp takes LongRoPE's factors by its context, not by the text: run with -c "
             f"{limit} for texts of up to {limit:,} tokens, with more only for longer ones"

@@ -18,6 +18,7 @@ from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
 
+_KINDS = ("bos", "eos", "unk", "pad")
 _ADDED_SCORE = -1000.0
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -97,7 +98,7 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
     tokens, types = _tokens(raw, config.vocab_size)
     scores, merges, pre = [], [], "default"
     if kind == "llama":
-        scores = _scores(raw, tokens, types, notes)
+        scores = _scores(raw, tokens, types)
     else:
         merges = [" ".join(pair) for pair in _merges(raw)]
         pre = _pre_tokenizer(model_dir, raw, notes)
@@ -125,9 +126,6 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
         eating=_eating(raw),
         notes=notes,
     )
-
-
-_KINDS = ("bos", "eos", "unk", "pad")
 
 
 def _parts(raw: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
@@ -181,21 +179,15 @@ def _looks_special(text: str) -> bool:
 
 
 def _scores(
-    raw: Mapping[str, Any], tokens: Sequence[str], types: Sequence[TokenType], notes: list[str]
+    raw: Mapping[str, Any], tokens: Sequence[str], types: Sequence[TokenType]
 ) -> list[float]:
-    """Numbers in whose order llama.cpp merges: minus the rank of the token that a merge makes.
+    """Numbers in whose order llama.cpp merges: minus the rank of the first merge to a token.
 
-    For Llama's vocabulary these are SentencePiece's own, 259 - id.
+    A tokenizer.json holds SentencePiece's merges in the order of its scores, not the scores.
     """
     order: dict[str, int] = {}
-    last, sorted_by_token = "", True
     for left, right in _merges(raw):
-        made = left + right
-        sorted_by_token &= made == last or made not in order
-        order.setdefault(made, len(order))
-        last = made
-    if not sorted_by_token:
-        notes.append("llama.cpp may split some words otherwise: merges are not in order of token")
+        order.setdefault(left + right, len(order))
     scores = []
     for text, kind in zip(tokens, types, strict=True):
         if kind == TokenType.NORMAL:

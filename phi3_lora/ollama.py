@@ -14,6 +14,7 @@ from typing import NamedTuple
 from phi3_lora.data.records import Message
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import DataError
+from phi3_lora.gguf_model import context_for
 from phi3_lora.gguf_tokenizer import read_vocabulary
 from phi3_lora.models import ModelConfig
 
@@ -95,8 +96,7 @@ def modelfile_for(
         adapter_line=adapter_line,
         stops=_stop_texts(chat, config),
         turns=template_turns(chat, eating=vocabulary.eating, bos=bos),
-        # llama.cpp takes LongRoPE's long factors for every text once there is more context.
-        num_ctx=min(config.max_position_embeddings, config.original_max_position_embeddings),
+        num_ctx=context_for(config),
     )
 
 
