@@ -287,7 +287,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "partial rotary, tied": {"partial_rotary_factor": 0.75, "tie_word_embeddings": True},
     "LongRoPE": LONGROPE,
 }
-MAX_ERROR = {"f32": 2e-5, "f16": 1e-2}
+MAX_ERROR = {"f32": 2e-5, "f16": 3e-2}
 """Of logits whose standard deviation is 1; llama.cpp rounds activations to float16 too in f16."""
 
 
