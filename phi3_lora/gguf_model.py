@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +22,14 @@ from phi3_lora.errors import ModelError
 from phi3_lora.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import explained, fsync_folder
-from phi3_lora.tensor_files import NewTensor, from_float32, to_float32
+from phi3_lora.tensor_files import (
+    FLOAT_TYPES,
+    NewTensor,
+    TensorInfo,
+    from_float32,
+    read_raw,
+    to_float32,
+)
 
 _BLOCK_ELEMENTS = 1 << 22
 _Q8_0_VALUES = 32
@@ -107,7 +115,7 @@ def write_gguf(
         path: the file.
         model_dir: whose tokenizer and chat template go into the file.
         config: of the model.
-        tensors: by the names of ModelConfig.tensor_shapes; matrices in the stored_as of out_type
+        tensors: by the names of ModelConfig.tensor_shapes; matrices in the type of the file
             are written as they are, all others are rounded once.
         out_type: one of OUT_TYPES.
 
@@ -138,6 +146,27 @@ def write_gguf(
             part.unlink(missing_ok=True)
             raise
     return [*vocabulary.notes, *_notes(config, plan, out_type)]
+
+
+def unchanged_as_stored(
+    tensors: Mapping[str, NewTensor], base: Mapping[str, TensorInfo], changed: Collection[str]
+) -> dict[str, NewTensor]:
+    """Tensors of a merge, those of float types that it does not change straight from the base.
+
+    They are then rounded once, a block at a time: no copy of an embedding is held, and vectors
+    keep the base's own precision.
+
+    Args:
+        tensors: for write_gguf.
+        base: the base's own, by the same names.
+        changed: paths of the modules that the merge changes.
+    """
+    found = dict(tensors)
+    for name, info in base.items():
+        is_own = name in found and info.dtype in FLOAT_TYPES and info.shape == found[name].shape
+        if is_own and name.removesuffix(".weight") not in changed:
+            found[name] = NewTensor(info.dtype, info.shape, partial(read_raw, info))
+    return found
 
 
 def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:

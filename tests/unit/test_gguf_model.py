@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from phi3_lora.errors import ModelError, StorageError
-from phi3_lora.gguf_model import OUT_TYPES, as_q8_0, write_gguf
+from phi3_lora.gguf_model import OUT_TYPES, as_q8_0, unchanged_as_stored, write_gguf
 from phi3_lora.model_folder import read_model_config
-from phi3_lora.tensor_files import NewTensor, from_float32, to_float32
+from phi3_lora.tensor_files import NewTensor, TensorInfo, from_float32, to_float32
+from phi3_lora.weights import check_weights
 from tests.tiny import TEMPLATE, random_weights, write_model
 
 Weights = dict[str, np.ndarray]
@@ -171,6 +172,31 @@ class TestTensors:
         blocks = values(write(model, "q8_0")[0])
         for name, value in whole.items():
             np.testing.assert_array_equal(blocks[name], value)
+
+
+class TestUnchangedTensors:
+    def test_come_from_the_base_and_changed_ones_from_the_merge(self, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "model", dtype="float32")
+        config = read_model_config(folder)
+        own = random_weights(config, 0)
+        merged = {name: np.ones_like(w) for name, w in own.items()}
+        module = "model.layers.1.mlp.down_proj"
+        tensors = unchanged_as_stored(
+            new_tensors(merged, "BF16"), check_weights(folder, config), {module}
+        )
+        write_gguf(folder / "model.gguf", folder, config, tensors, out_type="bf16")
+        found = values(gguf.GGUFReader(folder / "model.gguf"))
+        for name, gguf_name in {**NAMES, **LAYER_0}.items():
+            # Vectors keep float32, for they are not rounded on the way.
+            kept = own[name] if own[name].ndim == 1 else rounded(own[name], "bf16")
+            expected = merged[name] if name == f"{module}.weight" else kept
+            np.testing.assert_array_equal(found[gguf_name], expected, err_msg=name)
+
+    def test_that_are_no_floats_come_from_the_merge(self, model: Path) -> None:
+        tensors = new_tensors(random_weights(read_model_config(model), 0), "F32")
+        name = "model.layers.1.mlp.down_proj.weight"
+        packed = TensorInfo(model, "U32", tensors[name].shape, 0, 0)
+        assert unchanged_as_stored(tensors, {name: packed, "other.scales": packed}, ()) == tensors
 
 
 class TestQ8:
