@@ -7,17 +7,20 @@ System, Prompt and Response are filled, turn by turn, and cut at Response for th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from phi3_lora.data.records import Message
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import DataError
-from phi3_lora.gguf_model import context_for
+from phi3_lora.gguf_model import context_for, write_gguf
 from phi3_lora.gguf_tokenizer import read_vocabulary
 from phi3_lora.models import ModelConfig
+from phi3_lora.storage import write_bytes
+from phi3_lora.tensor_files import NewTensor
 
+_MODEL = "model.gguf"
 _SYSTEM, _USER, _ANSWER = "Q", "W", "Z"
 """Contents to render; the text between them is the template's own."""
 
@@ -72,6 +75,40 @@ def modelfile(
     if turns is not None:
         lines.append(f'TEMPLATE """{_go_template(turns)}"""')
     return "\n".join(lines) + "\n"
+
+
+def fill_gguf_folder(
+    folder: Path,
+    model_dir: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, NewTensor],
+    *,
+    out_type: str,
+) -> list[str]:
+    """Write model.gguf and the Modelfile that makes it a model of Ollama's.
+
+    Args:
+        folder: to fill.
+        model_dir: whose tokenizer and chat template are told.
+        config: of the model.
+        tensors: as write_gguf takes them.
+        out_type: one of gguf_model's OUT_TYPES.
+
+    Returns:
+        What llama.cpp and Ollama do otherwise than this model, one sentence each.
+
+    Raises:
+        ModelError, StorageError: as write_gguf.
+    """
+    notes = write_gguf(folder / _MODEL, model_dir, config, tensors, out_type=out_type)
+    content = modelfile_for(model_dir, config, f"./{_MODEL}")
+    write_bytes(folder / "Modelfile", content.encode())
+    if "\nTEMPLATE " not in content:
+        notes.append(
+            "the Modelfile has no TEMPLATE, for Ollama's cannot say what this chat template does: "
+            "write one, or serve with llama.cpp's --jinja"
+        )
+    return notes
 
 
 def modelfile_for(

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 from tokenizers import Tokenizer
 
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.model_folder import read_model_config
-from phi3_lora.ollama import modelfile, modelfile_for
-from tests.tiny import MARKERS, TEMPLATE, write_model, write_tokenizer
+from phi3_lora.ollama import fill_gguf_folder, modelfile, modelfile_for
+from phi3_lora.tensor_files import NewTensor
+from tests.tiny import MARKERS, TEMPLATE, random_weights, write_model, write_tokenizer
 from tests.unit.test_family_templates import PHI4_MARKERS, TEMPLATES
 
 Messages = list[dict[str, str]]
@@ -119,6 +121,22 @@ def test_a_template_that_ollama_cannot_follow_is_left_out(model: Path, source: s
     content = text(model)
     assert "TEMPLATE" not in content
     assert content.startswith("FROM ./model.gguf\n")
+
+
+@pytest.mark.parametrize("name", ["Phi-3.5-mini", "Phi-4-reasoning"])
+def test_a_gguf_folder_holds_the_model_and_its_modelfile(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    published(model, name)
+    config = read_model_config(model)
+    tensors = {
+        path: NewTensor("F32", weight.shape, lambda weight=weight: weight)
+        for path, weight in random_weights(config, 0).items()
+    }
+    notes = fill_gguf_folder(tmp_path, model, config, tensors, out_type="f16")
+    assert (tmp_path / "Modelfile").read_text() == text(model)
+    assert len(GGUFReader(tmp_path / "model.gguf").tensors) == len(tensors)
+    assert any("has no TEMPLATE" in note for note in notes) is (name not in TOLD)
 
 
 def change_template(folder: Path, source: str) -> None:
