@@ -7,7 +7,7 @@ device tensor. Shape letters: D documents, T tokens, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,18 +63,61 @@ def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSpec:
-    """The LoRA layers to put on a base model, with every name already resolved."""
+class Block(NamedTuple):
+    """A part of a fused projection that is adapted on its own: where its B lies in the whole B."""
 
-    modules: tuple[str, ...]
-    """Full module paths, for example model.layers.0.self_attn.qkv_proj."""
+    part: str
+    """Full path of the part, for example model.layers.0.self_attn.q_proj."""
+    rows: tuple[int, int]
+    """First and end row."""
+    ranks: tuple[int, int]
+    """First and end column."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayer:
+    """LoRA on one linear layer or embedding."""
+
     r: int
     """Rank of A (R, in) and B (out, R)."""
-    scaling: float
-    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    lora_alpha: float
+    num_trained: int | None = None
+    """The first so many ranks train and the others stay as they start; None: all train."""
+    blocks: tuple[Block, ...] = ()
+    """Where B trains; elsewhere it is 0. Empty: everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """What of a model is adapted and trained, with every name already resolved."""
+
+    layers: Mapping[str, LoraLayer]
+    """By full module path, for example model.layers.0.self_attn.qkv_proj."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    """Each linear layer also has a magnitude (out,), the norms of the rows of W + scaling B A."""
     dropout: float = 0.0
     """Probability that an input feature of a LoRA layer is zeroed in training."""
+    saved: tuple[str, ...] = ()
+    """Modules whose own weight trains (modules_to_save)."""
+
+    @classmethod
+    def uniform(
+        cls, modules: Iterable[str], *, r: int, scaling: float, dropout: float = 0.0
+    ) -> LoraSpec:
+        """One rank and one scale for all modules."""
+        layer = LoraLayer(r=r, lora_alpha=scaling * r)
+        return cls(layers=dict.fromkeys(modules, layer), dropout=dropout)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full paths of the LoRA layers."""
+        return tuple(self.layers)
+
+    def scaling(self, module: str) -> float:
+        """What B A of a module is multiplied by."""
+        layer = self.layers[module]
+        return lora_scaling(layer.lora_alpha, layer.r, use_rslora=self.use_rslora)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +131,8 @@ class OptimSpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+    lr_ratio: float = 1.0
+    """The rate of every B over that of the rest (LoRA+)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +188,7 @@ class Engine(Protocol):
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Module path -> (out, in) of every LoRA layer."""
+        """Module path -> (out, in) of every LoRA layer; of the embedding (hidden, vocabulary)."""
 
     @property
     def device_name(self) -> str:
@@ -180,7 +225,10 @@ class Engine(Protocol):
         """
 
     def read_adapter(self) -> Tensors:
-        """The adapter as float32 under PEFT names: lora_A (R, in), lora_B (out, R)."""
+        """The adapter as float32 under PEFT names: lora_A (R, in), lora_B (out, R).
+
+        With DoRA also lora_magnitude_vector (out,), and whole weights where those train.
+        """
 
     def write_adapter(self, weights: Tensors) -> None:
         """Replace the adapter; names and shapes must be exactly those of read_adapter."""
@@ -214,6 +262,18 @@ class Backend(Protocol):
 
     def open(self, request: LoadRequest) -> Engine:
         """Load the base model and put the LoRA layers on it."""
+
+    stock_tool: str
+    """The tool whose own reader stock_logits asks."""
+    stock_layout: str
+    """The layout of adapters that it reads: peft or mlx."""
+
+    def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
+        """Logits (T, vocabulary) of one document, by another tool than ours, in float32 on a CPU.
+
+        Raises:
+            AdapterError: when that tool does not load the adapter.
+        """
 
     def describe(self) -> dict[str, Any]:
         """`versions` (package -> version), `devices`, `num_threads` and perhaps `blas`."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
 from phi3_lora.adapters.folder import read_adapter
-from phi3_lora.backend import Backend, Engine, LoadRequest
+from phi3_lora.adapters.start import row_norms
+from phi3_lora.backend import Backend, Engine, Float32, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import ConfigError, ModelError
 from phi3_lora.grid import GRID_BITS
@@ -18,8 +19,9 @@ from phi3_lora.hub import resolve_model_dir
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_cache import quantized_copy
+from phi3_lora.quantized_folder import dense_weight
 from phi3_lora.registry import choose_backend
-from phi3_lora.weights import check_weights, model_identity
+from phi3_lora.weights import check_weights, model_identity, tensor_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,18 @@ class BaseModel:
     def own_quantization(self) -> str:
         """What a backend must do itself; a shared grid is in the files."""
         return "none" if self.quantize in GRID_BITS else self.quantize
+
+    def weight(self, module: str) -> Float32:
+        """The weight of a module in full, (out, in) or (hidden,), in float32.
+
+        Raises:
+            ModelError: when the files are missing, or quantised as only a backend can read.
+        """
+        return dense_weight(tensor_index(self.path, self.config), self.config, module)
+
+    def row_norms(self, module: str) -> Float32:
+        """Euclidean norm of each row of a module's weight."""
+        return row_norms(self.weight(module))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -111,8 +125,8 @@ def load_adapter(path: str, base: BaseModel) -> Adapter:
     Raises:
         AdapterError: when it is damaged or does not fit.
     """
-    adapter = read_adapter(Path(path), base.config)
-    check_fits(adapter, base.config.linear_shapes(), path)
+    adapter = read_adapter(Path(path), base.config, row_norms=base.row_norms)
+    check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
     return dataclasses.replace(
         adapter,
         num_layers=base.config.num_hidden_layers,

@@ -7,39 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.deltas import Weighted, change_of_rows
 from phi3_lora.adapters.folder import check_unused
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32
 from phi3_lora.errors import ModelError
-from phi3_lora.grid import dequantize
 from phi3_lora.model_writer import write_companions, write_shards
 from phi3_lora.models import DTYPES, ModelConfig
-from phi3_lora.quantized_folder import read_grid
+from phi3_lora.quantized_folder import dense_weight
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
     STORED_AS,
     NewTensor,
     TensorInfo,
     from_float32,
-    read_float32,
     read_raw,
     to_float32,
 )
 
 _BLOCK_ELEMENTS = 1 << 22
 """Elements of a weight that are merged at once, in float64."""
-
-
-class Part(NamedTuple):
-    """An adapter and what its delta is multiplied by."""
-
-    adapter: Adapter
-    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +67,7 @@ def merge(
     source: Path,
     config: ModelConfig,
     tensors: Mapping[str, TensorInfo],
-    parts: Sequence[Part],
+    parts: Sequence[Weighted],
     target: Path,
     *,
     dtype: str | None = None,
@@ -137,7 +127,7 @@ class _Merger:
         self,
         config: ModelConfig,
         tensors: Mapping[str, TensorInfo],
-        parts: Sequence[Part],
+        parts: Sequence[Weighted],
         stored_as: str,
     ) -> None:
         self._config = config
@@ -148,7 +138,7 @@ class _Merger:
 
     def tensors(self) -> dict[str, NewTensor]:
         """Of a plain, unquantised model."""
-        adapted = {module for part in self._parts for module in part.adapter.modules}
+        adapted = {m for part in self._parts for m in (*part.adapter.modules, *part.adapter.saved)}
         found = {}
         for name, shape in self._config.tensor_shapes().items():
             module = name.removesuffix(".weight")
@@ -160,7 +150,7 @@ class _Merger:
         info = self._tensors[name]
         if info.dtype == self._stored_as:
             return read_raw(info)
-        return self._stored(name, self._base(name))
+        return self._stored(name, self._base(name.removesuffix(".weight")))
 
     def _stored(self, name: str, value: Float32) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -172,35 +162,29 @@ class _Merger:
             )
         return stored
 
-    def _base(self, name: str) -> Float32:
-        module = name.removesuffix(".weight")
-        if self._config.grid_bits is not None and module in self._config.grid_shapes():
-            return dequantize(read_grid(self._tensors, module))
-        return read_float32(self._tensors[name])
+    def _base(self, module: str) -> Float32:
+        return dense_weight(self._tensors, self._config, module)
 
     def _merged(self, module: str) -> np.ndarray:
-        base = self._base(f"{module}.weight")
-        rows = max(1, _BLOCK_ELEMENTS // base.shape[1])
+        base = self._base(module)
+        rows = max(1, _BLOCK_ELEMENTS * len(base) // base.size)
         sums = np.zeros(3)
         stored = []
         for start in range(0, len(base), rows):
             part = base[start : start + rows]
-            delta = self._delta(module, start, start + rows)
+            delta = self._delta(module, part, start)
             stored.append(self._stored(module, (part + delta).astype(np.float32)))
             change = to_float32(stored[-1], self._stored_as).astype(np.float64) - part
             sums += [np.vdot(delta, change), np.vdot(delta, delta), np.vdot(change, change)]
         self._sums[module] = sums
         return np.concatenate(stored)
 
-    def _delta(self, module: str, start: int, end: int) -> np.ndarray:
-        """Rows [start, end) of the sum of all deltas, in float64."""
+    def _delta(self, module: str, base: Float32, start: int) -> np.ndarray:
+        """The sum of all deltas in the rows of base, of which start is the first."""
         found: Any = 0.0
         for adapter, weight in self._parts:
-            if module not in adapter.modules:
-                continue
-            a = adapter.weights[lora_a_name(module)].astype(np.float64)
-            b = adapter.weights[lora_b_name(module)][start:end].astype(np.float64)
-            found = found + weight * adapter.scaling * (b @ a)
+            if module in adapter.modules or module in adapter.saved:
+                found = found + weight * change_of_rows(adapter, module, base, start)
         return np.asarray(found)
 
     def survival(self) -> dict[str, Survival]:

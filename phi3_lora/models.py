@@ -98,6 +98,16 @@ class ModelConfig:
             for name in PROJECTIONS
         }
 
+    def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
+        """Those, the embedding as (hidden, vocabulary), and the head; tied, those two are left out.
+
+        Tools differ in whether an adapter of one holds for the other.
+        """
+        if self.tie_word_embeddings:
+            return self.linear_shapes()
+        embedding = {"model.embed_tokens": (self.hidden_size, self.vocab_size)}
+        return {**embedding, **self.linear_shapes(), "lm_head": (self.vocab_size, self.hidden_size)}
+
     def grid_shapes(self) -> dict[str, tuple[int, int]]:
         """Those linear layers that a shared grid can hold: the scale of a group needs 32 inputs."""
         shapes = self.linear_shapes()

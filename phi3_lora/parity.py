@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import initial_weights
 from phi3_lora.adapters.names import is_b
+from phi3_lora.adapters.start import initial_weights
 from phi3_lora.backend import Backend, Engine, Float32, LoadRequest, LoraSpec, Tensors
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.data.tokenizer import Document
@@ -82,7 +82,7 @@ class Trial:
 
 def random_start(spec: LoraSpec, shapes: dict[str, tuple[int, int]]) -> Tensors:
     """An adapter whose B is not 0: at 0 the gradient of A would be exactly 0."""
-    weights = initial_weights({m: shapes[m] for m in spec.modules}, r=spec.r, seed=0)
+    weights = initial_weights(spec, shapes, seed=0)
     return {
         name: uniform(0, f"parity {name}", value.shape, 0.01) if is_b(name) else value
         for name, value in weights.items()

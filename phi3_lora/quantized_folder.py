@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lora.errors import ModelError
 from phi3_lora.grid import GROUP_SIZE, Grid, dequantize, quantize
@@ -23,6 +24,7 @@ from phi3_lora.model_writer import write_companions, write_index
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
+    FLOAT_TYPES,
     NewTensor,
     TensorInfo,
     from_float32,
@@ -188,6 +190,22 @@ def read_grid(tensors: Mapping[str, TensorInfo], module: str) -> Grid:
     """The quantised weight of a module."""
     words = np.asarray(read_raw(tensors[f"{module}.weight"]))
     return Grid(words, read_float32(tensors[f"{module}.scales"]))
+
+
+def dense_weight(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, module: str
+) -> NDArray[np.float32]:
+    """The weight of a module in full, in float32.
+
+    Raises:
+        ModelError: when it is missing, or quantised otherwise than on a shared grid.
+    """
+    if config.grid_bits is not None and module in config.grid_shapes():
+        return dequantize(read_grid(tensors, module))
+    info = tensors.get(f"{module}.weight")
+    if info is None or info.dtype not in FLOAT_TYPES:
+        raise ModelError(f"{module}.weight cannot be read in full from the base model's files")
+    return read_float32(info)
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

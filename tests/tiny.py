@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from phi3_lora.adapters.start import initial_weights
 from phi3_lora.backend import LoraSpec
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.family import FamilyMember
@@ -159,7 +160,12 @@ def random_adapter(shapes: dict[str, tuple[int, int]], *, r: int, seed: int = 0)
 
 def lora_spec(config: ModelConfig, *, r: int = 4, scaling: float = 2.0, dropout: float = 0.0):
     """LoRA on every linear layer."""
-    return LoraSpec(modules=tuple(config.linear_shapes()), r=r, scaling=scaling, dropout=dropout)
+    return LoraSpec.uniform(config.linear_shapes(), r=r, scaling=scaling, dropout=dropout)
+
+
+def start_weights(shapes: Mapping[str, tuple[int, int]], *, r: int, seed: int) -> dict:
+    """What training starts from, with LoRA on every layer given."""
+    return initial_weights(LoraSpec.uniform(shapes, r=r, scaling=1.0), shapes, seed=seed)
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401
@@ -12,10 +13,11 @@ import peft  # noqa: F401
 import torch
 import transformers  # noqa: F401
 
-from phi3_lora.backend import LoadRequest
+from phi3_lora.backend import Float32, Int32, LoadRequest
 from phi3_lora.errors import BackendUnavailableError
 from phi3_lora_cuda.engine import CudaEngine
 from phi3_lora_cuda.model import load_model
+from phi3_lora_cuda.stock import stock_logits
 
 
 class CudaBackend:
@@ -43,6 +45,17 @@ class CudaBackend:
         use_gpu = request.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if use_gpu else "cpu")
         return CudaEngine(load_model(request, device), request, device)
+
+    stock_tool = "PEFT"
+    stock_layout = "peft"
+
+    def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
+        """Logits (T, vocabulary) of one document by transformers with PEFT.
+
+        Raises:
+            AdapterError: when PEFT does not load the adapter.
+        """
+        return stock_logits(model_dir, adapter_dir, tokens)
 
     def describe(self) -> dict[str, Any]:
         """Versions, devices and thread count."""

@@ -36,5 +36,5 @@ class CachedDecoder:
                 documents=Documents(rows.starts, device, model.dtype, rows.caches),
             )
         last = torch.from_numpy(rows.starts[1:] - 1).to(device)
-        logits = out.last_hidden_state[0][last] @ model.head_weight.T
+        logits = model.head(out.last_hidden_state[0][last])
         return np.asarray(logits.float().cpu().numpy())

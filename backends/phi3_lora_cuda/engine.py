@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.adapters.names import is_b
+from phi3_lora.adapters.start import trained_masks
 from phi3_lora.backend import (
     Batch,
     Float32,
@@ -34,7 +35,7 @@ from phi3_lora.layout import (
 from phi3_lora.rope import rotary_tables
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.documents import Documents, KeyValues
-from phi3_lora_cuda.head import head_loss, head_scores
+from phi3_lora_cuda.head import Head, RowScores, head_loss, head_scores
 from phi3_lora_cuda.model import LoadedPhi3
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,21 +51,24 @@ class CudaEngine:
         self._model = model
         self._request = request
         self._device = device
-        self._parameters = self._named_parameters()
+        self._parameters = model.trained_parameters()
+        spec = request.lora
+        masks = {} if spec is None else trained_masks(spec, self.lora_shapes)
+        self._masks = {name: torch.from_numpy(mask).to(device) for name, mask in masks.items()}
         self._optimizer = self._make_optimizer() if self._parameters else None
         self._decoder = CachedDecoder(model, device)
         self._prefixes: PrefixCache[KeyValues] = PrefixCache()
 
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        named = {}
-        for path in self._model.layers:
-            a, b = self._model.lora_parameters(path)
-            named[lora_a_name(path)], named[lora_b_name(path)] = a, b
-        return named
-
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        optim, parameters = self._request.optim, list(self._parameters.values())
+        optim = self._request.optim
+        slow = [p for name, p in self._parameters.items() if not is_b(name)]
+        fast = [p for name, p in self._parameters.items() if is_b(name)]
         # The rate of each step comes with the step.
+        parameters = [
+            {"params": group, "ratio": ratio}
+            for group, ratio in ((slow, 1.0), (fast, optim.lr_ratio))
+            if group
+        ]
         if optim.name == "sgd":
             return torch.optim.SGD(parameters, lr=0.0, weight_decay=optim.weight_decay)
         return torch.optim.AdamW(
@@ -82,16 +86,14 @@ class CudaEngine:
         if self._request.compile and not self._model.is_compiled:
             notes.append(
                 "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton, "
-                "a C compiler and a base that is not quantised"
+                "a C compiler, a base that is not quantised, and no DoRA"
             )
         return notes
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Module path -> (out, in)."""
-        return {
-            p: (layer.out_features, layer.in_features) for p, layer in self._model.layers.items()
-        }
+        return {path: self._model.config.adaptable_shapes()[path] for path in self._model.layers}
 
     @property
     def device_name(self) -> str:
@@ -125,22 +127,50 @@ class CudaEngine:
         index = torch.from_numpy(rows).to(self._device)
         return index, torch.from_numpy(batch.targets[rows]).to(self._device, torch.long)
 
+    def _dropout_keys(self, batch: Batch, step: int) -> np.ndarray | None:
+        """Keys of a batch's tokens, (T,); None without dropout."""
+        if self._request.lora is None or self._request.lora.dropout == 0:
+            return None
+        return row_keys(batch, seed=self._request.seed, step=step)
+
+    def _set_dropout(self, keys: np.ndarray | None) -> None:
+        if keys is not None:
+            self._model.dropout_keys.set(keys, self._device)
+
+    def _head(self, keys: np.ndarray | None = None, index: Tensor | None = None) -> Head:
+        """The head, with dropout by the keys of just those rows that it sees."""
+        chosen = None if keys is None or index is None else keys[index.cpu().numpy()]
+
+        def head(rows: Tensor, part: slice) -> Tensor:
+            self._set_dropout(None if chosen is None else chosen[part])
+            return self._model.head(rows)
+
+        return head
+
     def _backward(self, batch: Batch, *, loss_tokens: int, step: int) -> Tensor:
         """Add the gradients of sum(nats) / loss_tokens; returns sum(nats)."""
         self._model.causal_lm.train()
+        vocab_size = self._model.config.vocab_size
         nats = torch.zeros((), dtype=torch.float64, device=self._device)
         for part in split_batch(batch, self._request.micro_batch_tokens):
-            if self._request.lora is not None and self._request.lora.dropout > 0:
-                keys = row_keys(part, seed=self._request.seed, step=step)
-                self._model.dropout_keys.set(keys, self._device)
+            keys = self._dropout_keys(part, step)
+            self._set_dropout(keys)
             index, targets = self._rows(part)
             if not len(index):
                 continue
             with self._memory_faults():
                 hidden = self._hidden(part).index_select(0, index)
-                loss = head_loss(hidden.detach(), self._model.head_weight, targets)
-                hidden.backward(loss.grad)
+                loss = head_loss(hidden.detach(), self._head(keys, index), targets, vocab_size)
+                # Checkpointing runs the layers again, on all rows.
+                self._set_dropout(keys)
+                # Without a LoRA layer below the head, nothing there needs a gradient.
+                if hidden.requires_grad:
+                    hidden.backward(loss.grad)
             nats += loss.nats
+        for name, mask in self._masks.items():
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                gradient.mul_(mask)
         # Last and in float32: a half-precision gradient of a large step's mean would vanish.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if gradients:
@@ -156,11 +186,17 @@ class CudaEngine:
         limit = self._request.optim.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(step - 1)
+        before = {name: self._parameters[name].detach().clone() for name in self._masks}
         self._optimizer.step()
+        with torch.no_grad():
+            # Weight decay shrinks also what has no gradient.
+            for name, mask in self._masks.items():
+                parameter = self._parameters[name]
+                parameter.copy_(torch.where(mask, parameter, before[name]))
         return StepResult(nats / loss_tokens, norm)
 
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
@@ -186,13 +222,16 @@ class CudaEngine:
         with torch.no_grad(), self._model.uncompiled(), self._memory_faults():
             yield
 
+    def _scores(self, hidden: Tensor, targets: Tensor) -> RowScores:
+        return head_scores(hidden, self._head(), targets, self._model.config.vocab_size)
+
     def score(self, batch: Batch) -> Scores:
         """Score each document's supervised tokens."""
         logprobs, correct = [], []
         with self._inference():
             for part in split_batch(batch, self._request.micro_batch_tokens):
                 index, targets = self._rows(part)
-                rows = head_scores(self._hidden(part)[index], self._model.head_weight, targets)
+                rows = self._scores(self._hidden(part)[index], targets)
                 logprobs.append(rows.logprob.numpy())
                 correct.append(rows.is_correct.numpy())
         return Scores(
@@ -207,7 +246,7 @@ class CudaEngine:
         with self._inference():
             for part in split_batch(batch, self._request.micro_batch_tokens):
                 targets = torch.from_numpy(part.targets).to(self._device, torch.long)
-                rows = head_scores(self._hidden(part), self._model.head_weight, targets)
+                rows = self._scores(self._hidden(part), targets)
                 found.append(rows.logprob.numpy())
         result = np.concatenate(found).astype(np.float32)
         result[batch.doc_starts[1:] - 1] = 0.0
@@ -218,15 +257,14 @@ class CudaEngine:
         with self._inference():
             index = torch.from_numpy(np.asarray(rows, np.int64)).to(self._device)
             hidden = self._hidden(batch)[index]
-            return np.asarray((hidden @ self._model.head_weight.T).float().cpu().numpy())
+            return np.asarray(self._model.head(hidden).float().cpu().numpy())
 
     @contextlib.contextmanager
     def base_only(self) -> Iterator[None]:
         """A context in which the model answers without its adapter."""
-        peft_model = self._model.peft_model
         self._forget_prefixes()
         try:
-            with contextlib.nullcontext() if peft_model is None else peft_model.disable_adapter():
+            with self._model.base_only():
                 yield
         finally:
             self._forget_prefixes()

@@ -19,6 +19,11 @@ from phi3_lora_cuda.quantized import Decode, StoredLinear
 class LoraLinear(peft.tuners.lora.Linear):
     """y = W x + scaling B A x for one active adapter; everything else is PEFT's."""
 
+    magnitude: torch.nn.Parameter | None = None
+    """(out,) with DoRA."""
+    _norms: tuple[tuple[int, int], Tensor] | None = None
+    _base_squares: Tensor | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X (..., in) to (..., out), in the dtype of the base layer."""
         if self.disable_adapters or self.merged:
@@ -26,7 +31,7 @@ class LoraLinear(peft.tuners.lora.Linear):
         (name,) = self.active_adapters
         dropped = self.lora_dropout[name](x)
         linear = self.get_base_layer()
-        return _LoraProduct.apply(
+        y: Tensor = _LoraProduct.apply(
             x,
             # Given twice, a tensor loses its gradient in torch.compile of PyTorch 2.11.
             None if dropped is x else dropped,
@@ -36,6 +41,54 @@ class LoraLinear(peft.tuners.lora.Linear):
             self.lora_B[name].weight,
             self.scaling[name],
         )
+        if self.magnitude is None:
+            return y
+        return y * (self.magnitude / self._row_norms(name)).to(y.dtype)
+
+    @torch.no_grad()
+    def _row_norms(self, name: str) -> Tensor:
+        """Norms of the rows of W + scaling B A, (out,); constants to the gradient.
+
+        From the squares, without that matrix: |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b).
+
+        Source: DoRA, arXiv 2402.09353, equations 5 and 11.
+        """
+        a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        # Decoding would make the norms anew for every token.
+        version = (a._version, b._version)
+        if self._norms is None or self._norms[0] != version:
+            linear = self.get_base_layer()
+            stored = linear.weight
+            weight = linear.decode(stored) if isinstance(linear, StoredLinear) else stored
+            weight = weight.float()
+            if self._base_squares is None:
+                self._base_squares = weight.double().square().sum(1)
+            cross = (b * (weight @ a.T)).double().sum(1)
+            square = (b * (b @ (a @ a.T))).double().sum(1)
+            total = self._base_squares + 2 * scaling * cross + scaling**2 * square
+            self._norms = version, total.sqrt().float()
+        return self._norms[1]
+
+
+class TrainedWeight(torch.nn.Module):
+    """A module whose own weight trains in float32, while it computes in the base's dtype."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        """Take the module, whose weight stays as it is."""
+        super().__init__()
+        self.base = base
+        original = base.weight
+        assert isinstance(original, Tensor)
+        self._dtype = original.dtype
+        self.weight = torch.nn.Parameter(original.detach().float().clone())
+        self.is_enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module does, with the trained weight in the place of its own."""
+        if not self.is_enabled:
+            return self.base(x)
+        weight = self.weight.to(self._dtype)
+        return torch.func.functional_call(self.base, {"weight": weight}, (x,))
 
 
 class _LoraProduct(torch.autograd.Function):

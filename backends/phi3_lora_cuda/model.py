@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,13 +16,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from phi3_lora.adapters.names import (
+    EMBEDDING,
+    lora_a_name,
+    lora_b_name,
+    magnitude_name,
+    saved_name,
+)
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_model_config
 from phi3_lora_cuda.base import load_base, resolve_dtype
 from phi3_lora_cuda.documents import GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
-from phi3_lora_cuda.lora import LoraLinear
+from phi3_lora_cuda.lora import LoraLinear, TrainedWeight
 
 _ADAPTER = "default"
 
@@ -36,6 +45,7 @@ class LoadedPhi3:
         self.causal_lm.model.rotary_emb = self.rotary
         self.dropout_keys = DropoutKeys()
         self.layers: dict[str, Any] = {}
+        self.saved: dict[str, TrainedWeight] = {}
         self.peft_model: Any = None
         if request.lora is None:
             self.causal_lm.requires_grad_(False)
@@ -49,7 +59,8 @@ class LoadedPhi3:
             # Without an adapter below the first layer, its inputs need no gradient of their own.
             self.causal_lm.enable_input_require_grads()
         is_dense = self.config.quantization is None and request.quantize == "none"
-        self.is_compiled = request.compile and is_dense and can_compile(self.dtype, device)
+        is_plain = is_dense and not (request.lora is not None and request.lora.use_dora)
+        self.is_compiled = request.compile and is_plain and can_compile(self.dtype, device)
         if self.is_compiled:
             self._compile_layers()
         self.causal_lm.train(request.lora is not None)
@@ -69,15 +80,38 @@ class LoadedPhi3:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """(vocabulary, hidden)."""
-        return self.causal_lm.lm_head.weight
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states (S, hidden), (S, vocabulary)."""
+        return self.causal_lm.lm_head(hidden)
+
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
+        """A context in which the model answers without its adapter."""
+        for module in self.saved.values():
+            module.is_enabled = False
+        peft_model = self.peft_model
+        try:
+            with contextlib.nullcontext() if peft_model is None else peft_model.disable_adapter():
+                yield
+        finally:
+            for module in self.saved.values():
+                module.is_enabled = True
 
     def _add_lora(self, spec: LoraSpec) -> None:
+        self.causal_lm.requires_grad_(False)
+        if spec.layers:
+            self._add_layers(spec)
+        for path in spec.saved:
+            parent_path, _, name = path.rpartition(".")
+            self.saved[path] = TrainedWeight(self.causal_lm.get_submodule(path))
+            setattr(self.causal_lm.get_submodule(parent_path), name, self.saved[path])
+
+    def _add_layers(self, spec: LoraSpec) -> None:
+        first = next(iter(spec.layers.values()))
         config = peft.LoraConfig(
-            r=spec.r,
-            lora_alpha=spec.scaling * spec.r,
+            r=first.r,
+            lora_alpha=first.lora_alpha,
+            rank_pattern={re.escape(path): layer.r for path, layer in spec.layers.items()},
             target_modules=list(spec.modules),
             lora_dropout=0.0,
             bias="none",
@@ -90,18 +124,32 @@ class LoadedPhi3:
             self.peft_model = peft.get_peft_model(self.causal_lm, config)
         for path in spec.modules:
             layer = self.causal_lm.get_submodule(path)
-            # alpha / r may differ from the wanted scale in the last bit.
-            layer.scaling[_ADAPTER] = spec.scaling
+            layer.scaling[_ADAPTER] = spec.scaling(path)
+            self.layers[path] = layer
+            if path == EMBEDDING:
+                continue
+            if spec.use_dora:
+                weight = layer.lora_B[_ADAPTER].weight
+                layer.magnitude = nn.Parameter(weight.new_ones(layer.out_features))
             if spec.dropout > 0:
                 layer.lora_dropout[_ADAPTER] = HashDropout(
                     path, layer.in_features, spec.dropout, self.dropout_keys
                 )
-            self.layers[path] = layer
 
-    def lora_parameters(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, in) and B (out, r) of a module."""
-        layer = self.layers[path]
-        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that trains, under PEFT names: A (r, in), B (out, r), magnitudes, weights."""
+        named = {}
+        for path, layer in self.layers.items():
+            if path == EMBEDDING:
+                pair = layer.lora_embedding_A[_ADAPTER], layer.lora_embedding_B[_ADAPTER]
+            else:
+                pair = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+            named[lora_a_name(path)], named[lora_b_name(path)] = pair
+            if getattr(layer, "magnitude", None) is not None:
+                named[magnitude_name(path)] = layer.magnitude
+        for path, module in self.saved.items():
+            named[saved_name(path)] = module.weight
+        return named
 
 
 def can_compile(dtype: torch.dtype, device: torch.device) -> bool:

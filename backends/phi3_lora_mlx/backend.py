@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm  # noqa: F401 - a missing package is named here
+import numpy as np
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model as load_with_mlx_lm
 
-from phi3_lora.backend import LoadRequest
-from phi3_lora.errors import BackendUnavailableError
+from phi3_lora.backend import Float32, Int32, LoadRequest
+from phi3_lora.errors import AdapterError, BackendUnavailableError
 from phi3_lora_mlx.blas import OPENBLAS_WHEEL, uses_reference_blas
 from phi3_lora_mlx.engine import MlxEngine
 from phi3_lora_mlx.model import load_model
@@ -45,6 +48,25 @@ class MlxBackend:
         on_gpu = request.device != "cpu" and has_gpu()
         mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
         return MlxEngine(load_model(request, on_gpu=on_gpu), request, on_gpu=on_gpu)
+
+    stock_tool = "mlx-lm"
+    stock_layout = "mlx"
+
+    def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
+        """Logits (T, vocabulary) of one document by mlx-lm.
+
+        Raises:
+            AdapterError: when mlx-lm does not load the adapter.
+        """
+        mx.set_default_device(mx.cpu)
+        model, _ = load_with_mlx_lm(model_dir)
+        model.set_dtype(mx.float32)
+        try:
+            model = load_adapters(model, str(adapter_dir))
+        except (ValueError, KeyError, AttributeError, RuntimeError) as cause:
+            raise AdapterError(f"mlx-lm does not load {adapter_dir}: {cause}") from cause
+        model.eval()
+        return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
 
     def describe(self) -> dict[str, Any]:
         """Versions, devices, BLAS and thread count."""

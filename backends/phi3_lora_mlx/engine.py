@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.adapters.names import (
+    is_b,
+    lora_a_name,
+    lora_b_name,
+    magnitude_name,
+    saved_name,
+)
+from phi3_lora.adapters.start import trained_masks
 from phi3_lora.backend import (
     Batch,
     Float32,
@@ -32,7 +40,6 @@ from phi3_lora.layout import (
 from phi3_lora_mlx.decoder import CachedDecoder, KeyValues
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
-from phi3_lora_mlx.lora import linear_shape
 from phi3_lora_mlx.model import LoadedPhi3, trainable
 from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.optimizer import Optimizer
@@ -58,16 +65,26 @@ class MlxEngine:
         self._request = request
         self._on_gpu = on_gpu
         self._parameters = trainable(loaded.model)
-        self._optimizer = Optimizer(request.optim, is_compiled=on_gpu)
         step = mx.value_and_grad(self._surrogate)
         self._value_and_grad = mx.compile(step) if on_gpu else step
         self._decoder = CachedDecoder(loaded)
         self._prefixes: PrefixCache[KeyValues] = PrefixCache()
         # MLX name of each array -> PEFT name; the two are transposes of each other.
-        self._names: dict[str, str] = {}
-        for path in loaded.layers:
-            self._names[f"{path}.lora_a"] = lora_a_name(path)
-            self._names[f"{path}.lora_b"] = lora_b_name(path)
+        self._names = {name: _peft_name(name) for name in self._parameters}
+        self._head_names = [name for name in self._parameters if name.startswith("lm_head.")]
+        spec = request.lora
+        masks = {} if spec is None else trained_masks(spec, self.lora_shapes)
+        self._masks = {
+            name: mx.array(np.ascontiguousarray(masks[peft].T))
+            for name, peft in self._names.items()
+            if peft in masks
+        }
+        self._optimizer = Optimizer(
+            request.optim,
+            is_compiled=on_gpu,
+            masks=self._masks,
+            fast={name for name, peft in self._names.items() if is_b(peft)},
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -80,7 +97,8 @@ class MlxEngine:
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Module path -> (out, in)."""
-        return {path: linear_shape(layer.linear) for path, layer in self._loaded.layers.items()}
+        shapes = self._loaded.config.adaptable_shapes()
+        return {path: shapes[path] for path in self._loaded.layers}
 
     @property
     def device_name(self) -> str:
@@ -97,22 +115,38 @@ class MlxEngine:
     def _surrogate(self, parameters: Arrays, rows: Rows) -> tuple[Any, mx.array]:
         """A number whose gradient is that of nats, and nats.
 
-        The head gives the gradient of its input at once, so sum(hidden * that) has the right
-        gradient and its value is never computed.
+        The head gives the gradients of its input and of its own arrays at once, so the sum of
+        each times its gradient has the right gradient, and its value is never computed.
         """
         model = self._loaded.model
         model.update(tree_unflatten(list(parameters.items())))
         self._loaded.state.dropout_rows = rows.dropout_rows
         hidden = model(rows.tokens, rows.angles, rows.attention)[rows.select]
+        own = {name: parameters[name] for name in self._head_names}
         loss = head_loss(
-            model,
+            partial(self._head, rows),
+            {name: mx.stop_gradient(value) for name, value in own.items()},
             mx.stop_gradient(hidden),
             rows.targets,
             rows.weights,
             self._loaded.config.vocab_size,
         )
         product = hidden.astype(mx.float32) * mx.stop_gradient(loss.grad).astype(mx.float32)
-        return product.sum(), loss.nats
+        surrogate = product.sum()
+        for name, value in own.items():
+            surrogate = surrogate + (value * mx.stop_gradient(loss.head_grads[name])).sum()
+        return surrogate, loss.nats
+
+    def _head(self, rows: Rows, own: Arrays, hidden: mx.array, part: slice) -> mx.array:
+        """Logits of some of the supervised rows, with the head's own arrays as given."""
+        model, state = self._loaded.model, self._loaded.state
+        if own:
+            model.update(tree_unflatten(list(own.items())))
+        if rows.dropout_rows is not None:
+            state.dropout_rows = rows.dropout_rows[rows.select][part]
+        logits = model.head(hidden)
+        state.dropout_rows = rows.dropout_rows
+        return logits
 
     def _rows(self, batch: Batch, dropout: DropoutKey | None = None) -> Rows:
         make = padded_rows if self._on_gpu else ragged_rows
@@ -128,10 +162,12 @@ class MlxEngine:
         for part in micro_batches(batch, request.micro_batch_tokens, is_padded=self._on_gpu):
             if not part.loss_mask.any():
                 continue
+            self._loaded.state.is_tracing = True
             with self._memory_faults():
                 (_, part_nats), part_gradients = self._value_and_grad(
                     self._parameters, self._rows(part, key)
                 )
+            self._loaded.state.is_tracing = False
             # The trace left its own arrays in the model.
             self._install(self._parameters)
             gradients = (
@@ -148,6 +184,7 @@ class MlxEngine:
             return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
         # Last and in float32: a half-precision gradient of a large step's mean would vanish.
         gradients = {name: g / loss_tokens for name, g in gradients.items()}
+        gradients |= {name: gradients[name] * mask for name, mask in self._masks.items()}
         return gradients, staged_sum(mx.stack(nats))
 
     def _install(self, parameters: Arrays) -> None:
@@ -229,11 +266,10 @@ class MlxEngine:
     def base_only(self) -> Iterator[None]:
         """A context in which the model answers without its adapter."""
         self._forget_prefixes()
-        self._loaded.state.is_enabled = False
         try:
-            yield
+            with self._loaded.base_only():
+                yield
         finally:
-            self._loaded.state.is_enabled = True
             self._forget_prefixes()
 
     def _forget_prefixes(self) -> None:
@@ -255,13 +291,13 @@ class MlxEngine:
 
     def _to_peft(self, arrays: Arrays) -> Tensors:
         return {
-            self._names[name]: np.ascontiguousarray(np.array(value.astype(mx.float32)).T)
+            self._names[name]: _turned(name, np.array(value.astype(mx.float32)))
             for name, value in arrays.items()
         }
 
     def _from_peft(self, weights: Tensors, suffix: str = "") -> Arrays:
         return {
-            name: mx.array(np.ascontiguousarray(weights[peft + suffix].T))
+            name: mx.array(_turned(name, weights[peft + suffix]))
             for name, peft in self._names.items()
         }
 
@@ -301,6 +337,18 @@ class MlxEngine:
         self._forget_prefixes()
         del self._loaded, self._value_and_grad, self._decoder
         mx.clear_cache()
+
+
+def _peft_name(name: str) -> str:
+    """PEFT's name of a trainable array."""
+    module, _, kind = name.rpartition(".")
+    names = {"lora_a": lora_a_name, "lora_b": lora_b_name, "m": magnitude_name}
+    return names.get(kind, saved_name)(module)
+
+
+def _turned(name: str, value: np.ndarray) -> np.ndarray:
+    """From MLX's orientation to PEFT's and back: A and B are transposed, whole weights are not."""
+    return np.ascontiguousarray(value.T if name.endswith((".lora_a", ".lora_b")) else value)
 
 
 class _Deferred:

@@ -1,11 +1,12 @@
 """The output head and cross-entropy, only where the loss counts, a chunk of rows at a time.
 
-The head is frozen, so the gradient of its input is made at once and no logits are kept.
+The gradient of the head's input is made at once, and those of what trains in the head with it: no
+logits are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,6 +18,10 @@ _CHUNK_ELEMENTS = 1 << 24
 """Logits that a chunk holds at most."""
 
 
+Head = Callable[[dict[str, mx.array], mx.array, slice], mx.array]
+"""Logits (n, vocabulary) of some of the rows, from what trains in the head and which rows."""
+
+
 class HeadLoss(NamedTuple):
     """Of S supervised rows."""
 
@@ -24,6 +29,8 @@ class HeadLoss(NamedTuple):
     """Sum of the negative log-probabilities."""
     grad: mx.array
     """Gradient of nats with respect to the rows, (S, hidden)."""
+    head_grads: dict[str, mx.array]
+    """The same with respect to what trains in the head, by name."""
 
 
 class RowScores(NamedTuple):
@@ -47,21 +54,29 @@ def _softmax(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def head_loss(
-    model: Phi3, hidden: mx.array, targets: mx.array, weights: mx.array, vocab_size: int
+    head: Head,
+    trained: dict[str, mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    vocab_size: int,
 ) -> HeadLoss:
-    """Cross-entropy of the rows and its gradient.
+    """Cross-entropy of the rows and its gradients.
 
     Args:
-        model: for its head.
+        head: of the model.
+        trained: what trains in it, by name.
         hidden: (S, hidden) final hidden states.
         targets: (S,).
         weights: (S,) 1, or 0 for a row that is padding.
         vocab_size: of the model.
     """
     nats, grads = [], []
+    head_grads: dict[str, mx.array] = {}
+    names = list(trained)
     for part in _chunks(hidden.shape[0], vocab_size):
         rows = hidden[part]
-        logits = model.head(rows).astype(mx.float32)
+        logits = head(trained, rows, part).astype(mx.float32)
         largest, exp, total = _softmax(logits)
         index = targets[part][:, None]
         chosen = mx.take_along_axis(logits, index, axis=-1)
@@ -72,9 +87,17 @@ def head_loss(
             slope, index, mx.take_along_axis(slope, index, axis=-1) - 1.0, axis=-1
         )
         slope = (slope * weights[part][:, None]).astype(hidden.dtype)
+
         # Only the transposed product is evaluated; the primal output is not used.
-        grads.append(mx.vjp(model.head, [rows], [slope])[1][0])
-    return HeadLoss(staged_sum(mx.concatenate(nats)), mx.concatenate(grads))
+        def logits_of(x: mx.array, *values: mx.array, part: slice = part) -> mx.array:
+            return head(dict(zip(names, values, strict=True)), x, part)
+
+        primals = [rows, *trained.values()]
+        grad, *own = mx.vjp(logits_of, primals, [slope])[1]
+        grads.append(grad)
+        for name, value in zip(names, own, strict=True):
+            head_grads[name] = head_grads[name] + value if name in head_grads else value
+    return HeadLoss(staged_sum(mx.concatenate(nats)), mx.concatenate(grads), head_grads)
 
 
 def head_scores(model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: int) -> RowScores:

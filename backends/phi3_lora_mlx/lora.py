@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phi3_lora.dropout import MULTIPLIERS, feature_keys, module_key, threshold
+from phi3_lora_mlx.numerics import staged_sum
 
 
 class LoraState:
@@ -15,6 +16,8 @@ class LoraState:
 
     def __init__(self) -> None:
         self.is_enabled = True
+        self.is_tracing = False
+        """Whether arrays stand for values that are not there yet, and must not be kept."""
         self.dropout_rows: mx.array | None = None
         """Keys of the tokens at hand, (T,) uint32; None turns dropout off."""
 
@@ -35,6 +38,7 @@ class LoRALinear(nn.Module):
         r: int,
         scaling: float,
         dropout: float = 0.0,
+        use_dora: bool = False,
         state: LoraState | None = None,
     ) -> None:
         super().__init__()
@@ -42,13 +46,19 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.lora_a = mx.zeros((in_features, r))
         self.lora_b = mx.zeros((r, out_features))
+        if use_dora:
+            self.m = mx.ones(out_features)
+            self._base_squares = staged_sum(dense_weight(linear) ** 2)
+            mx.eval(self._base_squares)
+        self._use_dora = use_dora
+        self._norms: tuple[mx.array, mx.array, mx.array] | None = None
         self._module_key = module_key(module)
         self._scaling = scaling
         self._dropout = dropout
         # In a tuple so that mlx.nn does not take it for a child module or a parameter.
         self._shared = (state or LoraState(),)
         self.freeze()
-        self.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        self.unfreeze(keys=["lora_a", "lora_b", *(["m"] if use_dora else [])], recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """X (..., in) to (..., out), in the dtype of the base layer's output."""
@@ -58,7 +68,30 @@ class LoRALinear(nn.Module):
             return y
         # A and B are float32 and small; casting x to them would cost more than the products.
         low = self._drop(x, state) @ self.lora_a.astype(x.dtype)
-        return mx.addmm(y, low, (self._scaling * self.lora_b).astype(x.dtype))
+        y = mx.addmm(y, low, (self._scaling * self.lora_b).astype(x.dtype))
+        if not self._use_dora:
+            return y
+        return y * (self.m / self._row_norms()).astype(y.dtype)
+
+    def _row_norms(self) -> mx.array:
+        """Norms of the rows of W + scaling B A, (out,); constants to the gradient.
+
+        From the squares, without that matrix: |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b).
+
+        Source: DoRA, arXiv 2402.09353, equations 5 and 11.
+        """
+        known = self._norms
+        # Decoding would make the norms anew for every token.
+        if known is not None and known[0] is self.lora_a and known[1] is self.lora_b:
+            return known[2]
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).T
+        weight = dense_weight(self.linear)
+        cross = (b * (weight @ a)).sum(axis=1)
+        square = (b * (b @ (a.T @ a))).sum(axis=1)
+        norms = mx.sqrt(self._base_squares + 2 * self._scaling * cross + self._scaling**2 * square)
+        if not self._shared[0].is_tracing:
+            self._norms = self.lora_a, self.lora_b, norms
+        return norms
 
     def _drop(self, x: mx.array, state: LoraState) -> mx.array:
         if self._dropout == 0.0 or state.dropout_rows is None:
@@ -68,6 +101,59 @@ class LoRALinear(nn.Module):
         bits = _lowbias32(rows[:, None] ^ features[None, :])
         keep = (bits >> 8) >= mx.array(threshold(self._dropout), mx.uint32)
         return x * (keep.astype(x.dtype) * (1.0 / (1.0 - self._dropout)))
+
+
+class LoRAEmbedding(nn.Module):
+    """E[token] + scaling B A[token]: lora_a is (vocabulary, r) and lora_b (r, hidden)."""
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        *,
+        shape: tuple[int, int],
+        r: int,
+        scaling: float,
+        state: LoraState,
+    ) -> None:
+        """Wrap an embedding.
+
+        Args:
+            embedding: plain or quantised; stays as it is.
+            shape: (vocabulary, hidden).
+            r: the rank.
+            scaling: what B A is multiplied by.
+            state: of the model.
+        """
+        super().__init__()
+        self.embedding = embedding
+        self.lora_a = mx.zeros((shape[0], r))
+        self.lora_b = mx.zeros((r, shape[1]))
+        self._scaling = scaling
+        self._shared = (state,)
+        self.freeze()
+        self.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Tokens (T,) to (T, hidden), in the dtype of the base's embedding."""
+        y = self.embedding(tokens)
+        if not self._shared[0].is_enabled:
+            return y
+        return y + (self._scaling * (self.lora_a[tokens] @ self.lora_b)).astype(y.dtype)
+
+
+def dense_weight(linear: Any) -> mx.array:
+    """The weight (out, in) of a plain or quantised linear layer, in float32."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight.astype(mx.float32)
+    weight = mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return weight.astype(mx.float32)
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:

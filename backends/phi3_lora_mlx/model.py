@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -9,12 +11,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
+from phi3_lora.adapters.names import EMBEDDING
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
-from phi3_lora_mlx.lora import LoRALinear, LoraState
-from phi3_lora_mlx.phi3 import Phi3
+from phi3_lora_mlx.lora import LoRAEmbedding, LoRALinear, LoraState
+from phi3_lora_mlx.phi3 import Embedding, Phi3
 
 _AFFINE_GROUP_SIZE, _AFFINE_BITS = 64, 4
 """mlx-lm's defaults."""
@@ -28,27 +31,66 @@ class LoadedPhi3:
         self.config = config
         self.dtype = dtype
         self.state = LoraState()
-        self.layers: dict[str, LoRALinear] = {}
+        self.layers: dict[str, LoRALinear | LoRAEmbedding] = {}
+        self.base_weights: dict[str, mx.array] = {}
+        """Of the modules whose own weight trains."""
 
     def add_lora(self, spec: LoraSpec) -> None:
-        """Replace the named linear layers."""
+        """Replace the named layers, and let the named weights train.
+
+        Raises:
+            ModelError: when a weight that is to train is quantised.
+        """
         for path in spec.modules:
             parent_path, _, name = path.rpartition(".")
             parent = _descend(self.model, parent_path)
-            layer = LoRALinear(
-                getattr(parent, name),
-                module=path,
-                r=spec.r,
-                scaling=spec.scaling,
-                dropout=spec.dropout,
-                state=self.state,
-            )
-            setattr(parent, name, layer)
-            self.layers[path] = layer
+            self.layers[path] = self._layer(getattr(parent, name), path, spec)
+            setattr(parent, name, self.layers[path])
+        for path in spec.saved:
+            module = _descend(self.model, path)
+            if "scales" in module:
+                raise ModelError(
+                    f"modules_to_save: {path} is quantised and cannot be trained whole"
+                )
+            self.base_weights[path] = module.weight
+            if isinstance(module, Embedding):
+                module.compute_dtype = module.weight.dtype
+            module.weight = module.weight.astype(mx.float32)
+            module.unfreeze(keys=["weight"], recurse=False)
+
+    def _layer(self, base: Any, path: str, spec: LoraSpec) -> LoRALinear | LoRAEmbedding:
+        r, scaling = spec.layers[path].r, spec.scaling(path)
+        if path == EMBEDDING:
+            shape = self.config.vocab_size, self.config.hidden_size
+            return LoRAEmbedding(base, shape=shape, r=r, scaling=scaling, state=self.state)
+        return LoRALinear(
+            base,
+            module=path,
+            r=r,
+            scaling=scaling,
+            dropout=spec.dropout,
+            use_dora=spec.use_dora,
+            state=self.state,
+        )
+
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
+        """A context in which the model answers without its adapter."""
+        modules = {path: _descend(self.model, path) for path in self.base_weights}
+        trained = {path: module.weight for path, module in modules.items()}
+        self.state.is_enabled = False
+        for path, module in modules.items():
+            module.weight = self.base_weights[path]
+        try:
+            yield
+        finally:
+            self.state.is_enabled = True
+            for path, module in modules.items():
+                module.weight = trained[path]
 
 
 def _descend(module: Any, path: str) -> Any:
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         module = module[int(part)] if part.isdigit() else getattr(module, part)
     return module
 

@@ -7,6 +7,7 @@ default and, where asked, rounds 1 - beta2**t to float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 import mlx.core as mx
 
@@ -19,8 +20,25 @@ Arrays = dict[str, mx.array]
 class Optimizer:
     """One update rule; the moments are its only state."""
 
-    def __init__(self, spec: OptimSpec, *, is_compiled: bool) -> None:
+    def __init__(
+        self,
+        spec: OptimSpec,
+        *,
+        is_compiled: bool,
+        masks: Mapping[str, mx.array] | None = None,
+        fast: Collection[str] = (),
+    ) -> None:
+        """Take the rule.
+
+        Args:
+            spec: the rule.
+            is_compiled: whether to compile the update.
+            masks: where arrays train that do not train as a whole, by name.
+            fast: arrays whose rate is lr_ratio times that of the others.
+        """
         self._spec = spec
+        self._masks = masks or {}
+        self._fast = frozenset(fast) if spec.lr_ratio != 1.0 else frozenset()
         self.exp_avg: Arrays = {}
         self.exp_avg_sq: Arrays = {}
         self._apply = mx.compile(self._update) if is_compiled else self._update
@@ -41,12 +59,11 @@ class Optimizer:
             self.exp_avg = {name: mx.zeros_like(value) for name, value in parameters.items()}
             self.exp_avg_sq = {name: mx.zeros_like(value) for name, value in parameters.items()}
         beta1, beta2 = spec.betas
-        scalars = {
-            "decay": 1.0 - lr * spec.weight_decay,
-            "step_size": lr / (1.0 - beta1**step),
-            "root_correction": math.sqrt(1.0 - beta2**step),
-            "lr": lr,
-        }
+        scalars = {"root_correction": math.sqrt(1.0 - beta2**step)}
+        for key, rate in (("", lr), ("fast_", lr * spec.lr_ratio)):
+            scalars[f"{key}decay"] = 1.0 - rate * spec.weight_decay
+            scalars[f"{key}step_size"] = rate / (1.0 - beta1**step)
+            scalars[f"{key}lr"] = rate
         # Arrays, so that a compiled update does not trace again for a new rate.
         inputs = {name: mx.array(value, mx.float32) for name, value in scalars.items()}
         new, self.exp_avg, self.exp_avg_sq, norm = self._apply(
@@ -64,15 +81,24 @@ class Optimizer:
             gradients = {name: g * clip for name, g in gradients.items()}
         if spec.name == "sgd":
             new = {
-                name: p - s["lr"] * (gradients[name] + spec.weight_decay * p)
+                name: p - s[self._key(name, "lr")] * (gradients[name] + spec.weight_decay * p)
                 for name, p in parameters.items()
             }
-            return new, first, second, norm
+            return self._masked(new, parameters), first, second, norm
         beta1, beta2 = spec.betas
         first = {n: m + (gradients[n] - m) * (1.0 - beta1) for n, m in first.items()}
         second = {n: beta2 * v + (1.0 - beta2) * gradients[n] ** 2 for n, v in second.items()}
         new = {}
         for name, p in parameters.items():
             denominator = mx.sqrt(second[name]) / s["root_correction"] + spec.eps
-            new[name] = p * s["decay"] - s["step_size"] * (first[name] / denominator)
-        return new, first, second, norm
+            decay, size = s[self._key(name, "decay")], s[self._key(name, "step_size")]
+            new[name] = p * decay - size * (first[name] / denominator)
+        return self._masked(new, parameters), first, second, norm
+
+    def _key(self, name: str, scalar: str) -> str:
+        return f"fast_{scalar}" if name in self._fast else scalar
+
+    def _masked(self, new: Arrays, old: Arrays) -> Arrays:
+        """Weight decay shrinks also what has no gradient: that stays as it was."""
+        kept = {name: mx.where(mask, new[name], old[name]) for name, mask in self._masks.items()}
+        return {**new, **kept}

@@ -47,10 +47,10 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
         """X (..., hidden), normalised and scaled."""
         if not on_cpu():
-            return super().__call__(x)
+            return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
         exact = x.astype(mx.float32)
         mean = staged_sum(exact**2)[..., None] / x.shape[-1]
-        return self.weight * (exact * mx.rsqrt(mean + self.eps)).astype(x.dtype)
+        return self.weight.astype(x.dtype) * (exact * mx.rsqrt(mean + self.eps)).astype(x.dtype)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -77,6 +77,10 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def __call__(self, x: mx.array) -> mx.array:
+        """X (..., in) to (..., out); a weight that trains is float32 whatever x is."""
+        return x @ self.weight.astype(x.dtype).T
+
     def to_quantized(
         self,
         group_size: int | None = None,
@@ -86,6 +90,17 @@ class Linear(nn.Linear):
     ) -> nn.Module:
         """What mlx.nn.quantize puts in this layer's place."""
         return QuantizedLinear.from_linear(self, group_size, bits, mode)
+
+
+class Embedding(nn.Embedding):
+    """MLX's layer, whose output keeps its dtype when the weight trains in float32."""
+
+    compute_dtype: mx.Dtype | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Tokens (T,) to (T, hidden)."""
+        y = super().__call__(x)
+        return y if self.compute_dtype is None else y.astype(self.compute_dtype)
 
 
 class SelfAttention(nn.Module):
@@ -153,7 +168,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -3,62 +3,97 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from phi3_lora_cli.options import note, output_options, print_json
 
+_LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
+_TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
+
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
+@click.option("--to", type=click.Choice(_LAYOUTS), help="The layout; --for knows it by itself.")
+@click.option("--for", "consumer", type=click.Choice(_TOOLS), help="Keep this tool's rules.")
+@click.option("--model", metavar="ID|DIR|demo", help="The base model.")
 @click.option(
-    "--to", type=click.Choice(["peft", "mlx", "both", "unfused", "loralib"]), required=True
+    "--verify", is_flag=True, help="Compare the result with SRC; exit code 3 if it differs."
 )
-@click.option("--model", metavar="ID|DIR|demo", help="The base model: makes the config shorter.")
-@click.option("--alpha", type=float, help="lora_alpha of a loralib SRC: the file stores none.")
+@click.option("--rank", type=click.IntRange(min=1), help="Cut deltas of a higher rank, with loss.")
+@click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz SRC: the file stores none.")
 @click.option("--prefix", default="", help="Before the module paths of a loralib file.")
 @click.option(
     "--enable", metavar="q,v", help="The parts that MergedLinear of a loralib SRC adapts."
+)
+@click.option(
+    "--parts",
+    type=click.Choice(["equal", "model"]),
+    help="How MergedLinear of a loralib SRC cuts its output, where the file does not tell.",
 )
 @output_options
 def command(
     source: str,
     target: str,
-    to: str,
+    to: str | None,
+    consumer: str | None,
     model: str | None,
+    verify: bool,
+    rank: int | None,
     alpha: float | None,
     prefix: str,
     enable: str | None,
+    parts: str | None,
     as_json: bool,
-) -> None:
-    """Move an adapter between layouts: PEFT, mlx-lm, unfused q, k, v (Unsloth), loralib.
+) -> int:
+    """Move an adapter between layouts: PEFT, mlx-lm, unfused q, k, v (Unsloth), loralib, GGUF.
 
     SRC's layout is told by its content. The result is read back and compared. unfused needs --model
-    for the sizes of q, k and v; so does an unfused SRC that leaves one of them out.
+    for the sizes of q, k and v; so does an unfused SRC that leaves one of them out. With --verify
+    and --model, the answers of the model with both are compared too.
 
     \b
     Example:
-      phi3-lora convert mlx_adapter peft_adapter --to peft
+      phi3-lora convert mlx_adapter peft_adapter --to peft --verify
     """
-    from phi3_lora.adapters.convert import convert
+    from phi3_lora.adapters.consumers import CONSUMERS
+    from phi3_lora.adapters.convert import Job, convert
     from phi3_lora.adapters.loralib_layout import Untold
-    from phi3_lora.hub import resolve_model_dir
-    from phi3_lora.model_folder import read_model_config
+    from phi3_lora.loading import look_at_model
 
-    config = None
-    if model is not None:
-        config = read_model_config(resolve_model_dir(model, with_weights=False))
-    untold = Untold(alpha, prefix, _parts(enable))
-    result = convert(Path(source), Path(target), to=to, config=config, untold=untold)
+    layout = to or (CONSUMERS[consumer].layout if consumer else None)
+    if layout is None:
+        raise click.UsageError("say where to: --to LAYOUT or --for TOOL")
+    if consumer and layout not in (CONSUMERS[consumer].layout, "both"):
+        raise click.UsageError(
+            f"--for {consumer} reads {CONSUMERS[consumer].layout}: leave out --to {layout}"
+        )
+    base = None if model is None else look_at_model(model, with_weights=verify)
+    if consumer == "ollama" and base is None:
+        raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
+    job = Job(
+        source=Path(source),
+        target=Path(target) / "adapter.gguf" if consumer == "ollama" else Path(target),
+        to=layout,
+        consumer=consumer,
+        config=None if base is None else base.config,
+        row_norms=None if base is None else base.row_norms,
+        untold=Untold(alpha, prefix, _parts(enable), parts),
+        rank=rank,
+    )
+    result = convert(job)
+    if consumer == "ollama":
+        _write_modelfile(Path(target), base)
     for text in result.notes:
         note(text)
+    found = _verify(job, result, base) if verify else {}
     if as_json:
-        raw = result.to_dict()
-        print_json({k: v for k, v in raw.items() if k != "notes"})
-        return
-    exact = "exactly" if result.lossless else f"to {result.max_weight_difference:.2e}"
-    click.echo(f"{result.source} -> {result.to}: {result.tensors} tensors, {exact}, in {target}")
+        print_json({**result.to_dict(), **found})
+    else:
+        _tell(result, target, found)
+    return 0 if found.get("equal", True) else 3
 
 
 def _parts(enable: str | None) -> list[str]:
@@ -67,3 +102,57 @@ def _parts(enable: str | None) -> list[str]:
     if unknown:
         raise click.UsageError(f"--enable {unknown[0]!r}: allowed are q, k, v, gate, up")
     return names
+
+
+def _write_modelfile(folder: Path, base: Any) -> None:
+    from phi3_lora.ollama import modelfile_for
+    from phi3_lora.storage import replace_file
+
+    text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
+    replace_file(folder / "Modelfile", text.encode())
+    note(
+        f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
+        "an Ollama model of the same base after FROM"
+    )
+
+
+def _verify(job: Any, result: Any, base: Any) -> dict[str, Any]:
+    """The differences, and whether they are only roundings."""
+    from phi3_lora.adapters.convert import SAME
+    from phi3_lora.conversion_check import compare_answers
+    from phi3_lora.registry import available_backends
+
+    found = {
+        "max_relative_difference": result.max_relative_difference,
+        "worst_module": result.worst_module,
+        "equal": result.max_relative_difference <= SAME,
+    }
+    if base is None:
+        return found
+    backends, reasons = available_backends("cpu")
+    for reason in reasons:
+        note(reason)
+    if not backends:
+        note("no backend can run here: the model's answers were not compared")
+        return found
+    answers = compare_answers(base, result.adapters, job.target, backends, note)
+    equal = bool(found["equal"]) and all(answer.is_equal for answer in answers)
+    return {**found, "answers": [answer.to_dict() for answer in answers], "equal": equal}
+
+
+def _tell(result: Any, target: str, found: dict[str, Any]) -> None:
+    exact = "exactly" if result.lossless else f"to {result.max_weight_difference:.2e}"
+    click.echo(f"{result.source} -> {result.to}: {result.tensors} tensors, {exact}, in {target}")
+    if not found:
+        return
+    worst = found["worst_module"]
+    click.echo(
+        f"largest difference of a delta, relative: {found['max_relative_difference']:.2e}"
+        + (f" ({worst})" if found["max_relative_difference"] else "")
+    )
+    for answer in found.get("answers", []):
+        click.echo(
+            f"logits, {answer['reader']}: {answer['max_difference']:.2e} of their standard "
+            "deviation"
+        )
+    click.echo("verified: the same adapter" if found["equal"] else "NOT the same adapter")

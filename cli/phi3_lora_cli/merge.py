@@ -60,8 +60,9 @@ def command(
     Example:
       phi3-lora merge --model demo --adapter runs/demo/adapter --output runs/merged
     """
+    from phi3_lora.adapters.deltas import Weighted
     from phi3_lora.loading import load_adapter, look_at_model, other_base_notes
-    from phi3_lora.merge import Part, merge
+    from phi3_lora.merge import merge
     from phi3_lora.weights import check_weights, model_identity
 
     if weights and len(weights) != len(adapters):
@@ -70,7 +71,7 @@ def command(
         )
     base = look_at_model(model, revision)
     parts = [
-        Part(load_adapter(path, base), weight)
+        Weighted(load_adapter(path, base), weight)
         for path, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)
     ]
     tensors = check_weights(base.path, base.config)

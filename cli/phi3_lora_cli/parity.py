@@ -53,7 +53,7 @@ def command(
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
     shapes = base.config.linear_shapes()
-    spec = LoraSpec(modules=tuple(shapes), r=8, scaling=2.0) if weights is None else weights.spec
+    spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
     start = random_start(spec, shapes) if weights is None else weights.weights
     trial = Trial(base, _documents(base, data, 4 * steps), spec, start, steps)
     backends, reasons = available_backends(device)

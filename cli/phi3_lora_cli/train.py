@@ -138,7 +138,7 @@ def _targets(value: str | None) -> str | list[str] | None:
 
 
 def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:
-    from phi3_lora.training.run import prepare
+    from phi3_lora.training.prepare import prepare
 
     facts = prepare(config, observer, with_weights=False).facts()
     if as_json:

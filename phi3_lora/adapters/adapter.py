@@ -1,27 +1,43 @@
-"""An adapter in memory, its start, and what must hold of any adapter."""
+"""An adapter in memory, and what must hold of any adapter."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from phi3_lora.adapters.names import PEFT_PREFIX, lora_a_name, lora_b_name
-from phi3_lora.backend import Float32, LoraSpec, Tensors, lora_scaling
+from phi3_lora.adapters.names import (
+    EMBEDDING,
+    PEFT_PREFIX,
+    lora_a_name,
+    lora_b_name,
+    magnitude_name,
+    saved_name,
+    split_name,
+)
+from phi3_lora.backend import Float32, LoraLayer, LoraSpec, Tensors, lora_scaling
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.seeding import uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """LoRA weights under PEFT names, with what is needed to use them."""
+    """LoRA weights under PEFT names, with what is needed to use them.
+
+    The form in the middle of every conversion. A module's rank is that of its own tensors.
+    """
 
     weights: Tensors
     r: int
+    """The rank of most modules."""
     lora_alpha: float
     use_rslora: bool = False
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """lora_alpha of the modules that have another one."""
     lora_dropout: float = 0.0
     base_model: str | None = None
     """What the adapter says it was trained on."""
@@ -29,111 +45,211 @@ class Adapter:
     """The identity of that base, where the adapter carries a fingerprint."""
     num_layers: int | None = None
     """Decoder layers of the base model, where known."""
+    notes: tuple[str, ...] = ()
+    """What of its files was left aside."""
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by."""
+        """What B A is multiplied by in most modules."""
         return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Full paths of the adapted modules, in the order of the weights."""
-        ending = ".lora_A.weight"
-        return tuple(
-            name[len(PEFT_PREFIX) : -len(ending)] for name in self.weights if name.endswith(ending)
-        )
+        """Full paths of the modules with A and B, in the order of the weights."""
+        parts = map(split_name, self.weights)
+        return tuple(part[0] for part in parts if part is not None and part[1] == "A")
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Full paths of the modules whose whole weight was trained."""
+        parts = map(split_name, self.weights)
+        return tuple(part[0] for part in parts if part is not None and part[1] == "weight")
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether its modules have magnitudes."""
+        return any(name.endswith(".lora_magnitude_vector") for name in self.weights)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one rank and one scale hold for all."""
+        return not self.alphas and all(self.rank(module) == self.r for module in self.modules)
+
+    def rank(self, module: str) -> int:
+        """Columns of a module's B."""
+        return len(self.weights[lora_a_name(module)])
+
+    def scaling_of(self, module: str) -> float:
+        """What B A of a module is multiplied by."""
+        alpha = self.alphas.get(module, self.lora_alpha)
+        return lora_scaling(alpha, self.rank(module), use_rslora=self.use_rslora)
+
+    def pair(self, module: str) -> tuple[Float32, Float32]:
+        """A (r, in) and B (out, r) of a module."""
+        return self.weights[lora_a_name(module)], self.weights[lora_b_name(module)]
 
     @property
     def spec(self) -> LoraSpec:
         """What a backend needs."""
+        layers = {
+            m: LoraLayer(r=self.rank(m), lora_alpha=self.alphas.get(m, self.lora_alpha))
+            for m in self.modules
+        }
         return LoraSpec(
-            modules=self.modules, r=self.r, scaling=self.scaling, dropout=self.lora_dropout
+            layers=layers,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            dropout=self.lora_dropout,
+            saved=self.saved,
         )
 
     def delta(self, module: str) -> Float32:
         """Scaling B A of a module, (out, in), in float64 rounded once."""
-        a = self.weights[lora_a_name(module)].astype(np.float64)
-        b = self.weights[lora_b_name(module)].astype(np.float64)
-        return (self.scaling * (b @ a)).astype(np.float32)
+        a, b = (value.astype(np.float64) for value in self.pair(module))
+        return (self.scaling_of(module) * (b @ a)).astype(np.float32)
 
 
-def initial_weights(shapes: Mapping[str, tuple[int, int]], *, r: int, seed: int) -> Tensors:
-    """The start of training: A from the module's own stream, B = 0.
-
-    A is U(-1/sqrt(in), 1/sqrt(in)), the law of PEFT (kaiming_uniform with a = sqrt(5)) and of
-    mlx-lm. It depends on (seed, module path, shape) alone.
-    """
-    weights = {}
-    for module, (out_features, in_features) in shapes.items():
-        bound = 1.0 / math.sqrt(in_features)
-        weights[lora_a_name(module)] = uniform(seed, module, (r, in_features), bound)
-        weights[lora_b_name(module)] = np.zeros((out_features, r), dtype=np.float32)
-    return weights
+def with_spec(weights: Tensors, spec: LoraSpec, **facts: Any) -> Adapter:
+    """The adapter of a model that was opened with a spec; facts are further fields."""
+    layers = spec.layers
+    common = Counter((layer.r, layer.lora_alpha) for layer in layers.values()).most_common(1)
+    r, alpha = common[0][0] if common else (1, 1.0)
+    alphas = {m: layer.lora_alpha for m, layer in layers.items() if layer.lora_alpha != alpha}
+    return dataclasses.replace(
+        Adapter(weights=weights, r=r, lora_alpha=alpha, use_rslora=spec.use_rslora, alphas=alphas),
+        **facts,
+    )
 
 
-def with_one_rank(pairs: Mapping[str, tuple[Float32, Float32]], scaling: float) -> Adapter:
-    """An adapter of factors of several ranks, padded with zeros to the largest.
-
-    Args:
-        pairs: module -> A (its rank, in) and B (out, its rank).
-        scaling: what B A is multiplied by, for all of them.
-    """
-    r = max(len(a) for a, _ in pairs.values())
+def with_scalings(
+    pairs: Mapping[str, tuple[Float32, Float32]], scalings: Mapping[str, float]
+) -> Adapter:
+    """An adapter of factors A (r, in) and B (out, r), each with its own rank and scale."""
+    layers = {
+        m: LoraLayer(r=len(a), lora_alpha=scalings[m] * len(a)) for m, (a, _) in pairs.items()
+    }
     weights: Tensors = {}
     for module, (a, b) in pairs.items():
-        weights[lora_a_name(module)] = np.pad(a, ((0, r - len(a)), (0, 0)))
-        weights[lora_b_name(module)] = np.pad(b, ((0, 0), (0, r - b.shape[1])))
-    return Adapter(weights=weights, r=r, lora_alpha=scaling * r)
+        weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
+    return with_spec(weights, LoraSpec(layers=layers))
 
 
-def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
-    """Check an adapter's tensors against each other and against a base model's linear layers.
+def uniform_adapter(adapter: Adapter) -> Adapter:
+    """The same deltas with one rank and one alpha / r: for tools that know only those.
+
+    Ranks are padded with zeros to the largest, and scales that differ are put into B.
+    """
+    modules = adapter.modules
+    if not modules:
+        return adapter
+    r = max(adapter.rank(module) for module in modules)
+    scaling = adapter.scaling
+    weights = dict(adapter.weights)
+    for module in modules:
+        a, b = adapter.pair(module)
+        ratio = adapter.scaling_of(module) / scaling
+        # The ratio of two roundings of one number is no scale of its own.
+        if abs(ratio - 1.0) > 1e-12:
+            b = (b.astype(np.float64) * ratio).astype(np.float32)
+        missing = r - len(a)
+        if missing:
+            a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
+        weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
+    return dataclasses.replace(
+        adapter, weights=weights, r=r, lora_alpha=scaling * r, use_rslora=False, alphas={}
+    )
+
+
+def check_fits(
+    adapter: Adapter,
+    shapes: Mapping[str, tuple[int, int]],
+    where: str,
+    tensor_shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Check an adapter's tensors against each other and against a base model.
 
     Args:
         adapter: the adapter.
-        shapes: module path -> (out, in) of the base model.
+        shapes: module path -> (out, in) of the layers that LoRA can adapt.
         where: the adapter's path, for the message.
+        tensor_shapes: of the base model's weights, by name; for whole weights in the adapter.
 
     Raises:
         AdapterError: one message with every tensor that does not fit.
     """
-    problems = pair_problems(adapter.weights, adapter.r)
+    problems = adapter_problems(adapter)
     for module in adapter.modules:
         if module not in shapes:
             problems.append(f"{module}: the base model has no such linear layer")
             continue
         out_features, in_features = shapes[module]
-        a = adapter.weights[lora_a_name(module)]
-        b = adapter.weights.get(lora_b_name(module))
+        a, b = adapter.weights[lora_a_name(module)], adapter.weights.get(lora_b_name(module))
         if a.ndim == 2 and a.shape[1] != in_features:
             problems.append(f"{module}: A is {a.shape}, the base model needs (r, {in_features})")
         if b is not None and b.ndim == 2 and b.shape[0] != out_features:
             problems.append(f"{module}: B is {b.shape}, the base model needs ({out_features}, r)")
+    for module in adapter.saved:
+        found = adapter.weights[saved_name(module)].shape
+        wanted = (tensor_shapes or {}).get(f"{module}.weight")
+        if wanted != found:
+            problems.append(
+                f"{module}: a whole weight of {found}, the base model "
+                + ("has none of that name" if wanted is None else f"needs {wanted}")
+            )
     if problems:
         raise AdapterError(listing(f"the adapter {where} does not fit:", problems))
 
 
-def pair_problems(weights: Mapping[str, Float32], r: int | None) -> list[str]:
-    """What is wrong with an adapter's tensors, seen without a base model.
+def adapter_problems(adapter: Adapter) -> list[str]:
+    """What is wrong with an adapter's tensors, seen without a base model."""
+    weights = adapter.weights
+    problems = pair_problems(weights)
+    magnitudes = {m for m in adapter.modules if magnitude_name(m) in weights}
+    for module in adapter.modules:
+        b = weights.get(lora_b_name(module))
+        magnitude = weights.get(magnitude_name(module))
+        if not magnitudes or b is None:
+            continue
+        if module == EMBEDDING:
+            problems.append(f"{module}: DoRA on the embedding means different maths in each tool")
+        elif magnitude is None:
+            problems.append(f"{module}: its DoRA magnitude is missing; other modules have one")
+        elif magnitude.shape != b.shape[:1]:
+            problems.append(f"{module}: magnitude {magnitude.shape}, B has {len(b)} rows")
+    for module in set(adapter.modules) & set(adapter.saved):
+        problems.append(f"{module}: a whole weight beside A and B")
+    return problems
 
-    Args:
-        weights: under PEFT names.
-        r: the rank of all; None lets each pair have its own.
-    """
+
+def pair_problems(weights: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    """Pairs that are not whole, factors that do not belong together, numbers that are none."""
     problems = []
     for name, value in weights.items():
-        a_name, b_name = name, name.replace(".lora_A.", ".lora_B.")
-        if ".lora_B." in name:
-            a_name, b_name = name.replace(".lora_B.", ".lora_A."), name
-        other = b_name if name == a_name else a_name
-        if other not in weights:
-            problems.append(f"{name}: its pair {other} is missing")
-        rank = value.shape[0 if name == a_name else -1] if value.ndim == 2 else None
-        wanted = r
-        if r is None and rank is not None and a_name in weights:
-            wanted = len(weights[a_name])
-        if rank is None or rank != wanted:
-            problems.append(f"{name}: shape {value.shape} does not hold rank {wanted}")
+        part = split_name(name)
+        if part is None:
+            problems.append(f"{name}: not a LoRA tensor of a linear layer")
+            continue
+        module, kind = part
         if not np.isfinite(value).all():
             problems.append(f"{name}: holds NaN or infinity")
+        if kind == "m" and lora_a_name(module) not in weights:
+            problems.append(f"{name}: a magnitude without A and B")
+        if kind not in ("A", "B"):
+            continue
+        expected = lora_a_name(module) if kind == "A" else lora_b_name(module)
+        if name != expected:
+            problems.append(f"{name}: expected under the name {expected}")
+        other = lora_b_name(module) if kind == "A" else lora_a_name(module)
+        if other not in weights:
+            problems.append(f"{name}: its pair {other} is missing")
+        a = weights.get(lora_a_name(module), value)
+        rank = value.shape[0 if kind == "A" else -1] if value.ndim == 2 else None
+        if rank is None or rank < 1 or (kind == "B" and rank != len(a)):
+            problems.append(f"{name}: shape {value.shape} does not hold rank {len(a)}")
     return problems
+
+
+def module_of(name: str) -> str:
+    """The module that a PEFT name belongs to."""
+    part = split_name(name)
+    return name.removeprefix(PEFT_PREFIX) if part is None else part[0]

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, pair_problems
-from phi3_lora.adapters.folder import (
-    FINGERPRINT_NAME,
-    check_unused,
-    find_layouts,
-    read_adapter,
-    write_adapter_folder,
-)
-from phi3_lora.adapters.loralib_layout import Untold, from_loralib, to_loralib
-from phi3_lora.adapters.torch_file import encode_torch_file, read_torch_file
-from phi3_lora.errors import AdapterError, listing
+from phi3_lora.adapters.adapter import Adapter, uniform_adapter
+from phi3_lora.adapters.compress import compressed
+from phi3_lora.adapters.consumers import adapted_for
+from phi3_lora.adapters.deltas import relative_difference
+from phi3_lora.adapters.folder import FINGERPRINT_NAME, check_unused, write_adapter_folder
+from phi3_lora.adapters.fused import RowNorms
+from phi3_lora.adapters.gguf_layout import write_gguf_adapter
+from phi3_lora.adapters.loralib_layout import Untold, to_loralib
+from phi3_lora.adapters.sources import read_source, with_layers
+from phi3_lora.adapters.torch_file import encode_torch_file
+from phi3_lora.errors import AdapterError
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import explained, replace_file
+
+FILE_LAYOUTS = ("loralib", "gguf")
+"""Layouts that are one file."""
+SAME = 1e-6
+"""|difference| / |delta| up to which a conversion changed nothing but roundings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What to convert, and into what."""
+
+    source: Path
+    """An adapter folder, or a .pt, .gguf or .npz file."""
+    target: Path
+    """A folder that does not exist or is empty; for loralib and gguf, a new file."""
+    to: str
+    """peft, mlx, both, unfused, loralib or gguf."""
+    consumer: str | None = None
+    """A tool, by its name in CONSUMERS, whose rules are kept."""
+    config: ModelConfig | None = None
+    """The base model's shape, if known; unfused needs it."""
+    row_norms: RowNorms | None = None
+    """Of the base's weights, which DoRA of separate q, k, v may need."""
+    untold: Untold = field(default_factory=Untold)
+    """What a .pt or .npz does not say."""
+    rank: int | None = None
+    """The largest rank of the result: what lies above is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,103 +60,135 @@ class Conversion:
     to: str
     tensors: int
     lossless: bool
+    """Whether every delta is bit for bit the same, or differs only by zeros in its factors."""
     max_weight_difference: float
+    """Largest difference of a factor, put into one rank and scale; with --rank, of a delta."""
+    differences: dict[str, float]
+    """|difference| / |delta| by module, in float64 and the Frobenius norm."""
     notes: list[str]
+    adapters: tuple[Adapter, Adapter]
+    """The source, and the result as read back."""
+
+    @property
+    def worst_module(self) -> str | None:
+        """The module whose delta differs most."""
+        return max(self.differences, key=lambda m: self.differences[m], default=None)
+
+    @property
+    def max_relative_difference(self) -> float:
+        """Over the modules."""
+        return max(self.differences.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures under the names of the command's JSON."""
-        raw = dataclasses.asdict(self)
-        return {"from": raw.pop("source"), **raw}
+        return {
+            "from": self.source,
+            "to": self.to,
+            "tensors": self.tensors,
+            "lossless": self.lossless,
+            "max_weight_difference": self.max_weight_difference,
+        }
 
 
-def convert(
-    source: Path,
-    target: Path,
-    *,
-    to: str,
-    config: ModelConfig | None = None,
-    untold: Untold | None = None,
-) -> Conversion:
+def convert(job: Job) -> Conversion:
     """Read an adapter of any layout, write it in another, and read the result back.
-
-    Args:
-        source: the adapter folder, or a .pt file of loralib.
-        target: a folder that does not exist or is empty; for loralib, a new file.
-        to: peft, mlx, both, unfused or loralib.
-        config: the base model's shape, if known; it makes target_modules short and tells whether
-            the adapted layers are the model's last ones. unfused needs it.
-        untold: what a file of loralib does not say.
 
     Raises:
         AdapterError: when the source is damaged, the target is in use, or cannot hold it.
     """
-    untold = untold or Untold()
-    _check_target(source, target, is_file=to == "loralib")
-    adapter, layouts = _read(source, config, untold)
-    if config is not None:
-        adapter = dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
-    notes = _write(adapter, source, target, to, config, untold)
-    told = dataclasses.replace(untold, alpha=adapter.scaling * adapter.r, enable=())
-    written, _ = _read(target, config, told)
-    difference = max(
-        float(np.abs(value - written.weights[name]).max(initial=0.0))
-        for name, value in adapter.weights.items()
-    )
-    same_scale = abs(written.scaling - adapter.scaling) <= 1e-12 * abs(adapter.scaling)
+    _check_target(job)
+    source, layouts = read_source(job.source, job.config, job.untold, job.row_norms)
+    source = with_layers(source, job.config)
+    adapter, notes = _shaped(job, source)
+    notes = [*source.notes, *notes, *_write(job, adapter)]
+    # What loralib leaves out is known here.
+    told = dataclasses.replace(job.untold, alpha=adapter.scaling * adapter.r, enable=())
+    written, _ = read_source(job.target, job.config, told, job.row_norms)
+    differences = relative_difference(source, written)
+    gap = _factor_difference(source, written)
     return Conversion(
         source=layouts,
-        to=to,
+        to=job.to,
         tensors=len(written.weights),
-        lossless=difference == 0.0 and same_scale,
-        max_weight_difference=difference,
+        lossless=gap == 0.0,
+        max_weight_difference=max(differences.values(), default=0.0) if gap is None else gap,
+        differences=differences,
         notes=notes,
+        adapters=(source, written),
     )
 
 
-def _check_target(source: Path, target: Path, *, is_file: bool) -> None:
-    if is_file:
+def _check_target(job: Job) -> None:
+    target = job.target
+    if job.to in FILE_LAYOUTS:
         if target.exists():
             raise AdapterError(f"{target} exists already: choose a new file")
         return
     check_unused(target)
-    if target.resolve().is_relative_to(source.resolve()):
-        raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
+    if target.resolve().is_relative_to(job.source.resolve()):
+        raise AdapterError(f"{target} lies inside {job.source}: choose a folder elsewhere")
 
 
-def _read(path: Path, config: ModelConfig | None, untold: Untold) -> tuple[Adapter, str]:
-    """An adapter, and the names of its layouts joined by +."""
-    if path.is_file():
-        adapter = from_loralib(read_torch_file(path), untold, str(path))
-        problems = pair_problems(adapter.weights, adapter.r)
-        if problems:
-            raise AdapterError(listing(f"the adapter in {path} is damaged:", problems))
-        return adapter, "loralib"
-    layouts = "+".join(sorted(find_layouts(path)))
-    return read_adapter(path, config), layouts
+def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
+    """The adapter in the rank, and by the rules, that were asked for."""
+    notes = []
+    if job.rank is not None:
+        adapter, lost = compressed(adapter, job.rank)
+        if lost:
+            worst = max(lost, key=lambda module: lost[module])
+            notes.append(
+                f"cut to rank {job.rank}: {len(lost)} deltas lost up to {lost[worst]:.2%} of their "
+                f"size ({worst})"
+            )
+    if job.consumer is not None:
+        adapter, more = adapted_for(job.consumer, adapter, job.config)
+        notes += more
+    return adapter, notes
 
 
-def _write(
-    adapter: Adapter,
-    source: Path,
-    target: Path,
-    to: str,
-    config: ModelConfig | None,
-    untold: Untold,
-) -> list[str]:
+def _factor_difference(source: Adapter, written: Adapter) -> float | None:
+    """Largest difference of a factor; None where the factors are of other ranks."""
+    first, second = uniform_adapter(source), uniform_adapter(written)
+    if {n: v.shape for n, v in first.weights.items()} != {
+        n: v.shape for n, v in second.weights.items()
+    }:
+        return None
+    ratio = second.scaling / first.scaling if first.modules else 1.0
+    # Two roundings of one scale are the same scale.
+    ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
+    return max(
+        (
+            float(np.abs(value - second.weights[name] * np.float32(ratio)).max(initial=0.0))
+            if name.endswith(("lora_B.weight", "lora_embedding_B"))
+            else float(np.abs(value - second.weights[name]).max(initial=0.0))
+        )
+        for name, value in first.weights.items()
+    )
+
+
+def _write(job: Job, adapter: Adapter) -> list[str]:
     """Write the target; returns what the user should know."""
-    if to == "loralib":
+    target = job.target
+    if job.to in FILE_LAYOUTS:
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, encode_torch_file(to_loralib(adapter, untold.prefix)))
+    if job.to == "gguf":
+        write_gguf_adapter(target, adapter)
+        return []
+    if job.to == "loralib":
+        replace_file(target, encode_torch_file(to_loralib(adapter, job.untold.prefix)))
+        plain = uniform_adapter(adapter)
         return [
-            f"loralib stores neither rank nor alpha: r is {adapter.r}, lora_alpha "
-            f"{adapter.scaling * adapter.r:g}"
+            f"loralib stores neither rank nor alpha: r is {plain.r}, lora_alpha "
+            f"{plain.scaling * plain.r:g}"
         ]
     # What it answered where it was trained holds in every layout.
-    names = (FINGERPRINT_NAME, "README.md")
-    files = {n: (source / n).read_bytes() for n in names if (source / n).exists()}
-    notes = write_adapter_folder(target, adapter, to=to, base=config, files=files)
-    if adapter.num_layers is None and to in ("mlx", "both"):
+    names = (FINGERPRINT_NAME, "README.md") if job.source.is_dir() else ()
+    files = {n: (job.source / n).read_bytes() for n in names if (job.source / n).exists()}
+    if job.rank is not None:
+        files.pop(FINGERPRINT_NAME, None)
+    notes = write_adapter_folder(target, adapter, to=job.to, base=job.config, files=files)
+    if adapter.num_layers is None and job.to in ("mlx", "both"):
         notes.append(
             "the base model's number of layers is not known, and mlx-lm takes the adapted layers "
             "for its last ones: pass --model to check"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters import mlx_layout, peft_layout
-from phi3_lora.adapters.adapter import Adapter, pair_problems
-from phi3_lora.adapters.fused import fuse, is_unfused, unfuse
+from phi3_lora.adapters.adapter import Adapter, adapter_problems, uniform_adapter
+from phi3_lora.adapters.fused import RowNorms, fuse, is_unfused, unfuse
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
@@ -66,7 +66,11 @@ def _layout(names: Mapping[str, Any]) -> str | None:
 
 
 def read_adapter(
-    folder: Path, base: ModelConfig | None = None, *, keep_parts: bool = False
+    folder: Path,
+    base: ModelConfig | None = None,
+    *,
+    keep_parts: bool = False,
+    row_norms: RowNorms | None = None,
 ) -> Adapter:
     """The adapter in a folder of any layout, on fused modules; with two files, they must agree.
 
@@ -74,6 +78,7 @@ def read_adapter(
         folder: of the adapter.
         base: the base model's shape, which an adapter of separate q, k, v may need.
         keep_parts: leave q, k, v and gate, up apart where they are.
+        row_norms: of the base's weights, which DoRA of separate q, k, v may need.
 
     Raises:
         AdapterError: when a file is missing, damaged, or contradicts another.
@@ -92,15 +97,14 @@ def read_adapter(
             f"{folder}/{CONFIG_NAME} has a value of the wrong type: {cause}"
         ) from None
     for adapter in adapters:
-        if not 0 < adapter.lora_alpha < math.inf:
-            raise AdapterError(
-                f"{folder}: the scale must be a number > 0, got alpha {adapter.lora_alpha}"
-            )
-        problems = pair_problems(adapter.weights, adapter.r)
+        for alpha in (adapter.lora_alpha, *adapter.alphas.values()):
+            if not 0 < alpha < math.inf:
+                raise AdapterError(f"{folder}: the scale must be a number > 0, got alpha {alpha}")
+        problems = adapter_problems(adapter)
         if problems:
             raise AdapterError(listing(f"the adapter in {folder} is damaged:", problems))
     if not keep_parts:
-        adapters = [fuse(adapter, base) for adapter in adapters]
+        adapters = [fuse(adapter, base, row_norms) for adapter in adapters]
     for other in adapters[1:]:
         _check_agree(folder, adapters[0], other)
     return adapters[0]
@@ -116,6 +120,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
+    # mlx-lm's file holds one rank and one scale for all; PEFT's may hold more.
+    first, second = uniform_adapter(first), uniform_adapter(second)
     problems = []
     if abs(first.scaling - second.scaling) > 1e-6 * abs(first.scaling):
         problems.append(f"scale {first.scaling:g} (PEFT) against {second.scaling:g} (mlx-lm)")
@@ -136,7 +142,7 @@ def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]
     if "peft" in layouts:
         config |= peft_layout.peft_config(adapter)
     if "mlx" in layouts:
-        config |= mlx_layout.mlx_config(adapter)
+        config |= mlx_layout.mlx_config(mlx_layout.for_mlx(adapter))
         config.setdefault("model", adapter.base_model)
     return config
 
@@ -212,7 +218,8 @@ def write_adapter_folder(
             data = encode(peft_layout.peft_tensors(adapter))
             write_bytes(part / peft_layout.WEIGHTS_NAME, data)
         if "mlx" in layouts:
-            write_bytes(part / mlx_layout.WEIGHTS_NAME, encode(mlx_layout.mlx_tensors(adapter)))
+            tensors = mlx_layout.mlx_tensors(mlx_layout.for_mlx(adapter))
+            write_bytes(part / mlx_layout.WEIGHTS_NAME, encode(tensors))
         text = json.dumps(adapter_config(adapter, layouts), indent=2) + "\n"
         write_bytes(part / CONFIG_NAME, text.encode())
         for name, content in (files or {}).items():

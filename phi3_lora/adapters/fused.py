@@ -7,13 +7,14 @@ are exact: a fused B is cut by rows; separate factors are stacked and laid out b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, with_one_rank
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.backend import Float32, Tensors
+from phi3_lora.adapters.adapter import Adapter, module_of, with_spec
+from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name
+from phi3_lora.backend import Block, Float32, LoraLayer, LoraSpec, Tensors
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models import ModelConfig
 
@@ -22,6 +23,8 @@ FUSED_PARTS = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 """Fused projection -> its parts, in the order of the rows."""
+RowNorms = Callable[[str], Float32]
+"""From a module of the base model to the norms of its weight's rows, (out,)."""
 _FUSED_OF = {part: fused for fused, parts in FUSED_PARTS.items() for part in parts}
 
 
@@ -41,12 +44,17 @@ def part_rows(config: ModelConfig) -> dict[str, int]:
     return dict(zip(_FUSED_OF, sizes, strict=True))
 
 
-def fuse(adapter: Adapter, config: ModelConfig | None) -> Adapter:
-    """The same deltas on fused modules, with one rank for all; unchanged if nothing is split.
+def fuse(
+    adapter: Adapter, config: ModelConfig | None, row_norms: RowNorms | None = None
+) -> Adapter:
+    """The same deltas on fused modules, each with the ranks of its parts.
+
+    Unchanged if nothing is split.
 
     Args:
         adapter: whose tensors come in pairs.
         config: the base model's shape; needed where a part is not adapted.
+        row_norms: of the base's weights; needed by DoRA where a part is not adapted.
 
     Raises:
         AdapterError: when a part is adapted beside its fused module, or its size is not known.
@@ -56,52 +64,99 @@ def fuse(adapter: Adapter, config: ModelConfig | None) -> Adapter:
         members.setdefault(fused_module(module) or module, []).append(module)
     if all(found == [module] for module, found in members.items()):
         return adapter
-    problems, pairs = [], {}
+    problems: list[str] = []
+    weights = {n: v for n, v in adapter.weights.items() if module_of(n) in adapter.saved}
+    alphas: dict[str, float] = {}
     for module, found in members.items():
         if found == [module]:
-            pairs[module] = _pair(adapter, module)
+            new, alpha = _own(adapter, module), adapter.alphas.get(module, adapter.lora_alpha)
         elif module in found:
             problems.append(f"{module}: adapted as a whole and in parts")
+            continue
         else:
             try:
-                pairs[module] = _stack(adapter, module, set(found), config)
+                new, alpha = _Stack(adapter, module, set(found), config).fused(row_norms)
             except AdapterError as cause:
                 problems.append(str(cause))
+                continue
+        weights |= new
+        alphas[module] = alpha
     if problems:
         raise AdapterError(listing("the parts cannot be fused:", problems))
-    fused = with_one_rank(pairs, adapter.scaling)
-    if fused.r == adapter.r:
-        return dataclasses.replace(adapter, weights=fused.weights)
+    layers = {m: LoraLayer(r=len(weights[lora_a_name(m)]), lora_alpha=alphas[m]) for m in members}
+    fused = with_spec(weights, LoraSpec(layers=layers, use_rslora=adapter.use_rslora))
     return dataclasses.replace(
-        adapter, weights=fused.weights, r=fused.r, lora_alpha=fused.lora_alpha, use_rslora=False
+        adapter, weights=weights, r=fused.r, lora_alpha=fused.lora_alpha, alphas=fused.alphas
     )
 
 
-def _pair(adapter: Adapter, module: str) -> tuple[Float32, Float32]:
-    return adapter.weights[lora_a_name(module)], adapter.weights[lora_b_name(module)]
+def _own(adapter: Adapter, module: str) -> Tensors:
+    """A module's tensors as they are."""
+    names = (lora_a_name(module), lora_b_name(module), magnitude_name(module))
+    return {name: adapter.weights[name] for name in names if name in adapter.weights}
 
 
-def _stack(
-    adapter: Adapter, module: str, found: set[str], config: ModelConfig | None
-) -> tuple[Float32, Float32]:
-    """A (ranks, in) and B (out, ranks) of a fused module, from those parts that are adapted."""
-    fused = next(name for name in FUSED_PARTS if module.endswith(name))
-    parts = [module.removesuffix(fused) + part for part in FUSED_PARTS[fused]]
-    rows = _rows(adapter, parts, found, config)
-    pairs = {part: _pair(adapter, part) for part in parts if part in found}
-    first = next(iter(pairs.values()))[0]
-    # Parts that were cut from a fused adapter share A: then its own rank is enough.
-    is_shared = all(np.array_equal(a, first) for a, _ in pairs.values())
-    ranks = [0 if is_shared else len(a) for a, _ in pairs.values()]
-    b = np.zeros((sum(rows.values()), len(first) if is_shared else sum(ranks)), np.float32)
-    row = column = 0
-    for part in parts:
-        if part in pairs:
-            part_b = pairs[part][1]
-            b[row : row + rows[part], column : column + part_b.shape[1]] = part_b
-            column += 0 if is_shared else part_b.shape[1]
-        row += rows[part]
-    return first if is_shared else np.concatenate([a for a, _ in pairs.values()]), b
+class _Stack:
+    """The parts of a fused module, on their way to being one."""
+
+    def __init__(
+        self, adapter: Adapter, module: str, found: set[str], config: ModelConfig | None
+    ) -> None:
+        fused = next(name for name in FUSED_PARTS if module.endswith(name))
+        self.adapter = adapter
+        self.module = module
+        self.parts = [module.removesuffix(fused) + part for part in FUSED_PARTS[fused]]
+        self.found = [part for part in self.parts if part in found]
+        self.rows = _rows(adapter, self.parts, found, config)
+
+    def fused(self, row_norms: RowNorms | None) -> tuple[Tensors, float]:
+        """The tensors of the fused module, and its lora_alpha."""
+        adapter = self.adapter
+        pairs = {part: adapter.pair(part) for part in self.found}
+        first = self.found[0]
+        scaling = adapter.scaling_of(first)
+        shared_a = pairs[first][0]
+        # Parts that were cut from a fused adapter share A: then its own rank is enough.
+        is_shared = all(np.array_equal(a, shared_a) for a, _ in pairs.values())
+        ranks = [len(a) for a, _ in pairs.values()]
+        r = ranks[0] if is_shared else sum(ranks)
+        b = np.zeros((sum(self.rows.values()), r), np.float32)
+        row = column = 0
+        for part in self.parts:
+            if part in pairs:
+                own = _rescaled(pairs[part][1], adapter.scaling_of(part) / scaling)
+                b[row : row + self.rows[part], column : column + own.shape[1]] = own
+                column += 0 if is_shared else own.shape[1]
+            row += self.rows[part]
+        a = shared_a if is_shared else np.concatenate([a for a, _ in pairs.values()])
+        new = {lora_a_name(self.module): a, lora_b_name(self.module): b}
+        if adapter.use_dora:
+            new[magnitude_name(self.module)] = self._magnitude(row_norms)
+        alpha = adapter.alphas.get(first, adapter.lora_alpha)
+        if r == ranks[0]:
+            return new, alpha
+        return new, scaling * (math.sqrt(r) if adapter.use_rslora else r)
+
+    def _magnitude(self, row_norms: RowNorms | None) -> Float32:
+        """Of all parts; that of a part that is not adapted is the norm of its rows in the base."""
+        pieces, row = [], 0
+        for part in self.parts:
+            end = row + self.rows[part]
+            if part in self.found:
+                pieces.append(self.adapter.weights[magnitude_name(part)])
+            elif row_norms is None:
+                raise AdapterError(
+                    f"{part}: not adapted, and DoRA then needs the base's weights; pass --model, a "
+                    "folder with them"
+                )
+            else:
+                pieces.append(row_norms(self.module)[row:end])
+            row = end
+        return np.concatenate(pieces)
+
+
+def _rescaled(b: Float32, ratio: float) -> Float32:
+    return b if abs(ratio - 1.0) <= 1e-12 else (b.astype(np.float64) * ratio).astype(np.float32)
 
 
 def _rows(
@@ -111,7 +166,7 @@ def _rows(
     rows = {}
     for part in parts:
         suffix = next(name for name in _FUSED_OF if part.endswith(f".{name}"))
-        given = len(_pair(adapter, part)[1]) if part in found else None
+        given = len(adapter.pair(part)[1]) if part in found else None
         if given is not None and known.get(suffix, given) != given:
             raise AdapterError(f"{part}: B has {given} rows, the base model needs {known[suffix]}")
         if given is None and suffix not in known:
@@ -124,21 +179,53 @@ def _rows(
 
 def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
     """The same deltas on q, k, v and gate, up; rank and scale stay."""
-    rows = part_rows(config)
-    weights: Tensors = {}
+    weights = {n: v for n, v in adapter.weights.items() if module_of(n) in adapter.saved}
+    alphas: dict[str, float] = {}
     for module in adapter.modules:
-        a, b = _pair(adapter, module)
-        fused = next((name for name in FUSED_PARTS if module.endswith(f".{name}")), None)
-        if fused is None:
-            weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
+        parts = part_slices(module, config)
+        for part, rows in (parts or {module: slice(None)}).items():
+            a, b = adapter.pair(module)
+            weights[lora_a_name(part)] = a
+            weights[lora_b_name(part)] = np.ascontiguousarray(b[rows])
+            magnitude = adapter.weights.get(magnitude_name(module))
+            if magnitude is not None:
+                weights[magnitude_name(part)] = np.ascontiguousarray(magnitude[rows])
+            if module in adapter.alphas:
+                alphas[part] = adapter.alphas[module]
+    return dataclasses.replace(adapter, weights=weights, alphas=alphas)
+
+
+def part_slices(module: str, config: ModelConfig) -> dict[str, slice]:
+    """Full path -> rows of each part of a fused module; empty for any other module."""
+    fused = next((name for name in FUSED_PARTS if module.endswith(f".{name}")), None)
+    if fused is None:
+        return {}
+    rows, start, found = part_rows(config), 0, {}
+    for part in FUSED_PARTS[fused]:
+        found[module.removesuffix(fused) + part] = slice(start, start + rows[part])
+        start += rows[part]
+    return found
+
+
+def with_blocks(spec: LoraSpec, weights: Tensors, config: ModelConfig) -> LoraSpec:
+    """A spec in which each rank of a fused module trains only the part that it now acts on.
+
+    An adapter of q and v alone is 0 in the rows of k, exactly, and stays so when it is trained on.
+    """
+    layers = dict(spec.layers)
+    for module, layer in spec.layers.items():
+        b, parts = weights[lora_b_name(module)], part_slices(module, config)
+        acts = {part: np.asarray(b[rows].any(axis=0)) for part, rows in parts.items()}
+        if not acts or not (np.sum(list(acts.values()), axis=0) == 1).all():
             continue
-        start = 0
-        for part in FUSED_PARTS[fused]:
-            name = module.removesuffix(fused) + part
-            weights[lora_a_name(name)] = a
-            weights[lora_b_name(name)] = np.ascontiguousarray(b[start : start + rows[part]])
-            start += rows[part]
-    return dataclasses.replace(adapter, weights=weights)
+        blocks = tuple(
+            Block(part, (rows.start, rows.stop), (int(ranks[0]), int(ranks[-1]) + 1))
+            for part, rows in parts.items()
+            if len(ranks := np.flatnonzero(acts[part]))
+        )
+        if all(acts[block.part][slice(*block.ranks)].all() for block in blocks):
+            layers[module] = dataclasses.replace(layer, blocks=blocks)
+    return dataclasses.replace(spec, layers=layers)
 
 
 def is_unfused(names: Mapping[str, object]) -> bool:

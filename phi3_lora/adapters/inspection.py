@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.consumers import CONSUMERS, faults_of
+from phi3_lora.adapters.deltas import delta_norm
 from phi3_lora.adapters.folder import find_layouts, read_adapter
-from phi3_lora.adapters.mlx_layout import why_not_mlx
-from phi3_lora.adapters.names import lora_a_name, lora_b_name, split_layer
+from phi3_lora.adapters.names import split_layer
 
 
 def inspect_adapter(folder: Path) -> dict[str, Any]:
@@ -36,28 +34,6 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         "layers": sorted({layer for layer, _ in places}),
         "delta_norms": norms,
         "no_op_modules": [module for module, norm in norms.items() if norm == 0.0],
-        "loads_in": _loads_in(adapter, layouts),
+        "loads_in": {"phi3-lora": "yes"}
+        | {name: faults_of(name, adapter, set(layouts)) for name in CONSUMERS},
     }
-
-
-def delta_norm(adapter: Adapter, module: str) -> float:
-    """Frobenius norm of scaling B A, from the r x r Gram matrices of A and B.
-
-    ||B A||_F^2 = trace(A A^T B^T B): no (out, in) matrix is made.
-    """
-    a = adapter.weights[lora_a_name(module)].astype(np.float64)
-    b = adapter.weights[lora_b_name(module)].astype(np.float64)
-    return float(adapter.scaling * np.sqrt(max(0.0, float(np.sum((a @ a.T) * (b.T @ b).T)))))
-
-
-def _loads_in(adapter: Adapter, layouts: dict[str, Path]) -> dict[str, str]:
-    """Tool -> yes, or what stands in the way."""
-    if "unfused" in layouts:
-        convert = "no: phi3-lora convert --to both --model BASE"
-        peft = "yes, on a base that keeps q, k, v and gate, up apart"
-        return {"phi3-lora": "yes", "peft": peft, "mlx-lm": convert}
-    mlx_reason = why_not_mlx(adapter)
-    needs = "phi3-lora convert --to {}"
-    peft = "yes" if "peft" in layouts else needs.format("peft")
-    mlx = "yes" if "mlx" in layouts else f"no: {mlx_reason}" if mlx_reason else needs.format("mlx")
-    return {"phi3-lora": "yes", "peft": peft, "mlx-lm": mlx}

@@ -1,6 +1,7 @@
 """loralib's layout: a .pt file of lora_A and lora_B by module path, without rank, scale or config.
 
-Source: microsoft/LoRA, loralib/layers.py (Linear, MergedLinear) and utils.py (lora_state_dict).
+Source: microsoft/LoRA, loralib/layers.py (Linear, Embedding, MergedLinear) and utils.py
+(lora_state_dict).
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, with_one_rank
-from phi3_lora.adapters.fused import FUSED_PARTS
+from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.fused import FUSED_PARTS, part_rows
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32, Tensors
 from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models import ModelConfig
 
 _NAME = re.compile(r"^(.+)\.(lora_[AB])$")
-_MODULE = re.compile(r"(?:^|\.)(model\.layers\.\d+\..+)$")
+_MODULE = re.compile(r"(?:^|\.)(model\.layers\.\d+\..+|model\.embed_tokens|lm_head)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,20 @@ class Untold:
     """What stands before the module paths of Phi-3."""
     enable: Sequence[str] = ()
     """The parts of a fused projection that MergedLinear adapts, such as q, v."""
+    parts: str | None = None
+    """equal, as loralib cuts a MergedLinear, or model, by the model's own sizes."""
 
 
-def from_loralib(tensors: Mapping[str, Float32], untold: Untold, where: str) -> Adapter:
+def from_loralib(
+    tensors: Mapping[str, Float32], untold: Untold, where: str, config: ModelConfig | None = None
+) -> Adapter:
     """The adapter in a state dict; what is no LoRA tensor (a full state dict) is left aside.
+
+    Args:
+        tensors: by name.
+        untold: what they do not say.
+        where: the file, for messages.
+        config: the base model's shape; tells unequal parts of a MergedLinear from equal ones.
 
     Raises:
         AdapterError: when alpha is not told, a pair is not whole, or a module is none of Phi-3's.
@@ -46,20 +58,19 @@ def from_loralib(tensors: Mapping[str, Float32], untold: Untold, where: str) -> 
         match = _NAME.match(name)
         if match is not None:
             pairs.setdefault(match[1], {})[match[2]] = value
-    problems, found, ranks = [], {}, set()
+    problems, found, scalings = [], {}, {}
     for path, pair in pairs.items():
         try:
-            a, b = _factors(path, pair, untold.enable)
-            found[_module(path, untold.prefix)] = a, b
-            ranks.add(pair["lora_B"].shape[1])
+            a, b = _factors(path, pair, untold, config)
+            module = _module(path, untold.prefix)
+            found[module] = a, b
+            scalings[module] = untold.alpha / pair["lora_B"].shape[1]
         except AdapterError as cause:
             problems.append(str(cause))
-    if len(ranks) > 1:
-        problems.append(f"ranks {', '.join(map(str, sorted(ranks)))}: one --alpha cannot suit all")
     if problems or not found:
         problems = problems or ["no lora_A and lora_B in it"]
         raise AdapterError(listing(f"{where} cannot be used:", problems))
-    return with_one_rank(found, untold.alpha / ranks.pop())
+    return with_scalings(found, scalings)
 
 
 def _module(path: str, prefix: str) -> str:
@@ -73,7 +84,7 @@ def _module(path: str, prefix: str) -> str:
 
 
 def _factors(
-    path: str, pair: Mapping[str, Float32], enable: Sequence[str]
+    path: str, pair: Mapping[str, Float32], untold: Untold, config: ModelConfig | None
 ) -> tuple[Float32, Float32]:
     """A (ranks, in) and B (out, ranks) of Linear, or of MergedLinear."""
     if set(pair) != {"lora_A", "lora_B"}:
@@ -88,22 +99,71 @@ def _factors(
     if fused is None:
         raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
     parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
+    enable = untold.enable
     chosen = [part for part in parts if part in enable] if enable else parts
     if len(chosen) != count:
         raise AdapterError(
             f"{path}: {count} of {', '.join(parts)} are adapted; pass --enable with their names"
         )
-    # MergedLinear cuts its output into equal parts, whatever the model's own are.
-    rows = len(b) // count
-    wide = np.zeros((rows * len(parts), len(a)), np.float32)
-    for i, part in enumerate(chosen):
-        start = parts.index(part) * rows
-        wide[start : start + rows, i * r : (i + 1) * r] = b[i * rows : (i + 1) * rows]
+    own = _own_rows(parts, config) if untold.parts != "equal" else {}
+    rows = _part_rows(path, len(b), parts, chosen, own, told=untold.parts)
+    wide = np.zeros((sum(rows.values()), len(a)), np.float32)
+    start = used = column = 0
+    for part in parts:
+        if part in chosen:
+            block = b[used : used + rows[part]]
+            wide[start : start + rows[part], column : column + r] = block
+            used, column = used + rows[part], column + r
+        start += rows[part]
     return a, wide
 
 
+def _own_rows(parts: Sequence[str], config: ModelConfig | None) -> dict[str, int]:
+    """Rows of the parts in the model; nothing where it is not known."""
+    if config is None:
+        return {}
+    rows = {n.split(".")[1].removesuffix("_proj"): count for n, count in part_rows(config).items()}
+    return {part: rows[part] for part in parts}
+
+
+def _part_rows(
+    path: str,
+    given: int,
+    parts: Sequence[str],
+    chosen: Sequence[str],
+    own: Mapping[str, int],
+    *,
+    told: str | None,
+) -> dict[str, int]:
+    """Rows of each part: equal ones, as loralib cuts whatever the model's own are, or those."""
+    fits_own = bool(own) and sum(own[part] for part in chosen) == given
+    equal = given // len(chosen)
+    fits_equal = given % len(chosen) == 0 and (not own or equal * len(parts) == sum(own.values()))
+    if fits_own and fits_equal and len(set(own.values())) > 1 and told is None:
+        raise AdapterError(
+            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib itself "
+            "cuts them, cannot be told from the model's own: pass --parts equal or --parts model"
+        )
+    if fits_own and told != "equal":
+        return dict(own)
+    if fits_equal and told != "model":
+        return dict.fromkeys(parts, equal)
+    raise AdapterError(
+        f"{path}: B has {given} rows for {', '.join(chosen)}, which are neither equal parts nor "
+        f"those of the model ({dict(own) or 'pass --model'})"
+    )
+
+
 def to_loralib(adapter: Adapter, prefix: str = "") -> Tensors:
-    """The tensors of lora_state_dict of a model with loralib's Linear layers."""
+    """The tensors of lora_state_dict of a model with loralib's Linear and Embedding layers.
+
+    Raises:
+        AdapterError: when loralib cannot hold the adapter.
+    """
+    if adapter.use_dora or adapter.saved:
+        what = "DoRA" if adapter.use_dora else "whole weights"
+        raise AdapterError(f"loralib has no {what}: merge the adapter, or convert it to peft")
+    adapter = uniform_adapter(adapter)
     tensors = {}
     for module in adapter.modules:
         tensors[f"{prefix}{module}.lora_A"] = adapter.weights[lora_a_name(module)]

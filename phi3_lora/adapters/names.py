@@ -6,27 +6,56 @@ Source: PEFT, utils/save_and_load.py; mlx-lm, tuner/lora.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-
-from phi3_lora.errors import ConfigError
+from collections.abc import Sequence
 
 PEFT_PREFIX = "base_model.model."
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_KINDS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "m",
+    ".weight": "weight",
+}
+"""Ending -> what the tensor is; the first that fits counts."""
 
 
 def lora_a_name(module: str) -> str:
-    """PEFT's name of a module's A, (R, in)."""
-    return f"{PEFT_PREFIX}{module}.lora_A.weight"
+    """PEFT's name of a module's A, (R, in); of the embedding (R, vocabulary)."""
+    return f"{PEFT_PREFIX}{module}.lora_{'embedding_A' if module == EMBEDDING else 'A.weight'}"
 
 
 def lora_b_name(module: str) -> str:
-    """PEFT's name of a module's B, (out, R)."""
-    return f"{PEFT_PREFIX}{module}.lora_B.weight"
+    """PEFT's name of a module's B, (out, R); of the embedding (hidden, R)."""
+    return f"{PEFT_PREFIX}{module}.lora_{'embedding_B' if module == EMBEDDING else 'B.weight'}"
+
+
+def magnitude_name(module: str) -> str:
+    """PEFT's name of a module's DoRA magnitude, (out,)."""
+    return f"{PEFT_PREFIX}{module}.lora_magnitude_vector"
+
+
+def saved_name(module: str) -> str:
+    """PEFT's name of a whole weight that was trained (modules_to_save)."""
+    return f"{PEFT_PREFIX}{module}.weight"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The module of a PEFT name, and whether it is its A, B, m or weight; None if it is foreign."""
+    if not name.startswith(PEFT_PREFIX):
+        return None
+    for ending, kind in _KINDS.items():
+        if name.endswith(ending):
+            return name[len(PEFT_PREFIX) : -len(ending)], kind
+    return None
 
 
 def is_b(name: str) -> bool:
-    """Whether a tensor is a B; the adapter changes nothing while every B is 0."""
-    return name.endswith(".lora_B.weight")
+    """Whether a tensor is the B of a pair."""
+    return name.endswith((".lora_B.weight", ".lora_embedding_B"))
 
 
 def split_layer(module: str) -> tuple[int, str] | None:
@@ -35,50 +64,9 @@ def split_layer(module: str) -> tuple[int, str] | None:
     return None if match is None else (int(match[1]), match[2])
 
 
-def resolve_targets(
-    targets: str | Sequence[str], available: Mapping[str, tuple[int, int]]
-) -> tuple[str, ...]:
-    """Full paths of the modules that target_modules means, in model order.
-
-    As in PEFT: a list matches whole paths or their endings, a single string is a regular
-    expression over the whole path, all-linear is every linear layer but the head. A list of one
-    name and the bare string of that name mean the same here.
-
-    Raises:
-        ConfigError: when a name matches nothing; the message lists what exists.
-    """
-    if targets == "all-linear":
-        return tuple(available)
-    names = [targets] if isinstance(targets, str) else list(targets)
-    if names == ["all-linear"]:
-        return tuple(available)
-    chosen: set[str] = set()
-    unmatched = []
-    for name in names:
-        found = {m for m in available if m == name or m.endswith(f".{name}")}
-        if not found and isinstance(targets, str):
-            found = _full_matches(name, available)
-        chosen |= found
-        if not found:
-            unmatched.append(name)
-    if unmatched:
-        endings = sorted({m.rsplit(".", 1)[-1] for m in available})
-        raise ConfigError(
-            f"target_modules: {', '.join(map(repr, unmatched))} matches no layer of this model; "
-            f"its linear layers are: {', '.join(endings)} (Phi-3 stores q, k, v fused as qkv_proj "
-            "and gate, up as gate_up_proj), or use all-linear"
-        )
-    return tuple(m for m in available if m in chosen)
-
-
-def _full_matches(pattern: str, available: Mapping[str, tuple[int, int]]) -> set[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as cause:
-        raise ConfigError(
-            f"target_modules {pattern!r} is neither a module name nor a regular expression: {cause}"
-        ) from None
-    return {m for m in available if compiled.fullmatch(m)}
+def ends_with(module: str, name: str) -> bool:
+    """Whether a name is a module's path or a whole ending of it, as in PEFT's lists."""
+    return module == name or module.endswith(f".{name}")
 
 
 def short_targets(modules: Sequence[str], num_layers: int | None) -> list[str]:
@@ -91,6 +79,7 @@ def short_targets(modules: Sequence[str], num_layers: int | None) -> list[str]:
     for module in modules:
         ending = module.rsplit(".", 1)[-1]
         by_ending[ending] = by_ending.get(ending, 0) + 1
-    if all(count == num_layers for count in by_ending.values()):
+    inside = {ending: n for ending, n in by_ending.items() if ending not in (EMBEDDING[6:], HEAD)}
+    if all(count == num_layers for count in inside.values()):
         return sorted(by_ending)
     return list(modules)

@@ -206,16 +206,19 @@ def _nearest(name: str, section: str, names: Sequence[str]) -> str:
 def _coerce(value: Any, hint: Any) -> Any:
     """A YAML value in a field's type; YAML 1.1 reads 2e-4 as a string."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if types.NoneType in options:
-            return None
-        raise TypeError
-    if bool in options:
-        if isinstance(value, bool):
+    holders = {typing.get_origin(option): typing.get_args(option) for option in options}
+    if value is None or value in ({}, []):
+        return _empty(options, holders)
+    if isinstance(value, bool) or options == (bool,):
+        if bool in options and isinstance(value, bool):
             return value
         raise TypeError
-    if isinstance(value, bool):
-        raise TypeError
+    if dict in holders and isinstance(value, dict):
+        return {str(name): _coerce(item, holders[dict][1]) for name, item in value.items()}
+    if tuple in holders and isinstance(value, (list, tuple)):
+        return _items(value, holders[tuple][0])
+    if holders.get(tuple, (None,))[0] is int:
+        return _items([value], int)
     if int in options:
         number = float(value)
         if number != int(number):
@@ -223,15 +226,34 @@ def _coerce(value: Any, hint: Any) -> Any:
         return int(number)
     if float in options:
         return float(value)
-    if isinstance(value, (list, tuple)) and any(typing.get_origin(o) is tuple for o in options):
-        if not all(isinstance(item, str) for item in value):
-            raise TypeError
-        return tuple(value)
     if isinstance(value, str) and str in options:
         return value
     raise TypeError
 
 
+def _empty(options: Sequence[Any], holders: Mapping[Any, Any]) -> Any:
+    """Null, or a list or mapping of nothing, which other tools write as null too."""
+    if types.NoneType in options:
+        return None
+    if tuple in holders or dict in holders:
+        return () if tuple in holders else {}
+    raise TypeError
+
+
+def _items(values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
+    """A list of names or of whole numbers."""
+    if any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+        raise TypeError
+    return tuple(values)
+
+
 def _type_name(hint: Any) -> str:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return names.get(hint, "a string or a list of strings" if "tuple" in str(hint) else str(hint))
+    text = str(hint)
+    if hint in names:
+        return names[hint]
+    if "dict" in text:
+        return "a mapping from names to numbers"
+    if "tuple[int" in text:
+        return "an integer or a list of integers"
+    return "a string or a list of strings" if "tuple" in text else text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi3_lora.backend import LoraSpec, OptimSpec, lora_scaling
+from phi3_lora.backend import OptimSpec, lora_scaling
 from phi3_lora.errors import ConfigError
 from phi3_lora.models import DTYPES, QUANTIZATIONS
 from phi3_lora.schedule import SCHEDULERS
@@ -28,9 +29,26 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Probability that an input feature of a LoRA layer is zeroed in training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Module names, full paths, one regular expression, or all-linear."""
+    """Module names, full paths, one regular expression, or all-linear; q_proj, k_proj, v_proj,
+    gate_proj and up_proj mean those rows of the fused weights."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Of those, what is not adapted after all."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the decoder layers to adapt; null is all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or regular expression -> its own r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Module name or regular expression -> its own lora_alpha."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Train the norm of each row of the weight on its own."""
+    bias: str = "none"
+    """none, all or lora_only: Phi-3 has no bias, so nothing is trained by it."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules whose whole weight is trained and kept in the adapter."""
+    init_lora_weights: bool | str | None = True
+    """true (B = 0), pissa, pissa_niter_N or olora (from the base's own weights)."""
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, f"peft_config.r must be >= 1, got {self.r} (--rank)")
@@ -43,18 +61,29 @@ class LoraConfig:
             f"peft_config.lora_dropout must be in [0, 1), got {self.lora_dropout} (--dropout)",
         )
         _require(
-            bool(self.target_modules),
+            bool(self.target_modules or self.modules_to_save),
             "peft_config.target_modules is empty: name modules, or all-linear (--targets)",
         )
+        _require(
+            self.bias in ("none", "all", "lora_only"),
+            f"peft_config.bias must be none, all or lora_only; got {self.bias!r}",
+        )
+        if self.init_lora_weights is None:
+            object.__setattr__(self, "init_lora_weights", True)
+        init = self.init_lora_weights
+        _require(
+            init is True or bool(re.fullmatch(r"pissa|pissa_niter_\d{1,3}|olora", str(init))),
+            "peft_config.init_lora_weights must be true, pissa, pissa_niter_N or olora; got "
+            f"{init!r}",
+        )
+        for name in ("rank_pattern", "alpha_pattern"):
+            bad = {k: v for k, v in getattr(self, name).items() if not 0 < v < math.inf}
+            _require(not bad, f"peft_config.{name} must hold numbers > 0, got {bad}")
 
     @property
     def scaling(self) -> float:
         """What B A is multiplied by."""
         return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
-
-    def spec(self, modules: tuple[str, ...]) -> LoraSpec:
-        """What a backend needs, for resolved module paths."""
-        return LoraSpec(modules=modules, r=self.r, scaling=self.scaling, dropout=self.lora_dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +118,8 @@ class TrainingConfig:
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    loraplus_lr_ratio: float = 1.0
+    """The learning rate of every B over that of A (LoRA+); 1 is none."""
     max_length: int = 2048
     """Tokens a document may have; longer ones are dropped and counted."""
     packing: bool = False
@@ -164,6 +195,7 @@ class TrainingConfig:
             eps=self.adam_epsilon,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            lr_ratio=self.loraplus_lr_ratio,
         )
 
     def num_warmup_steps(self, total_steps: int) -> int:
@@ -183,6 +215,7 @@ _SMALLEST: dict[str, float] = {
     "adam_epsilon": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
+    "loraplus_lr_ratio": 1e-6,
     "max_length": 2,
     "seed": 0,
     "logging_steps": 1,
@@ -260,8 +293,8 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as config.yaml holds them."""
         raw = dataclasses.asdict(self)
-        targets = raw["peft_config"]["target_modules"]
-        raw["peft_config"]["target_modules"] = targets if isinstance(targets, str) else [*targets]
+        peft = raw["peft_config"]
+        raw["peft_config"] = {k: [*v] if isinstance(v, tuple) else v for k, v in peft.items()}
         return raw
 
 

@@ -49,7 +49,8 @@ def model_card(
         "Plan hash (sha256)": f"`{facts['plan_hash']}`",
         "Steps": f"{progress.step:,} of {facts['total_steps']:,}, "
         f"{facts['documents_per_step']} documents a step",
-        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}",
+        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}"
+        + ("" if adapter.is_uniform else " (most modules; others in adapter_config.json)"),
         "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
         "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
         "Seed": str(training.seed),

@@ -8,35 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_lora.adapters.adapter import Adapter, initial_weights
+from phi3_lora.adapters.adapter import Adapter, with_spec
+from phi3_lora.adapters.deltas import changes_nothing
 from phi3_lora.adapters.fingerprint import encode_fingerprint, probe_batch, take_fingerprint
 from phi3_lora.adapters.folder import FINGERPRINT_NAME, write_adapter_folder
-from phi3_lora.adapters.names import is_b, resolve_targets
-from phi3_lora.backend import Backend, Engine, LoadRequest, LoraSpec
+from phi3_lora.adapters.start import initial_weights
+from phi3_lora.backend import Backend, Engine, LoadRequest
 from phi3_lora.config.load import resolve
 from phi3_lora.config.schema import RunConfig
-from phi3_lora.data.dataset import Dataset, documents_digest, load_splits, resolve_data
+from phi3_lora.data.dataset import documents_digest
 from phi3_lora.errors import TrainingError, TrainingInterrupted
 from phi3_lora.evaluation import Evaluation
-from phi3_lora.family import recognise
-from phi3_lora.loading import (
-    BaseModel,
-    load_adapter,
-    look_at_model,
-    other_base_notes,
-    prepare_weights,
-)
-from phi3_lora.plan import Plan
+from phi3_lora.loading import other_base_notes, prepare_weights
 from phi3_lora.registry import choose_backend
 from phi3_lora.report.model_card import model_card
 from phi3_lora.report.observer import Observer, SilentObserver
 from phi3_lora.training import resume as resuming
 from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
-from phi3_lora.training.loop import Hooks, Progress, Task, fit
+from phi3_lora.training.loop import Hooks, Progress, fit
 from phi3_lora.training.metrics import MetricsFile
+from phi3_lora.training.prepare import Prepared, prepare
 from phi3_lora.training.rundir import check_same_run, locked, read_config, write_config
 from phi3_lora.training.signals import stop_on_signal
-from phi3_lora.weights import num_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,109 +48,6 @@ class TrainResult:
     def to_dict(self) -> dict[str, Any]:
         """The figures by name."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything about a run that needs no weights."""
-
-    config: RunConfig
-    base: BaseModel
-    lora: LoraSpec
-    start: Adapter | None
-    """The adapter to start from, if not from scratch."""
-    train: Dataset
-    valid: Dataset | None
-    plan: Plan
-    plan_hash: str
-
-    @property
-    def task(self) -> Task:
-        """What the loop needs."""
-        valid = self.valid.documents if self.valid else ()
-        return Task(self.config.training_config, self.plan, self.train.documents, valid)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out, in) of the layers to adapt."""
-        available = self.base.config.linear_shapes()
-        return {module: available[module] for module in self.lora.modules}
-
-    def facts(self) -> dict[str, Any]:
-        """The run's figures before it starts."""
-        member = recognise(self.base.config)
-        return {
-            "model": self.config.model,
-            "quantize": self.config.quantize,
-            "family": member.hub_ids[0] if member else None,
-            "num_parameters": num_parameters(self.base.config),
-            "num_trainable_parameters": sum(self.lora.r * (o + i) for o, i in self.shapes.values()),
-            "num_modules": len(self.lora.modules),
-            "num_documents": len(self.train.documents),
-            "num_eval_documents": len(self.valid.documents) if self.valid else 0,
-            "num_tokens": self.train.num_tokens,
-            "loss_tokens": self.train.loss_tokens,
-            "documents_per_step": self.config.training_config.documents_per_step,
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "total_steps": self.plan.total_steps,
-            "plan_hash": self.plan_hash,
-        }
-
-
-def prepare(
-    config: RunConfig,
-    observer: Observer,
-    start_dir: str | None = None,
-    *,
-    with_weights: bool = True,
-) -> Prepared:
-    """Read and check everything but the weights: model shape, adapter, data, plan.
-
-    Args:
-        config: the run.
-        observer: where notes go.
-        start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
-        with_weights: whether to download the weights of a hub id, too.
-
-    Raises:
-        Phi3LoraError: when any of it cannot be used.
-    """
-    base = look_at_model(
-        config.model, config.revision, quantize=config.quantize, with_weights=with_weights
-    )
-    training = config.training_config
-    start_dir = start_dir or config.adapter
-    start = None if start_dir is None else load_adapter(start_dir, base)
-    if start is None:
-        modules = resolve_targets(config.peft_config.target_modules, base.config.linear_shapes())
-        lora = config.peft_config.spec(modules)
-    else:
-        # A given adapter brings its own shape; only dropout is the run's.
-        lora = dataclasses.replace(start.spec, dropout=config.peft_config.lora_dropout)
-        observer.note(f"rank, alpha and targets are those of {config.adapter}")
-    files = resolve_data(config.data.train, config.data.valid)
-    if files.valid is not None and config.data.valid_fraction:
-        observer.note(f"data.valid_fraction has no effect: {files.valid} is there to validate on")
-    train, valid = load_splits(
-        files,
-        base.tokenizer,
-        max_length=training.max_length,
-        valid_fraction=config.data.valid_fraction,
-        seed=training.seed,
-        context=base.config.max_position_embeddings,
-    )
-    for note in [*train.notes, *(valid.notes if valid else [])]:
-        observer.note(note)
-    plan = Plan(
-        train.documents,
-        rows_per_step=training.documents_per_step,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        seed=training.seed,
-        packing=training.packing,
-        max_length=training.max_length,
-    )
-    return Prepared(config, base, lora, start, train, valid, plan, plan.hash())
 
 
 def train(
@@ -241,8 +131,8 @@ def _belongings(prepared: Prepared, identity: str) -> dict[str, str]:
         "model_identity": identity,
         "plan_hash": prepared.plan_hash,
         "valid_hash": documents_digest(prepared.task.eval_documents),
-        "lora": f"r {lora.r}, scale {lora.scaling:.9g}, {len(lora.modules)} modules "
-        f"(crc {zlib.crc32(' '.join(lora.modules).encode()):08x})",
+        "lora": f"{len(lora.modules)} modules and {len(lora.saved)} whole weights "
+        f"(crc {zlib.crc32(repr(lora).encode()):08x})",
     }
 
 
@@ -304,7 +194,7 @@ class _Run:
             )
         self._save_adapter("adapter", progress, None)
         observer.finish()
-        if not any(value.any() for name, value in engine.read_adapter().items() if is_b(name)):
+        if changes_nothing(self._adapter()):
             observer.note(
                 "the adapter changes nothing: every B is still 0 (a run of one step has only its "
                 "warm-up, of rate 0); set training_config.warmup_ratio=0 or train longer"
@@ -335,11 +225,17 @@ class _Run:
         self.metrics.cut_back(-1)
         seed = prepared.config.training_config.seed
         start = prepared.start
-        engine.write_adapter(
-            initial_weights(prepared.shapes, r=prepared.lora.r, seed=seed)
-            if start is None
-            else start.weights
+        if start is not None:
+            engine.write_adapter(start.weights)
+            return Progress()
+        weights = initial_weights(
+            prepared.lora,
+            prepared.shapes,
+            seed=seed,
+            base=prepared.base.weight,
+            init=prepared.config.peft_config.init_lora_weights or True,
         )
+        engine.write_adapter(weights)
         return Progress()
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -347,15 +243,11 @@ class _Run:
         self.observer.metrics(record)
 
     def _adapter(self) -> Adapter:
-        config, start = self.prepared.config, self.prepared.start
-        peft = config.peft_config
-        return Adapter(
-            weights=self.engine.read_adapter(),
-            r=self.prepared.lora.r,
-            lora_alpha=peft.lora_alpha if start is None else start.lora_alpha,
-            use_rslora=peft.use_rslora if start is None else start.use_rslora,
+        return with_spec(
+            self.engine.read_adapter(),
+            self.prepared.lora,
             lora_dropout=self.prepared.lora.dropout,
-            base_model=config.model,
+            base_model=self.prepared.config.model,
             num_layers=self.prepared.base.config.num_hidden_layers,
         )
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import initial_weights
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import LoadRequest, LoraSpec
 from phi3_lora.data.dataset import build_dataset, make_batch
@@ -24,6 +23,7 @@ from phi3_lora.data.tokenizer import Document
 from phi3_lora.loading import look_at_model
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.registry import load_backend
+from tests.tiny import start_weights
 
 RANK, SCALING, LEARNING_RATE = 16, 2.0, 1e-4
 
@@ -42,7 +42,7 @@ class Job:
         self.steps = [
             documents[i : i + self.per_step] for i in range(0, len(documents), self.per_step)
         ]
-        self.start = initial_weights(self.shapes, r=RANK, seed=0)
+        self.start = start_weights(self.shapes, r=RANK, seed=0)
 
 
 def _documents(options: argparse.Namespace, vocab_size: int) -> list[Document]:
@@ -65,7 +65,7 @@ def _documents(options: argparse.Namespace, vocab_size: int) -> list[Document]:
 
 def ours(job: Job, backend: str, **changes: Any) -> Iterator[float]:
     """This project's engine."""
-    spec = LoraSpec(modules=tuple(job.shapes), r=RANK, scaling=SCALING)
+    spec = LoraSpec.uniform(job.shapes, r=RANK, scaling=SCALING)
     engine = load_backend(backend).open(
         LoadRequest(
             model_dir=job.model_dir,

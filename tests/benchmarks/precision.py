@@ -54,7 +54,7 @@ def main() -> None:
             conversations, base.tokenizer, max_length=2048, name=options.data, context=4096
         )
         shapes = base.config.linear_shapes()
-        spec = LoraSpec(modules=tuple(shapes), r=8, scaling=2.0)
+        spec = LoraSpec.uniform(shapes, r=8, scaling=2.0)
         trial = Trial(base, dataset.documents, spec, random_start(spec, shapes), options.steps)
         columns[f"{dtype} {quantize}"] = dict(rows(trial, dtype))
     print("| law | " + " | ".join(columns) + " |")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import Adapter, initial_weights
+from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.folder import write_adapter_folder
 from phi3_lora.backend import LoadRequest, OptimSpec, Sampling
 from phi3_lora.data.dataset import make_batch
 from phi3_lora.model_folder import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
-from tests.tiny import lora_spec, random_adapter, random_documents, write_model
+from tests.tiny import lora_spec, random_adapter, random_documents, start_weights, write_model
 
 LENGTHS = [1, 2, 17, 40, 9, 30]
 BACKENDS = {"mlx": MlxBackend, "cuda": CudaBackend}
@@ -62,8 +62,8 @@ def test_l1_base_logits_equal_transformers_for_each_document_alone(plain: Path) 
 
 def test_l2_start_is_pinned() -> None:
     shapes = {"model.layers.0.self_attn.o_proj": (3, 4)}
-    first = initial_weights(shapes, r=2, seed=7)
-    second = initial_weights(shapes, r=2, seed=7)
+    first = start_weights(shapes, r=2, seed=7)
+    second = start_weights(shapes, r=2, seed=7)
     assert all(np.array_equal(first[name], second[name]) for name in first)
     a = first["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"]
     assert a.dtype == np.float32 and np.abs(a).max() <= 0.5 and len(np.unique(a)) == 8

@@ -151,7 +151,7 @@ def test_l4_holds_with_dropout_checkpointing_and_layers_without_lora(tmp_path: P
     folder = quantized(write_model(tmp_path / "dense"), 4)
     shapes = read_model_config(folder).linear_shapes()
     first = "model.layers.0.self_attn.qkv_proj"
-    spec = LoraSpec(modules=(first,), r=4, scaling=2.0, dropout=0.2)
+    spec = LoraSpec.uniform([first], r=4, scaling=2.0, dropout=0.2)
     batch = make_batch(random_documents([20, 33]))
     found = []
     for backend in (CudaBackend, MlxBackend):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import Adapter, check_fits, initial_weights
-from phi3_lora.adapters.convert import convert
+from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.convert import Job, convert
 from phi3_lora.adapters.folder import (
     check_replaceable,
     find_layouts,
@@ -18,10 +19,10 @@ from phi3_lora.adapters.folder import (
     write_adapter_folder,
 )
 from phi3_lora.adapters.inspection import inspect_adapter
-from phi3_lora.adapters.names import lora_a_name, lora_b_name, resolve_targets
-from phi3_lora.errors import AdapterError, ConfigError
+from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name, saved_name
+from phi3_lora.errors import AdapterError
 from phi3_lora.tensor_files import encode, read_all_float32
-from tests.tiny import random_adapter
+from tests.tiny import random_adapter, start_weights
 
 PEFT_FILE, MLX_FILE = "adapter_model.safetensors", "adapters.safetensors"
 ENDINGS = {
@@ -168,10 +169,11 @@ def test_truncated_file_is_named(tmp_path: Path, name: str, kept: int) -> None:
         ("peft", {"r": 0}, "r must be an integer >= 1, got 0"),
         ("peft", {"r": 8}, "does not hold rank 8"),
         ("peft", {"lora_alpha": "DELETE"}, "lora_alpha must be a number, got None"),
-        ("peft", {"use_dora": True}, "use_dora = True is not supported"),
-        ("peft", {"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
-        ("peft", {"rank_pattern": {"o_proj": 2}}, "rank 4, adapter_config.json says 2"),
-        ("mlx", {"fine_tune_type": "dora"}, "fine_tune_type 'dora' is not supported"),
+        ("peft", {"use_dora": True}, "there are no lora_magnitude_vector tensors"),
+        ("peft", {"modules_to_save": ["lm_head"]}, "'lm_head', whose weight is not there"),
+        ("peft", {"rank_pattern": {"o_proj": 2}}, "does not hold rank 2"),
+        ("mlx", {"fine_tune_type": "dora"}, "only dora has .m beside"),
+        ("mlx", {"fine_tune_type": "full"}, "fine_tune_type 'full' is not supported"),
         ("mlx", {"lora_parameters": "DELETE"}, "lora_parameters needs rank and scale"),
         ("mlx", {"lora_parameters": {"rank": 4}}, "lora_parameters needs rank and scale"),
         ("mlx", {"lora_parameters": {"rank": 8, "scale": 1.0}}, "does not hold rank 8"),
@@ -218,7 +220,10 @@ def test_bad_value_in_the_adapter_config_is_named(
 
 def test_conversion_to_mlx_tells_that_the_number_of_layers_is_unknown(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter(), to="peft")
-    assert "pass --model" in convert(tmp_path / "a", tmp_path / "b", to="mlx").notes[0]
+    assert (
+        "pass --model"
+        in convert(Job(source=tmp_path / "a", target=tmp_path / "b", to="mlx")).notes[0]
+    )
 
 
 def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
@@ -233,7 +238,7 @@ def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
 def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
     with pytest.raises(AdapterError, match="lies inside"):
-        convert(tmp_path / "a", tmp_path / "a" / "b", to="peft")
+        convert(Job(source=tmp_path / "a", target=tmp_path / "a" / "b", to="peft"))
     assert not (tmp_path / "a" / "b").exists()
 
 
@@ -244,57 +249,89 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        ("all-linear", list(SHAPES)),
-        (["all-linear"], list(SHAPES)),
-        (["qkv_proj"], [m for m in SHAPES if m.endswith("qkv_proj")]),
-        ("qkv_proj", [m for m in SHAPES if m.endswith("qkv_proj")]),
-        (["down_proj", "qkv_proj"], [m for m in SHAPES if "down" in m or "qkv" in m]),
-        ([QKV], [QKV]),
-        (["1.mlp.down_proj"], ["model.layers.1.mlp.down_proj"]),
-        (r".*layers\.[12]\.mlp\..*", [m for m in SHAPES if "mlp" in m and ".0." not in m]),
-    ],
-)
-def test_targets_mean_modules_in_model_order(targets: Any, expected: list[str]) -> None:
-    assert resolve_targets(targets, SHAPES) == tuple(expected)
-
-
-@pytest.mark.parametrize("targets", [["q_proj"], "q_proj", ["qkv_proj", "q_proj"], ["proj"], "qkv"])
-def test_unmatched_target_lists_what_exists(targets: Any) -> None:
-    with pytest.raises(ConfigError) as problem:
-        resolve_targets(targets, SHAPES)
-    assert "down_proj, gate_up_proj, o_proj, qkv_proj" in str(problem.value)
-    assert "'qkv_proj'" not in str(problem.value)
-
-
-def test_bad_regular_expression_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="nor a regular expression"):
-        resolve_targets("(qkv", SHAPES)
-
-
 NOT_THE_LAST = [m for m in SHAPES if ".2." not in m]
 UNEVEN = [m for m in SHAPES if ".0." not in m][1:]
 
 
 @pytest.mark.parametrize(
-    ("modules", "reason"),
+    ("modules", "num_layers"),
+    [(NOT_THE_LAST, 3), ([m for m in SHAPES if ".1." not in m], 3), (UNEVEN, 2)],
+)
+def test_layers_that_mlx_would_adapt_too_are_filled_with_zeros(
+    tmp_path: Path, modules: list[str], num_layers: int
+) -> None:
+    adapter = make_adapter(modules)
+    assert write_adapter_folder(tmp_path / "a", adapter, to="mlx") == []
+    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert raw["num_layers"] == num_layers
+    stored = read_all_float32(tmp_path / "a" / MLX_FILE, AdapterError)
+    filled = [n for n, v in stored.items() if n.endswith("lora_a") and not v.any()]
+    keys = raw["lora_parameters"]["keys"]
+    assert len(filled) == num_layers * len(keys) - len(modules)
+    assert_same(read_adapter(tmp_path / "a"), adapter)
+
+
+def with_magnitudes(adapter: Adapter) -> Adapter:
+    rng = np.random.default_rng(0)
+    sizes = {magnitude_name(m): len(adapter.pair(m)[1]) for m in adapter.modules}
+    new = {name: rng.uniform(0.5, 2.0, size).astype(np.float32) for name, size in sizes.items()}
+    return dataclasses.replace(adapter, weights={**adapter.weights, **new})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
     [
-        (NOT_THE_LAST, "its layers are not the last ones of the model"),
-        ([m for m in SHAPES if ".1." not in m], "its layers are not the last ones of the model"),
-        (UNEVEN, "its layers do not all have the same modules"),
+        (with_magnitudes(make_adapter(NOT_THE_LAST)), "and it uses DoRA"),
+        (
+            dataclasses.replace(
+                make_adapter(),
+                weights={
+                    **make_adapter().weights,
+                    saved_name("model.norm"): np.ones(8, np.float32),
+                },
+            ),
+            r"it holds whole weights \(model.norm\)",
+        ),
     ],
 )
-def test_what_mlx_cannot_hold_is_told(tmp_path: Path, modules: list[str], reason: str) -> None:
-    adapter = make_adapter(modules)
+def test_what_mlx_cannot_hold_is_told(tmp_path: Path, adapter: Adapter, reason: str) -> None:
     notes = write_adapter_folder(tmp_path / "a", adapter)
-    assert len(notes) == 1 and reason in notes[0]
+    assert len(notes) == 1 and re.search(reason, notes[0])
     assert not (tmp_path / "a" / MLX_FILE).exists()
     assert_same(read_adapter(tmp_path / "a"), adapter)
     with pytest.raises(AdapterError, match=reason):
         write_adapter_folder(tmp_path / "b", adapter, to="mlx")
     assert not (tmp_path / "b").exists()
+
+
+def test_magnitudes_are_mlx_lms_m(tmp_path: Path) -> None:
+    adapter = with_magnitudes(make_adapter())
+    assert write_adapter_folder(tmp_path / "a", adapter) == []
+    raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert raw["fine_tune_type"] == "dora" and raw["use_dora"] is True
+    stored = read_all_float32(tmp_path / "a" / MLX_FILE, AdapterError)
+    np.testing.assert_array_equal(stored[f"{QKV}.m"], adapter.weights[magnitude_name(QKV)])
+    for layout in (PEFT_FILE, MLX_FILE):
+        (tmp_path / "a" / layout).rename(tmp_path / layout)
+        assert_same(read_adapter(tmp_path / "a"), adapter)
+        (tmp_path / layout).rename(tmp_path / "a" / layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda t: t.pop(magnitude_name(QKV)), "its DoRA magnitude is missing"),
+        (lambda t: t.update({magnitude_name(QKV): np.ones(3, np.float32)}), "B has 24 rows"),
+        (lambda t: t.pop(lora_a_name(QKV)) is t.pop(lora_b_name(QKV)), "a magnitude without A"),
+    ],
+)
+def test_a_damaged_magnitude_is_named(
+    tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], phrase: str
+) -> None:
+    write_adapter_folder(tmp_path / "a", with_magnitudes(make_adapter()), to="peft")
+    edit_file(tmp_path / "a", PEFT_FILE, change)
+    with pytest.raises(AdapterError, match=phrase):
+        read_adapter(tmp_path / "a")
 
 
 def test_tail_of_layers_is_written_for_mlx(tmp_path: Path) -> None:
@@ -309,7 +346,7 @@ def test_tail_of_layers_is_written_for_mlx(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("source", "to"), [("peft", "mlx"), ("mlx", "peft"), ("mlx", "both")])
 def test_conversion_is_exact(tmp_path: Path, source: str, to: str) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter(), to=source)
-    found = convert(tmp_path / "a", tmp_path / "b", to=to)
+    found = convert(Job(source=tmp_path / "a", target=tmp_path / "b", to=to))
     assert found.lossless and found.max_weight_difference == 0.0
     assert (found.source, found.to, found.tensors) == (source, to, 24)
     assert_same(read_adapter(tmp_path / "b"), make_adapter())
@@ -318,7 +355,7 @@ def test_conversion_is_exact(tmp_path: Path, source: str, to: str) -> None:
 def test_conversion_into_a_used_folder_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
     with pytest.raises(AdapterError, match="is in use"):
-        convert(tmp_path / "a", tmp_path / "a", to="peft")
+        convert(Job(source=tmp_path / "a", target=tmp_path / "a", to="peft"))
 
 
 def test_delta_norm_is_the_deltas_frobenius_norm(tmp_path: Path) -> None:
@@ -335,14 +372,14 @@ def test_delta_norm_is_the_deltas_frobenius_norm(tmp_path: Path) -> None:
 
 
 def test_start_is_zero_delta_and_bounded() -> None:
-    weights = initial_weights(SHAPES, r=4, seed=0)
+    weights = start_weights(SHAPES, r=4, seed=0)
     adapter = dataclasses.replace(make_adapter(), weights=weights)
     check_fits(adapter, SHAPES, "start")
     for module, (_, in_features) in SHAPES.items():
         a = weights[lora_a_name(module)]
         assert 0.5 * in_features**-0.5 < np.abs(a).max() <= in_features**-0.5
         assert not weights[lora_b_name(module)].any()
-    one = initial_weights({QKV: SHAPES[QKV]}, r=4, seed=0)
+    one = start_weights({QKV: SHAPES[QKV]}, r=4, seed=0)
     np.testing.assert_array_equal(one[lora_a_name(QKV)], weights[lora_a_name(QKV)])
 
 

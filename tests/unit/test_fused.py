@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
-from phi3_lora.adapters.convert import convert
+from phi3_lora.adapters.convert import Job, convert
 from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.fused import fuse, part_rows, unfuse
 from phi3_lora.adapters.inspection import inspect_adapter
@@ -63,7 +63,8 @@ def test_separate_factors_are_stacked_exactly(config: ModelConfig, use_rslora: b
     adapter = adapter_of(shapes, use_rslora=use_rslora)
     fused = fuse(adapter, config)
     check_fits(fused, config.linear_shapes(), "a")
-    assert fused.r == 6
+    ranks = {m.rsplit(".", 1)[-1]: fused.rank(m) for m in fused.modules}
+    assert ranks == {"qkv_proj": 6, "gate_up_proj": 3, "o_proj": 3}
     qkv = fused.delta("model.layers.0.self_attn.qkv_proj")
     expected = [
         adapter.delta("model.layers.0.self_attn.q_proj"),
@@ -99,15 +100,15 @@ def test_convert_goes_both_ways_and_stock_peft_reads_the_split_names(
     adapter = adapter_of(config.linear_shapes())
     write_adapter_folder(tmp_path / "a", adapter)
     with pytest.raises(AdapterError, match="pass --model"):
-        convert(tmp_path / "a", tmp_path / "u", to="unfused")
-    found = convert(tmp_path / "a", tmp_path / "u", to="unfused", config=config)
+        convert(Job(source=tmp_path / "a", target=tmp_path / "u", to="unfused"))
+    found = convert(Job(source=tmp_path / "a", target=tmp_path / "u", to="unfused", config=config))
     assert found.lossless and found.source == "mlx+peft"
     stored = json.loads((tmp_path / "u/adapter_config.json").read_text())
     assert set(stored["target_modules"]) >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     inspected = inspect_adapter(tmp_path / "u")
     assert inspected["layout"] == "unfused" and "self_attn.k_proj" in inspected["target_modules"]
     assert "apart" in inspected["loads_in"]["peft"]
-    back = convert(tmp_path / "u", tmp_path / "b", to="both", config=config)
+    back = convert(Job(source=tmp_path / "u", target=tmp_path / "b", to="both", config=config))
     assert back.lossless and back.source == "unfused"
     again = read_adapter(tmp_path / "b")
     assert all(np.array_equal(again.weights[n], v) for n, v in adapter.weights.items())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.convert import convert
+from phi3_lora.adapters.convert import Job, convert
 from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.loralib_layout import Untold, from_loralib
 from phi3_lora.adapters.torch_file import encode_torch_file, read_torch_file
@@ -119,7 +119,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 def test_convert_there_and_back_is_exact(capsys: Capture, tmp_path: Path) -> None:
     adapter = adapter_of()
     write_adapter_folder(tmp_path / "a", adapter)
-    found = convert(tmp_path / "a", tmp_path / "x.pt", to="loralib")
+    found = convert(Job(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib"))
     assert found.lossless and "lora_alpha 8" in found.notes[0]
     code, _, err = run(capsys, "convert", tmp_path / "x.pt", tmp_path / "b", "--to", "peft")
     assert code == 2 and "--alpha" in err and not (tmp_path / "b").exists()

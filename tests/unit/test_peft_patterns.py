@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import check_fits
+from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
 from phi3_lora.errors import AdapterError
 from phi3_lora.model_folder import read_model_config
@@ -44,22 +45,33 @@ def test_the_deltas_are_pefts(tmp_path: Path, use_rslora: bool) -> None:
     folder, model = made_by_peft(tmp_path, use_rslora=use_rslora)
     adapter = read_adapter(tmp_path / "a")
     check_fits(adapter, read_model_config(folder).linear_shapes(), "a")
-    assert adapter.r == 7 and not adapter.use_rslora
+    assert adapter.r == 4 and {adapter.rank(m) for m in adapter.modules} == {2, 4, 7}
+    assert adapter.use_rslora == use_rslora
     for module in adapter.modules:
         layer = model.base_model.model.get_submodule(module)
         expected = layer.get_delta_weight("default").detach().numpy()
         gap = np.linalg.norm(adapter.delta(module) - expected) / np.linalg.norm(expected)
         assert gap <= 1e-6, module
-    # One rank and one scale: what mlx-lm and servers take.
-    assert write_adapter_folder(tmp_path / "b", adapter) == []
-    assert np.array_equal(read_adapter(tmp_path / "b").delta(module), adapter.delta(module))
+    # mlx-lm and servers know one rank and one scale.
+    assert write_adapter_folder(tmp_path / "b", adapter, to="mlx") == []
+    plain = read_adapter(tmp_path / "b")
+    assert plain.is_uniform and plain.r == 7
+    assert max(relative_difference(adapter, plain).values()) <= 1e-7
+    # What PEFT reads keeps its patterns.
+    assert write_adapter_folder(tmp_path / "c", adapter) == []
+    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path / "c")
+    for module in adapter.modules:
+        found = again.base_model.model.get_submodule(module).get_delta_weight("default")
+        expected = adapter.delta(module)
+        gap = np.linalg.norm(found.detach().numpy() - expected) / np.linalg.norm(expected)
+        assert gap <= 1e-6, module
 
 
 def test_a_pattern_that_lies_is_an_error(tmp_path: Path) -> None:
     made_by_peft(tmp_path)
     path = tmp_path / "a/adapter_config.json"
     for pattern, phrase in (
-        ({"o_proj": 3}, "rank 2, adapter_config.json says 3"),
+        ({"o_proj": 3}, "does not hold rank 3, which adapter_config.json says"),
         ({"(": 3}, "no regular expression"),
         ({"o_proj": "x"}, "must map names to numbers"),
         (["o_proj"], "must map names to numbers"),

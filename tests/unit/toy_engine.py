@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import initial_weights
 from phi3_lora.backend import (
     Batch,
     Float32,
@@ -19,6 +18,7 @@ from phi3_lora.backend import (
     StepResult,
     Tensors,
 )
+from tests.tiny import start_weights
 
 MODULE = "model.layers.0.mlp.down_proj"
 A_NAME = f"base_model.model.{MODULE}.lora_A.weight"
@@ -52,7 +52,7 @@ class ToyEngine:
         self._embedding = rng.normal(0.0, 1.0, (vocab_size, hidden_size))
         self._linear = rng.normal(0.0, hidden_size**-0.5, (hidden_size, hidden_size))
         self._head = rng.normal(0.0, hidden_size**-0.5, (vocab_size, hidden_size))
-        self._weights = initial_weights(self.lora_shapes, r=r, seed=seed)
+        self._weights = start_weights(self.lora_shapes, r=r, seed=seed)
         self._moments: Tensors = {}
         self.write_optimizer({})
         self.nan_at_step = 0

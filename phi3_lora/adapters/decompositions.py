@@ -1,0 +1,89 @@
+"""Factors of a weight that an adapter can start from, the same on every run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.backend import Float32
+from phi3_lora.errors import ConfigError
+from phi3_lora.seeding import uniform
+
+_OVERSAMPLING = 10
+_POWER_ITERATIONS = 8
+"""Enough for the singular values of trained weights, which fall slowly."""
+
+
+class Factors(NamedTuple):
+    """Of a weight (out, in)."""
+
+    a: Float32
+    """(r, in)."""
+    b: Float32
+    """(out, r)."""
+
+
+def pissa_factors(
+    weight: Float32, r: int, *, scaling: float, niter: int | None, seed: int, path: str
+) -> Factors:
+    """The largest r singular triplets, shared evenly: scaling B A is their part of the weight.
+
+    Args:
+        weight: (out, in).
+        r: at most min(out, in).
+        scaling: of the layer.
+        niter: power iterations; None takes enough for a close result.
+        seed: of the random start of the decomposition.
+        path: of the module, for the same.
+
+    Source: PiSSA, arXiv 2404.02948, equation 2; PEFT, tuners/lora/layer.py, pissa_init.
+    """
+    _check_rank(weight, r, path)
+    u, s, vt = randomised_svd(weight, r, niter=niter, seed=seed, path=path)
+    root = np.sqrt(s / scaling)
+    return Factors((root[:, None] * vt).astype(np.float32), (u * root).astype(np.float32))
+
+
+def olora_factors(weight: Float32, r: int) -> Factors:
+    """The first r columns of Q and rows of R of W = Q R, with the diagonal of R > 0.
+
+    Q's first columns depend on W's first columns alone, so only those are decomposed.
+
+    Source: OLoRA, arXiv 2406.01775, algorithm 1; PEFT, tuners/lora/layer.py, olora_init.
+    """
+    _check_rank(weight, r, "olora")
+    q, upper = np.linalg.qr(weight[:, :r].astype(np.float64))
+    q *= np.where(np.diag(upper) < 0, -1.0, 1.0)
+    return Factors((q.T @ weight).astype(np.float32), q.astype(np.float32))
+
+
+def randomised_svd(
+    weight: Float32, r: int, *, niter: int | None, seed: int, path: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """U (out, r), S (r,) and V^T (r, in) of the largest r singular values.
+
+    The entry of largest size in each column of U is positive: signs are then the same everywhere.
+
+    Source: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
+    """
+    matrix = weight.astype(np.float64)
+    width = min(r + _OVERSAMPLING, *weight.shape)
+    start = uniform(seed, f"svd {path}", (weight.shape[1], width), 1.0).astype(np.float64)
+    q, _ = np.linalg.qr(matrix @ start)
+    for _ in range(_POWER_ITERATIONS if niter is None else niter):
+        q, _ = np.linalg.qr(matrix.T @ q)
+        q, _ = np.linalg.qr(matrix @ q)
+    small_u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
+    u = (q @ small_u)[:, :r]
+    largest = u[np.abs(u).argmax(axis=0), np.arange(r)]
+    signs = np.where(largest < 0, -1.0, 1.0)
+    return u * signs, s[:r], vt[:r] * signs[:, None]
+
+
+def _check_rank(weight: Float32, r: int, path: str) -> None:
+    if r > min(weight.shape):
+        raise ConfigError(
+            f"{path}: rank {r} is more than a weight of {weight.shape} has; choose a smaller --rank"
+        )

@@ -1,0 +1,168 @@
+"""What adapters add to the base's weights, in float64, and how far two of them are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.names import (
+    EMBEDDING,
+    lora_a_name,
+    lora_b_name,
+    magnitude_name,
+    saved_name,
+)
+from phi3_lora.errors import AdapterError
+
+Float64 = NDArray[np.float64]
+
+
+class Weighted(NamedTuple):
+    """An adapter and what its delta is multiplied by."""
+
+    adapter: Adapter
+    weight: float
+
+
+def change_of_rows(adapter: Adapter, module: str, base: NDArray[np.float32], start: int) -> Float64:
+    """What an adapter adds to some rows of a stored weight.
+
+    Args:
+        adapter: which has this module.
+        module: of the base model.
+        base: those rows of its weight, (rows, in); a norm's weight is (hidden,).
+        start: number of the first row.
+    """
+    end = start + len(base)
+    whole = adapter.weights.get(saved_name(module))
+    if whole is not None:
+        return whole[start:end].astype(np.float64) - base
+    a, b = (value.astype(np.float64) for value in adapter.pair(module))
+    scaling = adapter.scaling_of(module)
+    if module == EMBEDDING:
+        # The table is (vocabulary, hidden): a row belongs to a column of A.
+        return scaling * (a[:, start:end].T @ b.T)
+    delta = scaling * (b[start:end] @ a)
+    magnitude = adapter.weights.get(magnitude_name(module))
+    if magnitude is None:
+        return delta
+    return _dora(base, delta, magnitude[start:end])
+
+
+def _dora(base: NDArray[np.float32], delta: Float64, magnitude: NDArray[np.float32]) -> Float64:
+    """Source: DoRA, arXiv 2402.09353, equation 5."""
+    adapted = base + delta
+    norms = np.sqrt(np.einsum("oi,oi->o", adapted, adapted))
+    gain = magnitude / np.maximum(norms, np.finfo(np.float64).tiny)
+    return np.asarray(gain[:, None] * adapted - base)
+
+
+def delta_norm(adapter: Adapter, module: str) -> float:
+    """Frobenius norm of scaling B A; a DoRA magnitude is not in it."""
+    a, b = (value.astype(np.float64) for value in adapter.pair(module))
+    return adapter.scaling_of(module) * _product_norm(b, a)
+
+
+def _product_norm(b: Float64, a: Float64) -> float:
+    """|B A| without making it: A^T = Q R gives |B A| = |B R^T|, however B's columns cancel."""
+    upper = np.asarray(np.linalg.qr(a.T, mode="r"))
+    return float(np.linalg.norm(b @ upper.T))
+
+
+def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
+    """|difference of the deltas| / |first's delta| by module, in the Frobenius norm.
+
+    A DoRA magnitude counts as a delta of its own; a module that only one of them has differs by
+    all of itself: 1, or infinity where the first has none.
+    """
+    found = {}
+    for module in dict.fromkeys([*first.modules, *second.modules]):
+        gap, size = _gap_and_size(first, second, module)
+        found[module] = 0.0 if gap == 0.0 else gap / size if size else math.inf
+        names = magnitude_name(module)
+        one, other = first.weights.get(names), second.weights.get(names)
+        if (one is None) != (other is None):
+            found[module] = math.inf
+        elif one is not None and other is not None:
+            found[module] = max(found[module], _vector_gap(one, other))
+    for module in dict.fromkeys([*first.saved, *second.saved]):
+        one = first.weights.get(saved_name(module))
+        other = second.weights.get(saved_name(module))
+        missing = one is None or other is None
+        found[module] = math.inf if missing else _vector_gap(one, other)
+    return found
+
+
+def _vector_gap(one: object, other: object) -> float:
+    x, y = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if x.shape != y.shape:
+        return math.inf
+    return float(np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-300))
+
+
+def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, float]:
+    factors = []
+    for adapter, sign in ((first, 1.0), (second, -1.0)):
+        if lora_a_name(module) in adapter.weights:
+            a, b = (value.astype(np.float64) for value in adapter.pair(module))
+            factors.append((a, sign * adapter.scaling_of(module) * b))
+    size = delta_norm(first, module) if lora_a_name(module) in first.weights else 0.0
+    (a, b), *rest = factors
+    if rest:
+        other_a, other_b = rest[0]
+        if a.shape[1] != other_a.shape[1] or len(b) != len(other_b):
+            return math.inf, size
+        if a.shape == other_a.shape and np.array_equal(a, other_a) and np.array_equal(b, -other_b):
+            return 0.0, size
+        a, b = np.concatenate([a, other_a]), np.concatenate([b, other_b], axis=1)
+    return _product_norm(b, a), size
+
+
+def changes_nothing(adapter: Adapter) -> bool:
+    """Whether every delta is 0; with DoRA or whole weights that cannot be told without the base."""
+    if adapter.use_dora or adapter.saved:
+        return False
+    return not any(a.any() and b.any() for a, b in map(adapter.pair, adapter.modules))
+
+
+def concatenated(parts: Sequence[Weighted]) -> Adapter:
+    """One adapter whose delta is the weighted sum of the others': ranks side by side, exactly.
+
+    Raises:
+        AdapterError: when one uses DoRA or holds whole weights, whose sum is no LoRA.
+    """
+    for adapter, _ in parts:
+        if adapter.use_dora or adapter.saved:
+            what = "DoRA" if adapter.use_dora else "whole weights"
+            raise AdapterError(f"adapters with {what} have no sum that is an adapter: merge them")
+    first = parts[0].adapter
+    modules = dict.fromkeys(module for adapter, _ in parts for module in adapter.modules)
+    weights, alphas = {}, {}
+    for module in modules:
+        chosen = [p for p in parts if module in p.adapter.modules]
+        scaling = chosen[0].adapter.scaling_of(module)
+        pairs = [
+            (p.adapter.pair(module), p.weight * p.adapter.scaling_of(module) / scaling)
+            for p in chosen
+        ]
+        a = np.concatenate([a for (a, _), _ in pairs])
+        b = np.concatenate([(b * np.float64(f)).astype(np.float32) for (_, b), f in pairs], axis=1)
+        weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
+        alphas[module] = scaling * len(a)
+    r = max(len(weights[lora_a_name(module)]) for module in modules)
+    most = first.scaling * r
+    return dataclasses.replace(
+        first,
+        weights=weights,
+        r=r,
+        lora_alpha=most,
+        use_rslora=False,
+        alphas={m: alpha for m, alpha in alphas.items() if alpha != most},
+        base_identity=None,
+    )

@@ -1,0 +1,145 @@
+"""Everything about a run that needs no weights: model shape, adapter, data, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.fused import with_blocks
+from phi3_lora.adapters.start import num_trained
+from phi3_lora.adapters.targets import resolve as resolve_lora
+from phi3_lora.backend import LoraSpec
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
+from phi3_lora.errors import ConfigError
+from phi3_lora.family import recognise
+from phi3_lora.loading import BaseModel, load_adapter, look_at_model
+from phi3_lora.plan import Plan
+from phi3_lora.report.observer import Observer
+from phi3_lora.training.loop import Task
+from phi3_lora.weights import num_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything about a run that needs no weights."""
+
+    config: RunConfig
+    base: BaseModel
+    lora: LoraSpec
+    start: Adapter | None
+    """The adapter to start from, if not from scratch."""
+    train: Dataset
+    valid: Dataset | None
+    plan: Plan
+    plan_hash: str
+
+    @property
+    def task(self) -> Task:
+        """What the loop needs."""
+        valid = self.valid.documents if self.valid else ()
+        return Task(self.config.training_config, self.plan, self.train.documents, valid)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of the layers to adapt."""
+        available = self.base.config.adaptable_shapes()
+        return {module: available[module] for module in self.lora.modules}
+
+    def facts(self) -> dict[str, Any]:
+        """The run's figures before it starts."""
+        member = recognise(self.base.config)
+        return {
+            "model": self.config.model,
+            "quantize": self.config.quantize,
+            "family": member.hub_ids[0] if member else None,
+            "num_parameters": num_parameters(self.base.config),
+            "num_trainable_parameters": num_trained(
+                self.lora, self.shapes, self.base.config.tensor_shapes()
+            ),
+            "num_modules": len(self.lora.modules) + len(self.lora.saved),
+            "num_documents": len(self.train.documents),
+            "num_eval_documents": len(self.valid.documents) if self.valid else 0,
+            "num_tokens": self.train.num_tokens,
+            "loss_tokens": self.train.loss_tokens,
+            "documents_per_step": self.config.training_config.documents_per_step,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "total_steps": self.plan.total_steps,
+            "plan_hash": self.plan_hash,
+        }
+
+
+def prepare(
+    config: RunConfig,
+    observer: Observer,
+    start_dir: str | None = None,
+    *,
+    with_weights: bool = True,
+) -> Prepared:
+    """Read and check everything but the weights: model shape, adapter, data, plan.
+
+    Args:
+        config: the run.
+        observer: where notes go.
+        start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
+        with_weights: whether to download the weights of a hub id, too.
+
+    Raises:
+        Phi3LoraError: when any of it cannot be used.
+    """
+    base = look_at_model(
+        config.model, config.revision, quantize=config.quantize, with_weights=with_weights
+    )
+    training = config.training_config
+    start_dir = start_dir or config.adapter
+    start = None if start_dir is None else load_adapter(start_dir, base)
+    lora = _lora(config, base, start, observer)
+    files = resolve_data(config.data.train, config.data.valid)
+    if files.valid is not None and config.data.valid_fraction:
+        observer.note(f"data.valid_fraction has no effect: {files.valid} is there to validate on")
+    train, valid = load_splits(
+        files,
+        base.tokenizer,
+        max_length=training.max_length,
+        valid_fraction=config.data.valid_fraction,
+        seed=training.seed,
+        context=base.config.max_position_embeddings,
+    )
+    for note in [*train.notes, *(valid.notes if valid else [])]:
+        observer.note(note)
+    plan = Plan(
+        train.documents,
+        rows_per_step=training.documents_per_step,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        packing=training.packing,
+        max_length=training.max_length,
+    )
+    return Prepared(config, base, lora, start, train, valid, plan, plan.hash())
+
+
+def _lora(
+    config: RunConfig, base: BaseModel, start: Adapter | None, observer: Observer
+) -> LoraSpec:
+    """What is trained: as configured, or as the adapter that the run starts from has it."""
+    if start is not None:
+        observer.note(f"rank, alpha and targets are those of {config.adapter}")
+        for note in start.notes:
+            observer.note(note)
+        # A given adapter brings its own shape; only dropout is the run's.
+        spec = with_blocks(start.spec, start.weights, base.config)
+        return dataclasses.replace(spec, dropout=config.peft_config.lora_dropout)
+    lora, notes = resolve_lora(config.peft_config, base.config)
+    for note in notes:
+        observer.note(note)
+    from_weights = config.peft_config.init_lora_weights is not True
+    if base.own_quantization != "none" and (lora.use_dora or lora.saved or from_weights):
+        raise ConfigError(
+            f"--quantize {base.own_quantization}: DoRA, modules_to_save, pissa and olora start "
+            "from the base's weights, which only the backend sees there; use --quantize 4bit or "
+            "8bit"
+        )
+    return lora
