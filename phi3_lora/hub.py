@@ -113,10 +113,13 @@ def _download(
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored
+                repo,
+                revision=revision,
+                allow_patterns=[*patterns],
+                ignore_patterns=None if ignored is None else [*ignored],
             )
         )
-    except (HFValidationError, *network_errors()) as cause:
+    except network_errors(HFValidationError) as cause:
         raise error(
             f"no folder {repo}, and the hub cannot give it{at}: {hub_reason(cause)} (check the "
             "name; gated and private ones need HF_TOKEN, offline machines a cached copy or a "
@@ -141,12 +144,12 @@ def hub_token() -> str | None:
     return token
 
 
-def network_errors() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises when the hub refuses or cannot be reached."""
+def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """What huggingface_hub raises when the hub refuses or cannot be reached, and others."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # Its base is the root of the HTTP library's errors, be that requests or httpx.
-    return (OSError, *HfHubHTTPError.__bases__)
+    return (*others, OSError, *HfHubHTTPError.__bases__)
 
 
 def http_status(cause: BaseException | None) -> int | None:

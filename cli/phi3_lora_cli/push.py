@@ -1,0 +1,54 @@
+"""phi3-lora push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phi3_lora_cli.options import note, output_options, print_json
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("repo", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make REPO private; refuse one that is public.")
+@click.option("--revision", metavar="BRANCH", help="A branch of REPO. Default: main.")
+@click.option("--message", metavar="TEXT", help="Of the commit.")
+@output_options
+def command(
+    adapter: str,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    as_json: bool,
+) -> None:
+    """Send an adapter with its model card to the Hugging Face hub, as REPO (owner/name).
+
+    The adapter is checked first, and only its own files are sent, in one commit. The token is that
+    of HF_TOKEN or of hf auth login.
+
+    \b
+    Example:
+      phi3-lora push runs/demo/adapter ada/phi3-orders --private
+    """
+    from phi3_lora.hub_push import push
+
+    done = push(
+        Path(adapter).expanduser(),
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        note=note,
+    )
+    if as_json:
+        print_json(done.to_dict())
+        return
+    click.echo(f"pushed {', '.join(done.files)}")
+    if done.removed:
+        click.echo(f"deleted {', '.join(done.removed)}, which this adapter has not")
+    click.echo(f"at     {done.url}")
+    at = f"@{revision}" if revision else ""
+    click.echo(f"use    --adapter {repo}{at}")
