@@ -19,8 +19,6 @@ from phi3_lora_cuda.quantized import Decode, StoredLinear
 class LoraLinear(peft.tuners.lora.Linear):
     """y = W x + scaling B A x for one active adapter; everything else is PEFT's."""
 
-    magnitude: torch.nn.Parameter | None = None
-    """(out,) with DoRA."""
     _norms: tuple[tuple[int, int], Tensor] | None = None
     _base_squares: Tensor | None = None
 
@@ -41,9 +39,21 @@ class LoraLinear(peft.tuners.lora.Linear):
             self.lora_B[name].weight,
             self.scaling[name],
         )
-        if self.magnitude is None:
+        magnitude = self.magnitude
+        if magnitude is None:
             return y
-        return y * (self.magnitude / self._row_norms(name)).to(y.dtype)
+        return y * (magnitude / self._row_norms(name)).to(y.dtype)
+
+    @property
+    def magnitude(self) -> torch.nn.Parameter | None:
+        """The magnitude (out,) of DoRA, if it has one."""
+        return self._parameters.get("lora_magnitude")
+
+    def add_magnitude(self) -> None:
+        """Make it a layer of DoRA; the values come with the adapter."""
+        device = self.get_base_layer().weight.device
+        ones = torch.ones(self.out_features, device=device)
+        self.register_parameter("lora_magnitude", torch.nn.Parameter(ones))
 
     @torch.no_grad()
     def _row_norms(self, name: str) -> Tensor:

@@ -129,8 +129,7 @@ class LoadedPhi3:
             if path == EMBEDDING:
                 continue
             if spec.use_dora:
-                weight = layer.lora_B[_ADAPTER].weight
-                layer.magnitude = nn.Parameter(weight.new_ones(layer.out_features))
+                layer.add_magnitude()
             if spec.dropout > 0:
                 layer.lora_dropout[_ADAPTER] = HashDropout(
                     path, layer.in_features, spec.dropout, self.dropout_keys

@@ -63,8 +63,6 @@ def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
 
 def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:
     """Full paths of what is adapted; parts of fused projections under their own names."""
-    if not config.target_modules:
-        return []
     whole = [EMBEDDING, *model.linear_shapes(), HEAD]
     parts = [part for module in whole for part in part_slices(module, model)]
     wanted = _layers_to_transform(config, model)

@@ -61,7 +61,7 @@ class LoraConfig:
             f"peft_config.lora_dropout must be in [0, 1), got {self.lora_dropout} (--dropout)",
         )
         _require(
-            bool(self.target_modules or self.modules_to_save),
+            bool(self.target_modules),
             "peft_config.target_modules is empty: name modules, or all-linear (--targets)",
         )
         _require(

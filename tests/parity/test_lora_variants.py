@@ -273,7 +273,12 @@ def test_gradients_and_answers_are_stock_pefts_for_its_own_adapter(
         engine = opened(kind, folder, adapter.spec, adapter.weights)
         found = engine.gradients(batch, loss_tokens=int(batch.loss_mask.sum()))
         for tensor, gradient in found.items():
-            assert relative(gradient, expected[tensor].numpy()) <= 1e-5, (kind, tensor)
+            other = expected[tensor].numpy()
+            if "embedding_A" in tensor:
+                # transformers gives no gradient to the row of the padding token, <|endoftext|>.
+                gradient = np.delete(gradient, 256, axis=1)
+                other = np.delete(other, 256, axis=1)
+            assert relative(gradient, other) <= 1e-5, (kind, tensor)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mlx"])
