@@ -13,6 +13,7 @@ import yaml
 
 from phi3_lora.adapters import mlx_layout, peft_layout
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.deltas import changes_nothing
 from phi3_lora.adapters.fingerprint import read_fingerprint
 from phi3_lora.adapters.folder import (
     CONFIG_NAME,
@@ -79,6 +80,8 @@ def files_to_push(folder: Path, repo: str) -> Upload:
     files[CONFIG_NAME] = (
         (json.dumps(config, indent=2) + "\n").encode() if notes else folder / CONFIG_NAME
     )
+    if changes_nothing(adapter):
+        notes.append("this adapter changes nothing: every delta is 0")
     if (folder / FINGERPRINT_NAME).exists():
         read_fingerprint(folder)
         files[FINGERPRINT_NAME] = folder / FINGERPRINT_NAME

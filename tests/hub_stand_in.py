@@ -82,7 +82,7 @@ class Hub:
     def run(
         self, cache: Path, arguments: Sequence[str | Path], **changes: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Run phi3-lora against this hub: HF_ENDPOINT is read once, when the library is imported."""
+        """Run phi3-lora against this hub; HF_ENDPOINT is read when the library is imported."""
         return subprocess.run(
             [sys.executable, "-m", "phi3_lora_cli", *map(str, arguments)],
             capture_output=True,

@@ -58,10 +58,12 @@ def command(
     from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
     from phi3_lora.data.records import read_conversations
     from phi3_lora.evaluation import answer_conversations, evaluate
+    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
+    folder = None if adapter is None else resolve_adapter_dir(adapter)
     base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(adapter, base)
+    weights = None if folder is None else load_adapter(str(folder), base)
     rows = read_conversations(resolve_scoring_file(data))[:limit]
     dataset = build_dataset(
         rows,

@@ -12,8 +12,9 @@ from phi3_lora_cli.options import output_options, print_json
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
+@click.option("--plot", metavar="FILE.png|FILE.html", help="Write the norms as a heat map.")
 @output_options
-def command(adapter: str, as_json: bool) -> None:
+def command(adapter: str, plot: str | None, as_json: bool) -> None:
     """Show an adapter's layout, rank, effective scale, layers and norms.
 
     \b
@@ -21,8 +22,16 @@ def command(adapter: str, as_json: bool) -> None:
       phi3-lora inspect runs/demo/adapter
     """
     from phi3_lora.adapters.inspection import inspect_adapter
+    from phi3_lora.hub import resolve_adapter_dir
+    from phi3_lora.report.heatmap import check_name, write_heat_map
 
-    facts = inspect_adapter(Path(adapter))
+    path = None if plot is None else Path(plot).expanduser()
+    if path is not None:
+        check_name(path)
+    facts = inspect_adapter(resolve_adapter_dir(adapter))
+    if path is not None:
+        write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
+        facts["plot"] = str(path)
     if as_json:
         print_json(facts)
     else:
@@ -59,3 +68,5 @@ def _print(facts: dict[str, Any]) -> None:
         click.echo(
             f"{count} of {len(facts['delta_norms'])} modules change nothing (their delta is 0)"
         )
+    if "plot" in facts:
+        click.echo(f"heat map    {facts['plot']}")

@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),
     "merge": ("merge", "Fold adapters into the base model."),
+    "push": ("push", "Send an adapter with its model card to the Hugging Face hub."),
     "inspect": ("inspect", "Show what an adapter holds and what loads it."),
     "doctor": ("doctor", "Show what this machine can run and what is missing."),
 }

@@ -18,8 +18,8 @@ from phi3_lora_cli.options import note, output_options, print_json
     "adapters",
     required=True,
     multiple=True,
-    metavar="DIR",
-    help="An adapter; several are added up.",
+    metavar="DIR|ID",
+    help="An adapter's folder or hub id; several are added up.",
 )
 @click.option(
     "--weight",
@@ -61,6 +61,7 @@ def command(
       phi3-lora merge --model demo --adapter runs/demo/adapter --output runs/merged
     """
     from phi3_lora.adapters.deltas import Weighted
+    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, other_base_notes
     from phi3_lora.merge import merge
     from phi3_lora.weights import check_weights, model_identity
@@ -69,10 +70,11 @@ def command(
         raise click.UsageError(
             f"{len(adapters)} --adapter and {len(weights)} --weight: give each adapter one, or none"
         )
+    folders = [str(resolve_adapter_dir(adapter)) for adapter in adapters]
     base = look_at_model(model, revision)
     parts = [
         Weighted(load_adapter(path, base), weight)
-        for path, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)
+        for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True)
     ]
     tensors = check_weights(base.path, base.config)
     identity = model_identity(base.path, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -33,8 +34,12 @@ def command(
     Example:
       phi3-lora push runs/demo/adapter ada/phi3-orders --private
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from phi3_lora.hub_push import push
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     done = push(
         Path(adapter).expanduser(),
         repo,

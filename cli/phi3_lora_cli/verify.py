@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from phi3_lora_cli.options import backend_options, note, output_options, print_json
@@ -35,12 +33,14 @@ def command(
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
     from phi3_lora.adapters.fingerprint import check_vocabulary, compare, read_fingerprint
+    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
-    stored = read_fingerprint(Path(adapter))
+    folder = resolve_adapter_dir(adapter)
+    stored = read_fingerprint(folder)
     base = look_at_model(model, revision, quantize=quantize)
     check_vocabulary(stored, base.config.vocab_size)
-    weights = load_adapter(adapter, base)
+    weights = load_adapter(str(folder), base)
     opened = open_engine(
         base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
     )

@@ -46,7 +46,8 @@ OPTIONS = {
         *("--model", "--revision", "--adapter", "--weight", "--output", "--to", "--dtype"),
         *("--dequantize", *OUTPUT),
     ],
-    "inspect": OUTPUT,
+    "push": ["--private", "--revision", "--message", *OUTPUT],
+    "inspect": ["--plot", *OUTPUT],
     "doctor": OUTPUT,
 }
 Capture = pytest.CaptureFixture[str]
@@ -120,6 +121,9 @@ def test_version_names_the_package(capsys: Capture) -> None:
         (["generate", "--model", "/nowhere/m", "--prompt", "x"], "no such model folder"),
         (["generate", "--model", "demo"], "--prompt"),
         (["inspect", "/nowhere/a"], "no such adapter folder"),
+        (["inspect", "demo", "--plot", "x.svg"], "a .png or an .html"),
+        (["push", "/nowhere/a"], "REPO"),
+        (["push", "/nowhere/a", "orders"], "REPO must be owner/name"),
         (["convert", "/nowhere/a", "/nowhere/b", "--to", "peft"], "no such adapter folder"),
         (["convert", "a", "b", "--to", "gguf"], "gguf"),
     ],
@@ -156,12 +160,14 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys: Capture) -> N
     assert code == 2 and "Traceback" in err and "error: no such adapter folder" in err
 
 
-def test_fault_of_ours_exits_1(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_of_ours_exits_1(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(folder: Path) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("phi3_lora.adapters.inspection.inspect_adapter", fail)
-    code, _, err = run(capsys, "inspect", "x")
+    code, _, err = run(capsys, "inspect", tmp_path)
     assert code == 1 and "internal error: ZeroDivisionError: oops" in err and "--debug" in err
 
 
@@ -192,6 +198,17 @@ def test_inspect_prints_one_object(capsys: Capture, tmp_path: Path) -> None:
     assert facts["layers"] == [0, 1] and len(facts["delta_norms"]) == 8
     code, out, _ = run(capsys, "inspect", tmp_path / "a")
     assert code == 0 and "alpha / r" in out
+
+
+def test_inspect_draws_where_it_is_told(capsys: Capture, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", write_model(tmp_path / "model"))
+    page = tmp_path / "map.html"
+    facts = run_json(capsys, "inspect", tmp_path / "a", "--plot", page)
+    assert facts["plot"] == str(page)
+    text = page.read_text()
+    assert all(f'title="{m}: {n:.6g}"' in text for m, n in facts["delta_norms"].items())
+    code, out, _ = run(capsys, "inspect", tmp_path / "a", "--plot", page)
+    assert code == 0 and f"heat map    {page}" in out
 
 
 @pytest.mark.parametrize("to", ["peft", "both"])

@@ -1,0 +1,244 @@
+"""The size of each delta as a picture: layers down, modules across."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi3_lora.adapters.names import split_layer
+from phi3_lora.errors import AdapterError, ConfigError, listing
+from phi3_lora.storage import replace_file
+
+_SUFFIXES = (".png", ".html")
+_STOPS = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
+"""From norm 0 to the largest, evenly spaced. Source: ColorBrewer, Blues."""
+_ORDER = (
+    *("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
+)
+"""Modules as a layer runs them; others come after, by name."""
+_ZERO = "changes nothing (norm 0)"
+_ABSENT = "not adapted"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    label: str
+    cells: tuple[float | None, ...]
+    """A norm a column, None where a module has no delta; one alone spans all columns."""
+    modules: tuple[str, ...]
+    """The full path behind each cell."""
+
+
+def check_name(path: Path) -> None:
+    """Make sure that a heat map can be written under this name.
+
+    Raises:
+        ConfigError: when the suffix is another than .png or .html, or matplotlib is missing.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"a heat map is a .png or an .html, got {path} (--plot)")
+    if path.suffix.lower() == ".png":
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                "a .png needs matplotlib: pip install 'phi3-lora[plots]', or give a name that ends "
+                "in .html, which needs nothing"
+            ) from None
+
+
+def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
+    """Write the norms of an adapter's deltas as a heat map.
+
+    A row a decoder layer and a column a module; a module outside the layers has a row of its own.
+    One scale of colours, from 0 to the largest norm; a norm of 0 and a module without a delta are
+    marked and not coloured.
+
+    Args:
+        path: .png (drawn by matplotlib) or .html (a page of its own, without scripts).
+        norms: full path of a module -> Frobenius norm of its delta.
+        title: above the map.
+
+    Raises:
+        AdapterError: when there are no norms, or one is not finite.
+        ConfigError: as check_name.
+        StorageError: when the file cannot be written.
+    """
+    check_name(path)
+    wrong = [f"{name}: {norm}" for name, norm in norms.items() if not 0 <= norm < math.inf]
+    if wrong:
+        raise AdapterError(listing("these norms are no finite numbers >= 0:", wrong))
+    if not norms:
+        raise AdapterError("nothing to draw: the adapter has no module with A and B")
+    columns, rows = _table(norms)
+    draw = _png if path.suffix.lower() == ".png" else _html
+    replace_file(path, draw(columns, rows, max(norms.values()), title))
+
+
+def _table(norms: Mapping[str, float]) -> tuple[list[str], list[_Row]]:
+    """Column titles and rows: the embedding, the layers, then the head and others."""
+    places = {name: split_layer(name) for name in norms}
+    inside = {place: name for name, place in places.items() if place is not None}
+    paths = sorted({path for _, path in inside}, key=_rank)
+    outside = [
+        _Row(name, (norms[name],), (name,)) for name, place in places.items() if place is None
+    ]
+    first = [row for row in outside if row.label.endswith("embed_tokens")]
+    layers = [
+        _Row(
+            str(layer),
+            tuple(norms[inside[layer, p]] if (layer, p) in inside else None for p in paths),
+            tuple(f"model.layers.{layer}.{p}" for p in paths),
+        )
+        for layer in sorted({layer for layer, _ in inside})
+    ]
+    endings = [path.rsplit(".", 1)[-1] for path in paths]
+    titles = endings if len(set(endings)) == len(endings) else paths
+    return titles, [*first, *layers, *(row for row in outside if row not in first)]
+
+
+def _rank(path: str) -> tuple[int, str]:
+    ending = path.rsplit(".", 1)[-1]
+    return _ORDER.index(ending) if ending in _ORDER else len(_ORDER), path
+
+
+def _colour(share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a norm's share of the largest."""
+    place = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
+    index = min(int(place), len(_STOPS) - 2)
+    low, high = (
+        [int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in _STOPS[index : index + 2]
+    )
+    red, green, blue = (
+        round(a + (b - a) * (place - index)) for a, b in zip(low, high, strict=True)
+    )
+    return red, green, blue
+
+
+def _is_dark(share: float) -> bool:
+    red, green, blue = _colour(share)
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 140
+
+
+def _text(norm: float | None) -> str:
+    return "\u2013" if norm is None else "0" if norm == 0 else f"{norm:.3g}"
+
+
+_CSS = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
+h1 { font-size: 1.2em; font-weight: 600; }
+table { border-collapse: separate; border-spacing: 2px; }
+th { font-weight: 500; padding: 2px 8px; }
+tbody th { text-align: right; }
+td { padding: 3px 12px; text-align: center; font-variant-numeric: tabular-nums; min-width: 5em; }
+.zero { color: #a33; background: repeating-linear-gradient(45deg, #fff 0 5px, #f3c9c9 5px 7px); }
+.absent { color: #999; background: #f4f4f4; }
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 1em 0; }
+.bar { width: 16em; height: 1em; border: 1px solid #bbb; }
+.box { width: 2em; height: 1em; border: 1px solid #bbb; }
+.legend .box { margin-left: 1.5em; }
+""".strip()
+
+
+def _html(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
+    """A page with the map as a table, the numbers as text and the modules' paths as titles."""
+    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
+    lines = []
+    for row in rows:
+        span = len(columns) if len(row.cells) == 1 else 1
+        cells = "".join(
+            _cell(module, norm, largest, span)
+            for module, norm in zip(row.modules, row.cells, strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}</tr>')
+    scale = (
+        f'<span>0</span><span class="bar" style="background:linear-gradient(to right,'
+        f'{",".join(_STOPS)})"></span><span>{largest:.3g}</span>'
+    )
+    legend = (
+        f'<div class="legend">{scale if largest else ""}'
+        f'<span class="box zero"></span><span>{_ZERO}</span>'
+        f'<span class="box absent"></span><span>{_ABSENT}</span></div>'
+    )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>Frobenius norm of each module's delta.</p>\n{legend}\n"
+        f'<table>\n<thead><tr><th scope="col">layer</th>{heads}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody>\n</table>\n</body>\n</html>\n"
+    )
+    # Python keeps an undecodable byte of a file name as a lone surrogate.
+    return page.encode("utf-8", errors="replace")
+
+
+def _cell(module: str, norm: float | None, largest: float, span: int) -> str:
+    name = html.escape(module, quote=True)
+    wide = f' colspan="{span}"' if span > 1 else ""
+    if norm is None:
+        return f'<td class="absent" title="{name}: {_ABSENT}"{wide}>{_text(norm)}</td>'
+    if norm == 0:
+        return f'<td class="zero" title="{name}: {_ZERO}"{wide}>{_text(norm)}</td>'
+    share = norm / largest
+    colour = "rgb({},{},{})".format(*_colour(share))
+    ink = "#fff" if _is_dark(share) else "#222"
+    style = f"background:{colour};color:{ink}"
+    return f'<td style="{style}" title="{name}: {norm:.6g}"{wide}>{_text(norm)}</td>'
+
+
+def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
+    """Colour of the text of a cell, and how matplotlib fills the cell."""
+    if norm is None:
+        return "#999999", {"facecolor": "#f4f4f4", "edgecolor": "#ffffff"}
+    if norm == 0:
+        return "#aa3333", {"facecolor": "#ffffff", "edgecolor": "#f0b0b0", "hatch": "////"}
+    share = norm / largest
+    face = [part / 255 for part in _colour(share)]
+    ink = "#ffffff" if _is_dark(share) else "#222222"
+    return ink, {"facecolor": face, "edgecolor": "#ffffff"}
+
+
+def _png(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
+    """The map drawn by matplotlib, on no display and without its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+
+    across = max(1, len(columns))
+    figure = Figure(figsize=(3.2 + 1.1 * across, 1.9 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for y, row in enumerate(rows):
+        width = across if len(row.cells) == 1 else 1
+        for x, norm in enumerate(row.cells):
+            ink, look = _look(norm, largest)
+            axes.add_patch(Rectangle((x, y), width, 1, linewidth=1, **look))
+            middle = (x + width / 2, y + 0.5)
+            axes.text(*middle, _text(norm), ha="center", va="center", size=8, color=ink)
+    axes.set(xlim=(0, across), ylim=(len(rows), 0), ylabel="layer")
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], [row.label for row in rows])
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False, bottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, size=11, pad=10, parse_math=False, wrap=True)
+    if largest:
+        colours = LinearSegmentedColormap.from_list("norms", list(_STOPS))
+        scale = ScalarMappable(Normalize(0, largest), colours)
+        bar = figure.colorbar(scale, ax=axes, fraction=0.05, aspect=30)
+        bar.set_label("Frobenius norm of the delta")
+    marks = [
+        Patch(label=_ZERO, **_look(0.0, largest)[1]),
+        Patch(label=_ABSENT, **_look(None, largest)[1] | {"edgecolor": "#cccccc"}),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
