@@ -165,7 +165,11 @@ def http_status(cause: BaseException | None) -> int | None:
 def hub_reason(cause: BaseException) -> str:
     """Why the hub did not give what was asked for, in one line."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     status = http_status(cause)
     chain = (cause, cause.__cause__)
@@ -175,7 +179,7 @@ def hub_reason(cause: BaseException) -> str:
         return f"it is gated, ask for access on its page (HTTP {status})"
     if status in _REASONS:
         return f"{_REASONS[status]} (HTTP {status})"
-    if status is None and HF_HUB_OFFLINE:
+    if isinstance(cause, LocalEntryNotFoundError) and HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and the cache does not hold it"
     return first_line(cause)
 
