@@ -15,7 +15,7 @@ from phi3_lora.backend import Backend, Engine, Float32, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import ConfigError, ModelError
 from phi3_lora.grid import GRID_BITS
-from phi3_lora.hub import resolve_model_dir
+from phi3_lora.hub import resolve_adapter_dir, resolve_model_dir
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_cache import quantized_copy
@@ -120,17 +120,18 @@ def prepare_weights(
 
 
 def load_adapter(path: str, base: BaseModel) -> Adapter:
-    """An adapter folder of either layout, checked against a base model.
+    """An adapter of a folder or a hub id, in any layout, checked against a base model.
 
     Raises:
         AdapterError: when it is damaged or does not fit.
     """
-    adapter = read_adapter(Path(path), base.config, row_norms=base.row_norms)
+    folder = resolve_adapter_dir(path)
+    adapter = read_adapter(folder, base.config, row_norms=base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
     return dataclasses.replace(
         adapter,
         num_layers=base.config.num_hidden_layers,
-        base_identity=base_identity(Path(path)),
+        base_identity=base_identity(folder),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,26 @@ from phi3_lora.adapters.deltas import Weighted, change_of_rows
 from phi3_lora.adapters.folder import check_unused
 from phi3_lora.backend import Float32
 from phi3_lora.errors import ModelError
+from phi3_lora.gguf_model import (
+    OUT_TYPE_OF,
+    OUT_TYPES,
+    as_q8_0,
+    check_gguf,
+    gguf_package,
+    unchanged_as_stored,
+)
 from phi3_lora.model_writer import write_companions, write_shards
 from phi3_lora.models import DTYPES, ModelConfig
+from phi3_lora.ollama import fill_gguf_folder
 from phi3_lora.quantized_folder import dense_weight
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
+    FLOAT_TYPES,
     STORED_AS,
     NewTensor,
     TensorInfo,
     from_float32,
+    read_parts,
     read_raw,
     to_float32,
 )
@@ -48,8 +59,11 @@ class Merge:
 
     path: str
     dtype: str
+    """Of a GGUF file its output type."""
     survival: dict[str, Survival]
     """By module path, of the modules with a delta that is not 0."""
+    notes: list[str] = field(default_factory=list)
+    """What llama.cpp does otherwise than the model."""
 
     @property
     def worst_module(self) -> str | None:
@@ -105,6 +119,49 @@ def merge(
     return Merge(str(target), chosen, merger.survival())
 
 
+def merge_to_gguf(
+    source: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    parts: Sequence[Weighted],
+    target: Path,
+    *,
+    out_type: str | None = None,
+    dequantized: bool = False,
+) -> Merge:
+    """Write what merge writes as model.gguf, for llama.cpp, with a Modelfile for Ollama.
+
+    Args:
+        source: as merge.
+        config: as merge.
+        tensors: as merge.
+        parts: as merge.
+        target: as merge.
+        out_type: one of gguf_model's OUT_TYPES; None is the one of the base's dtype.
+        dequantized: as merge.
+
+    Raises:
+        AdapterError: as merge.
+        ModelError: as merge; when the package gguf is missing or llama.cpp cannot hold the model.
+        StorageError: as merge.
+    """
+    check_unused(target)
+    _check_base(source, config, dequantized=dequantized)
+    gguf_package()
+    check_gguf(source, config)
+    chosen = out_type or OUT_TYPE_OF[config.dtype]
+    rounding = as_q8_0 if chosen == "q8_0" else None
+    merger = _Merger(config, tensors, parts, OUT_TYPES[chosen].stored_as, rounding)
+    notes: list[str] = []
+
+    def fill(folder: Path) -> None:
+        made = unchanged_as_stored(merger.tensors(), tensors, merger.changed)
+        notes.extend(fill_gguf_folder(folder, source, config, made, out_type=chosen))
+
+    replace_folder(target, fill)
+    return Merge(str(target), chosen, merger.survival(), notes)
+
+
 def _check_base(source: Path, config: ModelConfig, *, dequantized: bool) -> None:
     if config.quantization is None:
         return
@@ -129,20 +186,22 @@ class _Merger:
         tensors: Mapping[str, TensorInfo],
         parts: Sequence[Weighted],
         stored_as: str,
+        rounding: Callable[[Float32], Float32] | None = None,
     ) -> None:
         self._config = config
         self._tensors = tensors
         self._parts = parts
         self._stored_as = stored_as
+        self._rounding = rounding
+        self.changed = {m for p in parts for m in (*p.adapter.modules, *p.adapter.saved)}
         self._sums: dict[str, np.ndarray] = {}
 
     def tensors(self) -> dict[str, NewTensor]:
         """Of a plain, unquantised model."""
-        adapted = {m for part in self._parts for m in (*part.adapter.modules, *part.adapter.saved)}
         found = {}
         for name, shape in self._config.tensor_shapes().items():
             module = name.removesuffix(".weight")
-            make: Any = partial(self._merged, module) if module in adapted else None
+            make: Any = partial(self._merged, module) if module in self.changed else None
             found[name] = NewTensor(self._stored_as, shape, make or partial(self._copied, name))
         return found
 
@@ -150,9 +209,15 @@ class _Merger:
         info = self._tensors[name]
         if info.dtype == self._stored_as:
             return read_raw(info)
-        return self._stored(name, self._base(name.removesuffix(".weight")))
+        if info.dtype not in FLOAT_TYPES:
+            return self._stored(name, self._base(name.removesuffix(".weight")))
+        # A large embedding in float32, several times over, would be the peak of a merge.
+        parts = [self._stored(name, to_float32(p, info.dtype)) for p in read_parts(info)]
+        return np.concatenate(parts).reshape(info.shape)
 
     def _stored(self, name: str, value: Float32) -> np.ndarray:
+        if self._rounding is not None and value.ndim == 2:
+            value = self._rounding(value)
         with np.errstate(over="ignore"):
             stored = from_float32(value, self._stored_as)
         if not np.isfinite(to_float32(stored, self._stored_as)).all():

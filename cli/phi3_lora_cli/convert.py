@@ -61,6 +61,7 @@ def command(
     from phi3_lora.adapters.consumers import CONSUMERS
     from phi3_lora.adapters.convert import Job, convert
     from phi3_lora.adapters.loralib_layout import Untold
+    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import look_at_model
 
     layout = to or (CONSUMERS[consumer].layout if consumer else None)
@@ -74,7 +75,7 @@ def command(
     if consumer == "ollama" and base is None:
         raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
     job = Job(
-        source=Path(source),
+        source=resolve_adapter_dir(source),
         target=Path(target) / "adapter.gguf" if consumer == "ollama" else Path(target),
         to=layout,
         consumer=consumer,

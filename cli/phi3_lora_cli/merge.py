@@ -31,15 +31,22 @@ from phi3_lora_cli.options import note, output_options, print_json
 @click.option("--output", required=True, metavar="DIR", help="A new folder.")
 @click.option(
     "--to",
-    type=click.Choice(["hf", "mlx"]),
+    type=click.Choice(["hf", "mlx", "gguf", "adapter"]),
     default="hf",
-    help="One folder is both: transformers and mlx-lm load it.",
+    help="hf, mlx: one folder for both. gguf: one file for llama.cpp, with a Modelfile for Ollama. "
+    "adapter: no base, the adapters' sum as one adapter.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     help="Of the result. Default: auto (the base's own).",
+)
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
+    default="auto",
+    help="Of a GGUF file. Default: auto (the base's own).",
 )
 @click.option("--dequantize", is_flag=True, help="Write a base of 4 or 8 bits in full.")
 @output_options
@@ -51,10 +58,13 @@ def command(
     output: str,
     to: str,
     dtype: str,
+    outtype: str,
     dequantize: bool,
     as_json: bool,
 ) -> None:
     """Fold adapters into the base model, and say how much of them the result holds.
+
+    With --to adapter several adapters become one, whose ranks stand side by side, exactly.
 
     \b
     Example:
@@ -63,43 +73,78 @@ def command(
     from phi3_lora.adapters.deltas import Weighted
     from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, other_base_notes
-    from phi3_lora.merge import merge
+    from phi3_lora.merge import merge, merge_to_gguf
     from phi3_lora.weights import check_weights, model_identity
 
+    _check_types(to, dtype, outtype, dequantize=dequantize)
     if weights and len(weights) != len(adapters):
         raise click.UsageError(
             f"{len(adapters)} --adapter and {len(weights)} --weight: give each adapter one, or none"
         )
     folders = [str(resolve_adapter_dir(adapter)) for adapter in adapters]
-    base = look_at_model(model, revision)
+    base = look_at_model(model, revision, with_weights=to != "adapter")
     parts = [
         Weighted(load_adapter(path, base), weight)
         for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True)
     ]
+    if to == "adapter":
+        _write_sum(parts, Path(output).expanduser(), as_json=as_json)
+        return
     tensors = check_weights(base.path, base.config)
     identity = model_identity(base.path, tensors)
     for text in {text for part in parts for text in other_base_notes(part.adapter, identity)}:
         note(text)
-    result = merge(
-        base.path,
-        base.config,
-        tensors,
-        parts,
-        Path(output).expanduser(),
-        dtype=None if dtype == "auto" else dtype,
-        dequantized=dequantize,
-    )
+    inputs = (base.path, base.config, tensors, parts, Path(output).expanduser())
+    if to == "gguf":
+        chosen = None if outtype == "auto" else outtype
+        result = merge_to_gguf(*inputs, out_type=chosen, dequantized=dequantize)
+    else:
+        stored = None if dtype == "auto" else dtype
+        result = merge(*inputs, dtype=stored, dequantized=dequantize)
     _tell(result, as_json=as_json)
 
 
+def _write_sum(parts: Any, target: Path, *, as_json: bool) -> None:
+    """One adapter for several; its deltas are compared with the sum of theirs."""
+    from phi3_lora.adapters.deltas import concatenated
+    from phi3_lora.adapters.folder import check_unused, write_adapter_folder
+
+    check_unused(target)
+    adapter = concatenated(parts)
+    for text in write_adapter_folder(target, adapter):
+        note(text)
+    ranks = sorted({adapter.rank(module) for module in adapter.modules})
+    if as_json:
+        print_json({"path": str(target), "modules": len(adapter.modules), "ranks": ranks})
+        return
+    click.echo(
+        f"{len(parts)} adapters as one of rank {', '.join(map(str, ranks))}, "
+        f"{len(adapter.modules)} modules, in {target}"
+    )
+
+
+def _check_types(to: str, dtype: str, outtype: str, *, dequantize: bool) -> None:
+    if to == "adapter" and (dtype != "auto" or dequantize):
+        raise click.UsageError("--dtype and --dequantize are of models: leave them out")
+    if to == "gguf" and dtype != "auto":
+        raise click.UsageError("--dtype is of model folders: with --to gguf use --outtype")
+    if to != "gguf" and outtype != "auto":
+        raise click.UsageError(f"--outtype is of GGUF files: with --to {to} use --dtype")
+
+
 def _tell(result: Any, *, as_json: bool) -> None:
+    from phi3_lora.gguf_model import OUT_TYPES
+
+    for text in result.notes:
+        note(text)
     worst = result.worst_module
     if worst is None:
         note("the adapter changes nothing: every B is 0")
     elif result.survival[worst].cosine < 0.95:
+        exact = "--outtype f32" if result.dtype in OUT_TYPES else "--dtype float32"
         note(
             f"{result.dtype} holds only part of the adapter (cosine "
-            f"{result.survival[worst].cosine:.3f} in {worst}): merge with --dtype float32, or keep "
+            f"{result.survival[worst].cosine:.3f} in {worst}): merge with {exact}, or keep "
             "base and adapter apart"
         )
     if as_json:
@@ -107,6 +152,7 @@ def _tell(result: Any, *, as_json: bool) -> None:
             {
                 "path": result.path,
                 "dtype": result.dtype,
+                "notes": result.notes,
                 "survival": {
                     module: {"cosine": kept.cosine, "norm_ratio": kept.norm_ratio}
                     for module, kept in result.survival.items()

@@ -102,7 +102,8 @@ def convert(job: Job) -> Conversion:
     adapter, notes = _shaped(job, source)
     notes = [*source.notes, *notes, *_write(job, adapter)]
     # What loralib leaves out is known here.
-    told = dataclasses.replace(job.untold, alpha=adapter.scaling * adapter.r, enable=())
+    plain = uniform_adapter(adapter)
+    told = dataclasses.replace(job.untold, alpha=plain.scaling * plain.r, enable=())
     written, _ = read_source(job.target, job.config, told, job.row_norms)
     differences = relative_difference(source, written)
     gap = _factor_difference(source, written)

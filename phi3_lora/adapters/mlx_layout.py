@@ -67,7 +67,7 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
         # Before 2025-04 mlx-lm multiplied by scale * alpha / rank.
         scale *= parameters["alpha"] / rank
     return Adapter(
-        weights=_without_empty_pairs(weights),
+        weights=weights,
         r=rank,
         lora_alpha=scale * rank,
         lora_dropout=float(parameters.get("dropout") or 0.0),
@@ -98,7 +98,7 @@ def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def from_mlx_tensors(stored: Tensors) -> tuple[Tensors, list[str]]:
-    """Tensors under PEFT names, and what cannot be one of an adapter."""
+    """Tensors under PEFT names without those that only fill layers up, and what is none at all."""
     weights: Tensors = {}
     problems = []
     for name, value in stored.items():
@@ -110,7 +110,7 @@ def from_mlx_tensors(stored: Tensors) -> tuple[Tensors, list[str]]:
             problems.append(f"{name}: must be {what}, got {value.shape}")
         else:
             weights[_PEFT_NAMES[kind](module)] = np.ascontiguousarray(value.T)
-    return weights, problems
+    return _without_empty_pairs(weights), problems
 
 
 def _rank(name: str, value: Any) -> int | None:

@@ -36,7 +36,10 @@ OPTIONS = {
         *("--max-new-tokens", "--temperature", "--seed", *OUTPUT),
     ],
     "quantize": ["--model", "--revision", "--output", "--bits", *OUTPUT],
-    "convert": ["--to", "--model", "--alpha", "--prefix", "--enable", *OUTPUT],
+    "convert": [
+        *("--to", "--for", "--model", "--verify", "--rank", "--alpha", "--prefix", "--enable"),
+        *("--parts", *OUTPUT),
+    ],
     "verify": ["--model", "--revision", *BACKEND, *OUTPUT],
     "parity": [
         *("--model", "--revision", "--adapter", "--data", "--steps", "--device", "--quantize"),
@@ -44,12 +47,13 @@ OPTIONS = {
     ],
     "merge": [
         *("--model", "--revision", "--adapter", "--weight", "--output", "--to", "--dtype"),
-        *("--dequantize", *OUTPUT),
+        *("--outtype", "--dequantize", *OUTPUT),
     ],
     "push": ["--private", "--revision", "--message", *OUTPUT],
     "inspect": ["--plot", *OUTPUT],
     "doctor": OUTPUT,
 }
+MERGE = ["merge", "--model", "demo", "--adapter", "a", "--output", "b"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -125,7 +129,13 @@ def test_version_names_the_package(capsys: Capture) -> None:
         (["push", "/nowhere/a"], "REPO"),
         (["push", "/nowhere/a", "orders"], "REPO must be owner/name"),
         (["convert", "/nowhere/a", "/nowhere/b", "--to", "peft"], "no such adapter folder"),
-        (["convert", "a", "b", "--to", "gguf"], "gguf"),
+        (["convert", "a", "b"], "--to LAYOUT or --for TOOL"),
+        (["convert", "a", "b", "--to", "onnx"], "onnx"),
+        (["convert", "a", "b", "--to", "mlx", "--for", "vllm"], "leave out --to mlx"),
+        (["convert", "a", "b", "--for", "ollama"], "--for ollama needs --model"),
+        ([*MERGE, "--to", "adapter", "--dtype", "float16"], "leave them out"),
+        ([*MERGE, "--to", "gguf", "--dtype", "float16"], "with --to gguf use --outtype"),
+        ([*MERGE, "--outtype", "f16"], "with --to hf use --dtype"),
     ],
 )
 def test_wrong_usage_exits_2(capsys: Capture, arguments: list[str], phrase: str) -> None:
@@ -139,7 +149,7 @@ def test_wrong_usage_exits_2(capsys: Capture, arguments: list[str], phrase: str)
         ({"--model": "/nowhere/m"}, "no such model folder"),
         ({"--data": "/nowhere/d"}, "no such data file"),
         ({"--rank": "0"}, "--rank"),
-        ({"--targets": "q_proj"}, "matches no layer"),
+        ({"--targets": "w_proj"}, "matches no layer"),
         ({"--adapter": "/nowhere/a"}, "no such adapter folder"),
         ({"--set": "training_config.sed=1"}, "did you mean seed?"),
     ],

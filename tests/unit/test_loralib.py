@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -15,6 +16,7 @@ from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.convert import Job, convert
 from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.loralib_layout import Untold, from_loralib
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.adapters.torch_file import encode_torch_file, read_torch_file
 from phi3_lora.errors import AdapterError
 from phi3_lora.models import PROJECTIONS
@@ -138,6 +140,20 @@ def test_convert_there_and_back_is_exact(capsys: Capture, tmp_path: Path) -> Non
         *("--alpha", "8", "--enable", "q,w"),
     )
     assert code == 2 and "allowed are q, k, v, gate, up" in err
+
+
+def test_ranks_and_scales_of_their_own_become_one_alpha(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    first = adapter.modules[0]
+    a, b = adapter.pair(first)
+    wide = {lora_a_name(first): np.tile(a, (2, 1)), lora_b_name(first): np.tile(b, (1, 2))}
+    adapter = dataclasses.replace(
+        adapter, weights={**adapter.weights, **wide}, alphas={adapter.modules[1]: 2.0}
+    )
+    write_adapter_folder(tmp_path / "a", adapter)
+    found = convert(Job(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib"))
+    assert found.max_relative_difference <= 1e-6
+    assert "r is 8, lora_alpha 16" in found.notes[0]
 
 
 @pytest.mark.parametrize("enable", [[True, False, True], [True, True, True]])
