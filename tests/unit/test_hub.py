@@ -180,6 +180,8 @@ def test_an_adapter_that_cannot_be_had_exits_2(
         ["generate", "--model", "demo", "--prompt", "x", "--adapter"],
         ["parity", "--model", "demo", "--adapter"],
         ["merge", "--model", "demo", "--output", "merged", "--adapter"],
+        ["train", "--model", "demo", "--data", "demo", "--output", "run", "--adapter"],
+        ["convert", "--to", "peft", "out"],
         ["verify", "--model", "demo"],
         ["inspect"],
     ],
@@ -190,6 +192,7 @@ def test_every_command_takes_an_adapter_of_the_hub(
 ) -> None:
     """Told by what is asked; the empty folder that comes back ends the command."""
     monkeypatch.chdir(tmp_path)
-    found = phi3_lora_here(*arguments, "ada/orders@v1")
+    at = 3 if arguments[0] == "convert" else len(arguments)
+    found = phi3_lora_here(*arguments[:at], "ada/orders@v1", *arguments[at:])
     assert found.returncode == 2 and "ada/orders on the hub holds no adapter" in found.stderr
     assert (asked["model"], asked["revision"]) == ("ada/orders", "v1")
