@@ -24,6 +24,10 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str
     """file:line."""
+    weights: tuple[bool | None, ...] | None = None
+    """Whether each message is in the loss; None (of one or of all) leaves it to the settings."""
+    whole: bool = False
+    """Plain text: one message, whose every token is in the loss."""
 
 
 class RowError(ValueError):
