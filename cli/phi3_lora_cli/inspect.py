@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi3_lora_cli.options import output_options, print_json
+from phi3_lora_cli.options import note, output_options, print_json
 
 
 @click.command()
@@ -46,23 +46,31 @@ def _print(facts: dict[str, Any]) -> None:
     click.echo(f"layout      {facts['layout']}")
     click.echo(f"base model  {facts['base_model'] or 'not recorded'}")
     kind = "alpha / sqrt(r), rsLoRA" if facts["use_rslora"] else "alpha / r"
-    click.echo(f"rank        {facts['r']}, alpha {facts['lora_alpha']:g}")
-    click.echo(f"scale       {facts['effective_scale']:g} ({kind})")
+    most = "" if facts["is_uniform"] else " in most modules"
+    click.echo(f"rank        {facts['r']}, alpha {facts['lora_alpha']:g}{most}")
+    click.echo(f"scale       {facts['effective_scale']:g} ({kind}){most}")
+    if facts["use_dora"]:
+        click.echo("DoRA        yes: each row of the weights also has a magnitude")
+    for module in facts["saved_modules"]:
+        click.echo(f"whole       {module}")
     click.echo(f"parameters  {facts['num_parameters']:,}")
     if layers:
         click.echo(f"layers      {len(layers)} ({layers[0]} to {layers[-1]})")
     for tool, answer in facts["loads_in"].items():
         click.echo(f"loads in    {tool}: {answer}")
-    table = Table(title="Frobenius norm of each delta", title_justify="left")
+    title = "Frobenius norm of each delta" + ("" if facts["is_uniform"] else " (rank, scale)")
+    table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     for target in facts["target_modules"]:
         table.add_column(target.rsplit(".", 1)[-1], justify="right")
     for layer in layers:
-        norms = [
-            facts["delta_norms"].get(f"model.layers.{layer}.{t}") for t in facts["target_modules"]
-        ]
-        table.add_row(str(layer), *("-" if n is None else f"{n:.4g}" for n in norms))
+        modules = [f"model.layers.{layer}.{target}" for target in facts["target_modules"]]
+        table.add_row(str(layer), *(_cell(facts, module) for module in modules))
     Console().print(table)
+    for module in facts["outside_layers"]:
+        click.echo(f"{module}: {_cell(facts, module)}")
+    for text in facts["notes"]:
+        note(text)
     if facts["no_op_modules"]:
         count = len(facts["no_op_modules"])
         click.echo(
@@ -70,3 +78,11 @@ def _print(facts: dict[str, Any]) -> None:
         )
     if "plot" in facts:
         click.echo(f"heat map    {facts['plot']}")
+
+
+def _cell(facts: dict[str, Any], module: str) -> str:
+    found = facts["modules"].get(module)
+    if found is None:
+        return "-"
+    own = "" if facts["is_uniform"] else f" ({found['r']}, {found['scale']:g})"
+    return f"{found['delta_norm']:.4g}{own}"

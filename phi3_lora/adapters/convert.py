@@ -181,7 +181,7 @@ def _write(job: Job, adapter: Adapter) -> list[str]:
         plain = uniform_adapter(adapter)
         return [
             f"loralib stores neither rank nor alpha: r is {plain.r}, lora_alpha "
-            f"{plain.scaling * plain.r:g}"
+            f"{plain.scaling * plain.r:.9g}"
         ]
     # What it answered where it was trained holds in every layout.
     names = (FINGERPRINT_NAME, "README.md") if job.source.is_dir() else ()

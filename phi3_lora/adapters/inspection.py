@@ -5,35 +5,67 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.consumers import CONSUMERS, faults_of
 from phi3_lora.adapters.deltas import delta_norm
 from phi3_lora.adapters.folder import find_layouts, read_adapter
+from phi3_lora.adapters.loralib_layout import Untold
 from phi3_lora.adapters.names import split_layer
+from phi3_lora.adapters.sources import other_layout, read_source
 
 
-def inspect_adapter(folder: Path) -> dict[str, Any]:
-    """Layout, rank, effective scale, targets, layers and the norm of each delta.
+def inspect_adapter(path: Path, untold: Untold | None = None) -> dict[str, Any]:
+    """Layout, ranks, effective scales, targets, layers and the norm of each delta.
+
+    With DoRA a norm is that of scaling B A, without the magnitudes.
+
+    Args:
+        path: a folder or file of any layout.
+        untold: what a .pt or .npz does not say.
 
     Raises:
         AdapterError: when it is damaged.
     """
-    layouts = find_layouts(folder)
-    adapter = read_adapter(folder, keep_parts=True)
-    norms = {module: delta_norm(adapter, module) for module in adapter.modules}
+    if other_layout(path) is None:
+        layouts = set(find_layouts(path))
+        adapter = read_adapter(path, keep_parts=True)
+    else:
+        adapter, layout = read_source(path, None, untold or Untold())
+        layouts = {layout}
+    modules = {
+        module: {
+            "r": adapter.rank(module),
+            "scale": adapter.scaling_of(module),
+            "delta_norm": delta_norm(adapter, module),
+        }
+        for module in adapter.modules
+    }
     places = [place for place in map(split_layer, adapter.modules) if place is not None]
     return {
-        "path": str(folder),
+        "path": str(path),
         "layout": "+".join(sorted(layouts)),
+        **_configuration(adapter),
+        "num_parameters": int(sum(value.size for value in adapter.weights.values())),
+        "target_modules": sorted({path for _, path in places}),
+        "outside_layers": [m for m in adapter.modules if split_layer(m) is None],
+        "saved_modules": list(adapter.saved),
+        "layers": sorted({layer for layer, _ in places}),
+        "modules": modules,
+        "delta_norms": {module: facts["delta_norm"] for module, facts in modules.items()},
+        "no_op_modules": [m for m, facts in modules.items() if facts["delta_norm"] == 0.0],
+        "loads_in": {"phi3-lora": "yes"}
+        | {name: faults_of(name, adapter, layouts) for name in CONSUMERS},
+        "notes": list(adapter.notes),
+    }
+
+
+def _configuration(adapter: Adapter) -> dict[str, Any]:
+    return {
         "base_model": adapter.base_model,
         "r": adapter.r,
         "lora_alpha": adapter.lora_alpha,
         "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
         "effective_scale": adapter.scaling,
-        "num_parameters": int(sum(value.size for value in adapter.weights.values())),
-        "target_modules": sorted({path for _, path in places}),
-        "layers": sorted({layer for layer, _ in places}),
-        "delta_norms": norms,
-        "no_op_modules": [module for module, norm in norms.items() if norm == 0.0],
-        "loads_in": {"phi3-lora": "yes"}
-        | {name: faults_of(name, adapter, set(layouts)) for name in CONSUMERS},
+        "is_uniform": adapter.is_uniform,
     }

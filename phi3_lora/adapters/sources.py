@@ -40,7 +40,7 @@ def read_source(
     Raises:
         AdapterError: when it is missing, damaged, or none of these.
     """
-    file = path if path.is_file() else _only_file(path)
+    file = other_layout(path)
     if file is None:
         layouts = "+".join(sorted(find_layouts(path)))
         return read_adapter(path, config, row_norms=row_norms), layouts
@@ -57,8 +57,11 @@ def read_source(
     return fuse(adapter, config), layout
 
 
-def _only_file(folder: Path) -> Path | None:
-    """The one file of another layout in a folder without safetensors."""
+def other_layout(path: Path) -> Path | None:
+    """The file of a layout that is one file: path, or the only one in a folder of nothing else."""
+    if path.is_file():
+        return path
+    folder = path
     if not folder.is_dir() or any(folder.glob("*.safetensors*")):
         return None
     found = [*folder.glob("*.gguf"), *folder.glob(NPZ_NAME), *folder.glob("*.pt")]

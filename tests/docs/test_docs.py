@@ -24,6 +24,7 @@ from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingC
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import COMMANDS, group
 from tests.docs.family_table import table
+from tests.hub_stand_in import running_hub
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -133,6 +134,10 @@ def test_readme_commands_run(folder: Path, capsys: Capture) -> None:
             arguments += ["--device", "cpu"]
         if arguments[0] == "train" and "--resume" not in arguments and Path("runs/a").exists():
             arguments += ["--output", "runs/b"]
+        if arguments[0] == "push":
+            with running_hub() as hub:
+                assert hub.run(folder / "cache", arguments).returncode == 0
+            continue
         code = run_reporting_faults(group, arguments)
         assert code == 0, f"{arguments}\n{capsys.readouterr().err}"
 
