@@ -169,7 +169,9 @@ def test_every_setting_is_documented_with_its_default() -> None:
         for field in dataclasses.fields(kind):
             if field.name not in sections:
                 name = f"data.{field.name}" if section == "data" else field.name
-                default = "none" if field.default in ("", None) else json.dumps(field.default)
+                is_made = field.default_factory is not dataclasses.MISSING
+                value = field.default_factory() if is_made else field.default
+                default = "none" if value in ("", None) else json.dumps(value)
                 assert table[name] == default.strip('"'), name
 
 
