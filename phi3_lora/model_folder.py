@@ -23,7 +23,7 @@ def read_json(path: Path, error: type[Phi3LoraError] = ModelError) -> dict[str, 
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path} is not readable JSON: {cause}") from None
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object, got {type(value).__name__}")

@@ -72,7 +72,7 @@ def read_header(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]
         raise error(f"no such file: {path}") from None
     except error:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise error(f"{path} is not a safetensors file: {cause}") from None
 
 

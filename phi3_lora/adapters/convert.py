@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, uniform_adapter
+from phi3_lora.adapters.adapter import Adapter, check_fits, uniform_adapter
 from phi3_lora.adapters.compress import compressed
 from phi3_lora.adapters.consumers import adapted_for
 from phi3_lora.adapters.deltas import relative_difference
@@ -17,6 +17,7 @@ from phi3_lora.adapters.folder import FINGERPRINT_NAME, check_unused, write_adap
 from phi3_lora.adapters.fused import RowNorms
 from phi3_lora.adapters.gguf_layout import write_gguf_adapter
 from phi3_lora.adapters.loralib_layout import Untold, to_loralib
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.adapters.sources import read_source, with_layers
 from phi3_lora.adapters.torch_file import encode_torch_file
 from phi3_lora.errors import AdapterError
@@ -60,9 +61,9 @@ class Conversion:
     to: str
     tensors: int
     lossless: bool
-    """Whether every delta is bit for bit the same, or differs only by zeros in its factors."""
+    """Whether every number is the same, but for zeros in its factors and powers of two."""
     max_weight_difference: float
-    """Largest difference of a factor, put into one rank and scale; with --rank, of a delta."""
+    """Largest difference of a number of the factors; where those are others, of a delta."""
     differences: dict[str, float]
     """|difference| / |delta| by module, in float64 and the Frobenius norm."""
     notes: list[str]
@@ -98,6 +99,9 @@ def convert(job: Job) -> Conversion:
     """
     _check_target(job)
     source, layouts = read_source(job.source, job.config, job.untold, job.row_norms)
+    if job.config is not None:
+        config = job.config
+        check_fits(source, config.adaptable_shapes(), str(job.source), config.tensor_shapes())
     source = with_layers(source, job.config)
     adapter, notes = _shaped(job, source)
     notes = [*source.notes, *notes, *_write(job, adapter)]
@@ -148,23 +152,32 @@ def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
 
 
 def _factor_difference(source: Adapter, written: Adapter) -> float | None:
-    """Largest difference of a factor; None where the factors are of other ranks."""
-    first, second = uniform_adapter(source), uniform_adapter(written)
-    if {n: v.shape for n, v in first.weights.items()} != {
-        n: v.shape for n, v in second.weights.items()
-    }:
+    """Largest difference of a number, after scales are put into B; None for other factors."""
+    if set(source.modules) != set(written.modules):
         return None
-    ratio = second.scaling / first.scaling if first.modules else 1.0
+    gaps = [_pair_difference(source, written, module) for module in source.modules]
+    factors = {name(m) for m in source.modules for name in (lora_a_name, lora_b_name)}
+    for name in (source.weights.keys() | written.weights.keys()) - factors:
+        first, second = source.weights.get(name), written.weights.get(name)
+        gaps.append(None if first is None or second is None else _largest(first - second))
+    return None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0)
+
+
+def _pair_difference(source: Adapter, written: Adapter, module: str) -> float | None:
+    (a, b), (other_a, other_b) = source.pair(module), written.pair(module)
+    r = min(len(a), len(other_a))
+    if any(f.any() for f in (a[r:], b[:, r:], other_a[r:], other_b[:, r:])):
+        return None
+    ratio = written.scaling_of(module) / source.scaling_of(module)
     # Two roundings of one scale are the same scale.
     ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
     return max(
-        (
-            float(np.abs(value - second.weights[name] * np.float32(ratio)).max(initial=0.0))
-            if name.endswith(("lora_B.weight", "lora_embedding_B"))
-            else float(np.abs(value - second.weights[name]).max(initial=0.0))
-        )
-        for name, value in first.weights.items()
+        _largest(a[:r] - other_a[:r]), _largest(b[:, :r] - other_b[:, :r] * np.float32(ratio))
     )
+
+
+def _largest(value: np.ndarray) -> float:
+    return float(np.abs(value).max(initial=0.0))
 
 
 def _write(job: Job, adapter: Adapter) -> list[str]:

@@ -83,8 +83,11 @@ def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
     """
     found = {}
     for module in dict.fromkeys([*first.modules, *second.modules]):
-        gap, size = _gap_and_size(first, second, module)
-        found[module] = 0.0 if gap == 0.0 else gap / size if size else math.inf
+        if _is_same_pair(first, second, module):
+            found[module] = 0.0
+        else:
+            gap, size = _gap_and_size(first, second, module)
+            found[module] = 0.0 if gap == 0.0 else gap / size if size else math.inf
         names = magnitude_name(module)
         one, other = first.weights.get(names), second.weights.get(names)
         if (one is None) != (other is None):
@@ -97,6 +100,16 @@ def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
         missing = one is None or other is None
         found[module] = math.inf if missing else _vector_gap(one, other)
     return found
+
+
+def _is_same_pair(first: Adapter, second: Adapter, module: str) -> bool:
+    """Whether factors and scale are equal, number for number; then nothing needs computing."""
+    names = (lora_a_name(module), lora_b_name(module))
+    if any(name not in adapter.weights for adapter in (first, second) for name in names):
+        return False
+    if first.scaling_of(module) != second.scaling_of(module):
+        return False
+    return all(np.array_equal(first.weights[name], second.weights[name]) for name in names)
 
 
 def _vector_gap(one: object, other: object) -> float:
@@ -118,8 +131,6 @@ def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, 
         other_a, other_b = rest[0]
         if a.shape[1] != other_a.shape[1] or len(b) != len(other_b):
             return math.inf, size
-        if a.shape == other_a.shape and np.array_equal(a, other_a) and np.array_equal(b, -other_b):
-            return 0.0, size
         a, b = np.concatenate([a, other_a]), np.concatenate([b, other_b], axis=1)
     return _product_norm(b, a), size
 

@@ -17,7 +17,7 @@ from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
 from phi3_lora.storage import replace_folder, write_bytes
-from phi3_lora.tensor_files import encode, read_header, read_index
+from phi3_lora.tensor_files import read_header, read_index, write_streamed
 
 CONFIG_NAME = "adapter_config.json"
 FINGERPRINT_NAME = "fingerprint.safetensors"
@@ -215,11 +215,10 @@ def write_adapter_folder(
 
     def fill(part: Path) -> None:
         if "peft" in layouts:
-            data = encode(peft_layout.peft_tensors(adapter))
-            write_bytes(part / peft_layout.WEIGHTS_NAME, data)
+            write_streamed(part / peft_layout.WEIGHTS_NAME, peft_layout.peft_tensors(adapter))
         if "mlx" in layouts:
             tensors = mlx_layout.mlx_tensors(mlx_layout.for_mlx(adapter))
-            write_bytes(part / mlx_layout.WEIGHTS_NAME, encode(tensors))
+            write_streamed(part / mlx_layout.WEIGHTS_NAME, tensors)
         text = json.dumps(adapter_config(adapter, layouts), indent=2) + "\n"
         write_bytes(part / CONFIG_NAME, text.encode())
         for name, content in (files or {}).items():

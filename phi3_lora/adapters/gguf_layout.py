@@ -33,7 +33,12 @@ _TENSOR = re.compile(r"^(.+)\.weight\.lora_([ab])$")
 _ALPHA = "adapter.lora.alpha"
 
 
-def _gguf() -> Any:
+def gguf_package() -> Any:
+    """The package gguf, which core installations do without.
+
+    Raises:
+        AdapterError: when it is not installed.
+    """
     try:
         import gguf
     except ImportError:
@@ -76,7 +81,7 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
         AdapterError: when llama.cpp cannot hold it, or the package gguf is missing.
         StorageError: when it cannot be written.
     """
-    gguf = _gguf()
+    gguf = gguf_package()
     reason = why_not_gguf(adapter)
     if reason is not None:
         raise AdapterError(f"llama.cpp cannot hold this adapter: {reason}: merge it instead")
@@ -124,8 +129,9 @@ def read_gguf_adapter(path: Path) -> Adapter:
         if match is None or module is None:
             problems.append(f"{tensor.name}: not a LoRA tensor of Phi-3")
             continue
-        value = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
-        pairs.setdefault(module, {})[match[2]] = np.array(value, np.float32)
+        # In float32 that is the mapped file itself, not a second copy of it.
+        value = gguf_package().quants.dequantize(tensor.data, tensor.tensor_type)
+        pairs.setdefault(module, {})[match[2]] = np.asarray(value, np.float32)
     for module, pair in pairs.items():
         if set(pair) != {"a", "b"} or any(value.ndim != 2 for value in pair.values()):
             problems.append(f"{module}: needs a matrix lora_a and a matrix lora_b")
@@ -145,7 +151,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
 
 
 def _reader(path: Path) -> Any:
-    gguf = _gguf()
+    gguf = gguf_package()
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as cause:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from phi3_lora.adapters.names import (
 from phi3_lora.adapters.peft_layout import is_number
 from phi3_lora.backend import Tensors
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.tensor_files import read_all_float32
+from phi3_lora.tensor_files import NewTensor, read_all_float32
 
 WEIGHTS_NAME = "adapters.safetensors"
 _PEFT_NAMES = {"lora_a": lora_a_name, "lora_b": lora_b_name, "m": magnitude_name}
@@ -45,8 +46,9 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
     """
     stored = read_all_float32(path, AdapterError)
     parameters, problems = _parameters(config)
+    has_magnitudes = any(name.endswith(".m") for name in stored)
     weights, foreign = from_mlx_tensors(stored)
-    if (config.get("fine_tune_type", "lora") == "dora") != any(n.endswith(".m") for n in stored):
+    if (config.get("fine_tune_type", "lora") == "dora") != has_magnitudes:
         problems.append(
             f"adapter_config.json: fine_tune_type {config.get('fine_tune_type', 'lora')!r} does "
             "not agree with the tensors: only dora has .m beside .lora_a and .lora_b"
@@ -98,10 +100,14 @@ def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def from_mlx_tensors(stored: Tensors) -> tuple[Tensors, list[str]]:
-    """Tensors under PEFT names without those that only fill layers up, and what is none at all."""
+    """Tensors under PEFT names without those that only fill layers up, and what is none at all.
+
+    Takes them out of stored one by one, so that they are not held twice.
+    """
     weights: Tensors = {}
     problems = []
-    for name, value in stored.items():
+    for name in list(stored):
+        value = stored.pop(name)
         module, _, kind = name.rpartition(".")
         if kind not in _PEFT_NAMES:
             problems.append(f"{name}: not a LoRA tensor of a linear layer")
@@ -190,11 +196,12 @@ def mlx_config(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def mlx_tensors(adapter: Adapter) -> Tensors:
+def mlx_tensors(adapter: Adapter) -> dict[str, NewTensor]:
     """The tensors of adapters.safetensors: lora_a (in, R), lora_b (R, out), m (out,)."""
     tensors = {}
     for name, value in adapter.weights.items():
         part = split_name(name)
         assert part is not None
-        tensors[f"{part[0]}.{_MLX_KINDS[part[1]]}"] = np.ascontiguousarray(value.T)
+        turned = NewTensor("F32", value.shape[::-1], partial(np.transpose, value))
+        tensors[f"{part[0]}.{_MLX_KINDS[part[1]]}"] = turned
     return tensors

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.names import lora_a_name, short_targets, split_name
-from phi3_lora.backend import Tensors
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.tensor_files import read_all_float32
+from phi3_lora.tensor_files import NewTensor, read_all_float32
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, "")
@@ -222,6 +224,9 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return pattern
 
 
-def peft_tensors(adapter: Adapter) -> Tensors:
+def peft_tensors(adapter: Adapter) -> dict[str, NewTensor]:
     """The tensors of adapter_model.safetensors."""
-    return adapter.weights
+    return {
+        name: NewTensor("F32", value.shape, partial(np.asarray, value))
+        for name, value in adapter.weights.items()
+    }

@@ -110,7 +110,7 @@ def write_source(folder: Path, adapter: Adapter, layout: str, dtype: str) -> Non
     folder.mkdir()
     if layout == "npz":
         plain = for_mlx(adapter)
-        np.savez(folder / NPZ_NAME, **mlx_tensors(plain))
+        np.savez(folder / NPZ_NAME, **{n: t.make() for n, t in mlx_tensors(plain).items()})
         (folder / "adapter_config.json").write_text(json.dumps(mlx_config(plain)))
         return
     write_adapter_folder(folder, adapter, to="peft")
