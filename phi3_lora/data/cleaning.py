@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from phi3_lora.data.records import Conversation, Message
 from phi3_lora.data.duplicates import Match, NearIndex, exact_duplicates, spoken_text
 from phi3_lora.data.languages import LanguageFilter
+from phi3_lora.data.records import Conversation, Message
 from phi3_lora.data.text_checks import encoding_problem, repaired, tidied, white_space_problem
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import ConfigError
