@@ -146,18 +146,24 @@ def uniform_adapter(adapter: Adapter) -> Adapter:
     scaling = adapter.scaling
     weights = dict(adapter.weights)
     for module in modules:
-        a, b = adapter.pair(module)
-        ratio = adapter.scaling_of(module) / scaling
-        # The ratio of two roundings of one number is no scale of its own.
-        if abs(ratio - 1.0) > 1e-12:
-            b = (b.astype(np.float64) * ratio).astype(np.float32)
-        missing = r - len(a)
-        if missing:
-            a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
+        a, b = uniform_pair(adapter, module, r)
         weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
     return dataclasses.replace(
         adapter, weights=weights, r=r, lora_alpha=scaling * r, use_rslora=False, alphas={}
     )
+
+
+def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float32]:
+    """A and B of a module in a rank that is not smaller, for the adapter's own scaling."""
+    a, b = adapter.pair(module)
+    ratio = adapter.scaling_of(module) / adapter.scaling
+    # The ratio of two roundings of one number is no scale of its own.
+    if abs(ratio - 1.0) > 1e-12:
+        b = (b.astype(np.float64) * ratio).astype(np.float32)
+    missing = r - len(a)
+    if missing:
+        a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
+    return a, b
 
 
 def check_fits(

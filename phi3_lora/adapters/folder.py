@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters import mlx_layout, peft_layout
-from phi3_lora.adapters.adapter import Adapter, adapter_problems, uniform_adapter
+from phi3_lora.adapters.adapter import Adapter, adapter_problems, module_of, uniform_pair
 from phi3_lora.adapters.fused import RowNorms, fuse, is_unfused, unfuse
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.backend import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
@@ -120,20 +122,29 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
-    # mlx-lm's file holds one rank and one scale for all; PEFT's may hold more.
-    first, second = uniform_adapter(first), uniform_adapter(second)
     problems = []
     if abs(first.scaling - second.scaling) > 1e-6 * abs(first.scaling):
         problems.append(f"scale {first.scaling:g} (PEFT) against {second.scaling:g} (mlx-lm)")
+    r = max((a.rank(m) for a in (first, second) for m in a.modules), default=0)
     for name in sorted(set(first.weights) | set(second.weights)):
         a, b = first.weights.get(name), second.weights.get(name)
         if a is None or b is None:
             problems.append(f"{name}: only in the {'mlx-lm' if a is None else 'PEFT'} file")
-        elif a.shape != b.shape or not np.array_equal(a, b):
+        elif not np.array_equal(_as_uniform(first, name, r), _as_uniform(second, name, r)):
             problems.append(f"{name}: different values")
     if problems:
         problems.append("delete the file that you do not trust")
         raise AdapterError(listing(f"the two adapter files in {folder} disagree:", problems))
+
+
+def _as_uniform(adapter: Adapter, name: str, r: int) -> Float32:
+    """A tensor in one rank and scale for all: mlx-lm's file holds no other, PEFT's may."""
+    module = module_of(name)
+    if name == lora_a_name(module):
+        return uniform_pair(adapter, module, r)[0]
+    if name == lora_b_name(module):
+        return uniform_pair(adapter, module, r)[1]
+    return adapter.weights[name]
 
 
 def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]:

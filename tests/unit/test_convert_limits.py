@@ -1,4 +1,4 @@
-"""What converting an adapter of 100 MB takes: no framework, 2 seconds, 3 times its size in memory."""
+"""What converting an adapter of 100 MB takes: no framework, 2 s, 3 times its size in memory."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_a_large_adapter_is_converted_quickly_and_in_little_memory(
         )
         seconds, held, difference, frameworks = json.loads(run.stdout)
         assert difference <= 1e-6 and frameworks == []
-        # One folder for both tools is two files.
-        assert held <= 3.2 * size if to == "both" else held <= 3 * size
+        # The folder for both tools is two files, which are read back and compared.
+        assert held <= (4 if to == "both" else 3) * size
         best = min(best, seconds)
         if best < 2:
             break
