@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from phi3_lora.data.tokenizer import ChatTokenizer, _special_token_strings, _template_source
+from phi3_lora.data.template import special_token_strings, template_source
+from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import ModelError
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
@@ -102,7 +103,7 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
     else:
         merges = [" ".join(pair) for pair in _merges(raw)]
         pre = _pre_tokenizer(model_dir, raw, notes)
-    strings = _special_token_strings(settings)
+    strings = special_token_strings(settings)
     ids = {text: i for i, text in enumerate(tokens)}
     special = {name: ids.get(strings.get(f"{name}_token", "")) for name in _KINDS}
     special["eot"] = chat.end_of_turn_id
@@ -121,7 +122,7 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
         special_ids={name: i for name, i in special.items() if i is not None},
         adds_bos=bool(bos) and start.startswith(bos),
         adds_space=kind == "llama" and _prepends_space(raw),
-        chat_template=_template_source(model_dir, settings),
+        chat_template=template_source(model_dir, settings),
         model_name=_model_name(raw, kind, notes),
         eating=_eating(raw),
         notes=notes,

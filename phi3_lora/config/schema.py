@@ -16,6 +16,10 @@ from phi3_lora.schedule import SCHEDULERS
 STRATEGIES = ("no", "steps", "epoch")
 OPTIMIZERS = {"adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
 """Accepted names and the update rule they mean."""
+LOSS_ON = ("assistant", "last", "all")
+"""What the loss counts on: every answer with its end token, the last one, or every token."""
+TOO_LONG = ("drop", "truncate_left", "truncate_right", "error")
+"""What becomes of a row that is longer than max_length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,8 +245,19 @@ class DataConfig:
     """A JSONL file to validate on."""
     valid_fraction: float = 0.0
     """Share of the training rows to validate on, when there is no validation file."""
+    loss_on: str = "assistant"
+    """assistant (every answer), last (the last answer) or all; a row's own weights win."""
+    too_long: str = "drop"
+    """Rows longer than max_length: drop, truncate_left, truncate_right (whole turns) or error."""
+    chat_template: str | None = None
+    """A Jinja file in place of the model's own chat template."""
 
     def __post_init__(self) -> None:
+        for name, allowed in (("loss_on", LOSS_ON), ("too_long", TOO_LONG)):
+            value = getattr(self, name)
+            _require(
+                value in allowed, f"data.{name} must be one of {', '.join(allowed)}; got {value!r}"
+            )
         _require(
             0.0 <= self.valid_fraction < 1.0,
             f"data.valid_fraction must be in [0, 1), got {self.valid_fraction}",

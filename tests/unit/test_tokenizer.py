@@ -86,11 +86,11 @@ def test_marker_inside_a_text_does_not_shift_the_mask(tokenizer: ChatTokenizer) 
 def test_encoding_by_segment_equals_whole_text(
     tokenizer: ChatTokenizer, messages: tuple[dict[str, str], ...]
 ) -> None:
-    rendered = tokenizer._render(messages)
-    assert not tokenizer._holds_marker(rendered)
-    whole, pieces = tokenizer._encode(rendered), tokenizer._encode_by_segment(rendered)
+    rendered = tokenizer._renderer.conversation(Conversation(messages, "x:1"))
+    assert not rendered.remarks.has_marker_text and not rendered.borders
+    whole, pieces = tokenizer._encode(rendered), tokenizer._encode_in_parts(rendered)
     assert pieces[0] == list(whole[0])
-    documents = [tokenizer._document(*found, rendered, "x:1") for found in (whole, pieces)]
+    documents = [tokenizer._document(found, rendered, "x:1") for found in (whole, pieces)]
     np.testing.assert_array_equal(documents[0].supervised, documents[1].supervised)
 
 
@@ -200,7 +200,9 @@ def test_row_that_the_template_refuses_is_named(
     tokenizer = ChatTokenizer(tmp_path, vocab_size=264)
     from phi3_lora.data.template import ChatTemplate
 
-    tokenizer.template = ChatTemplate(TEMPLATE.replace(old, new), {"eos_token": MARKERS[0]})
+    tokenizer._renderer.template = ChatTemplate(
+        TEMPLATE.replace(old, new), {"eos_token": MARKERS[0]}
+    )
     rows = [Conversation(talk("q", "1"), "f:1"), Conversation(talk("bad", "1"), "f:2")]
     with pytest.raises(DataError) as problem:
         tokenizer.encode_conversations(rows)

@@ -1,0 +1,175 @@
+"""The special tokens of a tokenizer as they stand in rendered text, and the white space they eat.
+
+A marker counts only where the template itself wrote it: in a message's content it is text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+Span = tuple[int, int]
+"""Characters [start, end) of a text."""
+_NOT_SPACES = "\x1c\x1d\x1e\x1f"
+"""White space to Python, not to Unicode, nor to the tokenizers library."""
+_SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in _NOT_SPACES)
+
+
+class _Flags(Protocol):
+    """What is read of tokenizers.AddedToken."""
+
+    @property
+    def lstrip(self) -> bool: ...
+
+    @property
+    def rstrip(self) -> bool: ...
+
+
+class Marker(NamedTuple):
+    """A special token."""
+
+    text: str
+    id: int
+    eats_before: bool
+    eats_after: bool
+
+
+class Segment(NamedTuple):
+    """Characters [start, end) of a text: a marker of the template, or text to encode."""
+
+    start: int
+    end: int
+    marker: Marker | None
+
+
+class Markers:
+    """All special tokens of a tokenizer."""
+
+    def __init__(self, tokens: Mapping[int, tuple[str, _Flags]]) -> None:
+        """Index the tokens.
+
+        Args:
+            tokens: id -> the token's text and whether it eats white space.
+        """
+        self._known = {
+            text: Marker(text, i, flags.lstrip, flags.rstrip)
+            for i, (text, flags) in tokens.items()
+            if text
+        }
+        self.ids = sorted(marker.id for marker in self._known.values())
+        self.texts = sorted(self._known)
+        # The longest wins where several begin at one character, as in the tokenizers library.
+        longest_first = sorted(self._known, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._closes: dict[str, bool] = {}
+
+    def at(self, text: str, at: int) -> Span | None:
+        """Where the marker lies that begins at a character, white space before it apart."""
+        match = self._pattern.match(text, _after_spaces(text, at))
+        return None if match is None else match.span()
+
+    def any_in(self, text: str) -> bool:
+        """Whether a text holds the text of a marker."""
+        return self._pattern.search(text) is not None
+
+    def touch(self, text: str, contents: Sequence[Span]) -> bool:
+        """Whether what looks like a marker has a character in one of the contents."""
+        filled = [span for span in contents if span[0] < span[1]]
+        at = 0
+        for match in self._pattern.finditer(text):
+            while at < len(filled) and filled[at][1] <= match.start():
+                at += 1
+            if at < len(filled) and filled[at][0] < match.end():
+                return True
+        return False
+
+    def closes(self, literal: str) -> bool:
+        """Whether nothing that follows the template's text can be joined to its last token.
+
+        So it is after a marker, and after white space that a marker eats.
+        """
+        known = self._closes.get(literal)
+        if known is None:
+            last = self._last(literal)
+            known = last is not None and (last[1].eats_after or last[0] == len(literal))
+            if len(self._closes) < 1000:
+                self._closes[literal] = known
+        return known
+
+    def eaten(self, text: str, contents: Sequence[Span]) -> int:
+        """Characters of white space at the edges of contents that the markers beside them eat."""
+        total, floor = 0, 0
+        for start, end in contents:
+            if start < end:
+                total += self._eaten(text, floor, start, end)
+            floor = end
+        return total
+
+    def _eaten(self, text: str, floor: int, start: int, end: int) -> int:
+        content = text[start:end]
+        leading = len(content) - len(content.lstrip(_SPACES))
+        trailing = len(content) - len(content.rstrip(_SPACES))
+        eaten = 0
+        if leading:
+            last = self._last(text[floor:start])
+            eaten = leading if last is not None and last[1].eats_after else 0
+        if trailing and eaten < len(content):
+            following = self._pattern.match(text, _after_spaces(text, end))
+            if following is not None and self._known[following.group()].eats_before:
+                eaten += trailing
+        return min(eaten, len(content))
+
+    def _last(self, literal: str) -> tuple[int, Marker] | None:
+        """The marker at the end of a text, white space after it apart, and where it ends."""
+        stripped = literal.rstrip(_SPACES)
+        last = None
+        for match in self._pattern.finditer(stripped):
+            last = match
+        if last is None or last.end() < len(stripped):
+            return None
+        return last.end(), self._known[last.group()]
+
+    def segments(
+        self, text: str, contents: Sequence[Span], borders: Sequence[int] = ()
+    ) -> list[Segment]:
+        """A text in parts to encode one by one; white space that markers eat is left out.
+
+        Args:
+            text: as the template rendered it.
+            contents: where no marker counts, in order.
+            borders: characters at which a part must begin.
+        """
+        found: list[Segment] = []
+        begin = 0
+        for start, end, marker in self._written(text, contents):
+            kept = len(text[begin:start].rstrip(_SPACES)) if marker.eats_before else start - begin
+            found.append(Segment(begin, begin + kept, None))
+            found.append(Segment(start, end, marker))
+            begin = _after_spaces(text, end) if marker.eats_after else end
+        found.append(Segment(begin, len(text), None))
+        cut = [part for segment in found for part in _cut(segment, borders)]
+        return [segment for segment in cut if segment.start < segment.end]
+
+    def _written(self, text: str, contents: Sequence[Span]) -> Iterator[tuple[int, int, Marker]]:
+        """The markers between the contents."""
+        edges = [0, *(at for span in contents for at in span), len(text)]
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            for match in self._pattern.finditer(text, start, end):
+                yield match.start(), match.end(), self._known[match.group()]
+
+
+def _cut(segment: Segment, borders: Sequence[int]) -> list[Segment]:
+    if segment.marker is not None:
+        return [segment]
+    inner = [b for b in borders if segment.start < b < segment.end]
+    edges = [segment.start, *inner, segment.end]
+    return [Segment(a, b, None) for a, b in itertools.pairwise(edges)]
+
+
+def _after_spaces(text: str, at: int) -> int:
+    """The first character from a place on that no marker eats."""
+    while at < len(text) and text[at] in _SPACES:
+        at += 1
+    return at

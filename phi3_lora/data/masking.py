@@ -1,0 +1,89 @@
+"""Which tokens of a conversation the loss counts on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from phi3_lora.backend import Bool, Int32
+from phi3_lora.data.markers import Span
+from phi3_lora.data.records import Conversation
+
+
+class LossSpans(NamedTuple):
+    """The loss in the characters of a rendered conversation."""
+
+    everywhere: bool
+    """Whether every token counts but those of the spans, or none but those."""
+    spans: list[Span]
+
+
+def messages_in_loss(row: Conversation, loss_on: str = "assistant") -> tuple[bool, ...]:
+    """Whether the loss counts on each message of a row; the row's own weights win.
+
+    Args:
+        row: a conversation.
+        loss_on: assistant (every answer), last (the last answer) or all (every message).
+    """
+    is_answer = [message["role"] == "assistant" for message in row.messages]
+    default = _DEFAULTS[loss_on](is_answer)
+    own = row.weights or (None,) * len(is_answer)
+    return tuple(d if w is None else w for d, w in zip(default, own, strict=True))
+
+
+def _last_only(is_answer: list[bool]) -> list[bool]:
+    last = len(is_answer) - 1 - is_answer[::-1].index(True) if True in is_answer else -1
+    return [i == last for i in range(len(is_answer))]
+
+
+_DEFAULTS: Mapping[str, Callable[[list[bool]], list[bool]]] = {
+    "assistant": list,
+    "last": _last_only,
+    "all": lambda is_answer: [True] * len(is_answer),
+}
+
+
+def loss_spans(
+    in_loss: Sequence[bool], turns: Sequence[Span | None], *, everywhere: bool
+) -> LossSpans:
+    """The loss of a rendered conversation.
+
+    Args:
+        in_loss: of each message.
+        turns: each message's content with the token that ends it; None where the template leaves
+            the message out.
+        everywhere: whether what is no message's content, such as a header, counts too.
+    """
+    chosen = [
+        turn
+        for counts, turn in zip(in_loss, turns, strict=True)
+        if turn is not None and counts != everywhere
+    ]
+    return LossSpans(everywhere, chosen)
+
+
+def supervised_tokens(
+    tokens: Int32, offsets: Sequence[Span], loss: LossSpans, marker_ids: Int32
+) -> Bool:
+    """Which ids are to be learnt: (N,) bool.
+
+    A token belongs to a span when it has a character in it. The first id has nothing before it,
+    so that it never counts where everything does.
+
+    Args:
+        tokens: (N,) ids.
+        offsets: characters of each id in the rendered text.
+        loss: where it counts.
+        marker_ids: ids of the special tokens.
+    """
+    supervised = np.full(len(tokens), loss.everywhere, dtype=bool)
+    supervised[:1] = False
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    # A marker's characters reach over the white space it eats, even an answer's own.
+    marker = np.isin(tokens, marker_ids)
+    for start, end in loss.spans:
+        touches = (places[:, 1] > start) & (places[:, 0] < end)
+        supervised[touches & (~marker | (places[:, 0] >= start))] = not loss.everywhere
+    return supervised
