@@ -48,7 +48,6 @@ NO_EFFECT: Mapping[str, Mapping[str, str]] = {
         "use_cpu": "use --device cpu",
         "disable_tqdm": "use -q",
         "data_seed": "seed decides",
-        "assistant_only_loss": "the loss is always on the assistant's turns",
     },
     "peft_config": {
         "peft_type": "LORA is the only type",
@@ -71,6 +70,7 @@ ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "neftune_noise_alpha": _NOTHING,
         "deepspeed": _NOTHING,
         "fsdp": _NOTHING,
+        "assistant_only_loss": (None, True),
         "completion_only_loss": (None, True),
         "padding_free": (*_NOTHING, True),
         "full_determinism": _NOTHING,
@@ -89,6 +89,12 @@ ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
 }
 """Section -> name -> the values under which it changes nothing; others are not supported."""
+
+INSTEAD: Mapping[str, str] = {
+    "assistant_only_loss": "data.loss_on: all counts every token",
+    "completion_only_loss": "data.loss_on: all counts every token",
+}
+"""Name in ONLY -> the setting here that does what its other values mean."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {

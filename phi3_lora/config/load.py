@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from phi3_lora.config.known import ALIASES, NO_EFFECT, ONLY, PRESETS
+from phi3_lora.config.known import ALIASES, INSTEAD, NO_EFFECT, ONLY, PRESETS
 from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingConfig
 from phi3_lora.errors import ConfigError, listing
 
@@ -147,7 +147,10 @@ def _known_values(
         elif name in ONLY.get(section, {}):
             allowed = ONLY[section][name]
             if item not in allowed:
-                problems.append(f"{section}.{name}: {item!r} is not supported; leave it out")
+                instead = f" ({INSTEAD[name]})" if name in INSTEAD else ""
+                problems.append(
+                    f"{section}.{name}: {item!r} is not supported; leave it out{instead}"
+                )
         else:
             # YAML 1.1 reads an unquoted no as false.
             is_no = item is False and name in ("eval_strategy", "save_strategy")
