@@ -33,14 +33,31 @@ def same_tensors(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+PARTS_AND_WHOLE = [
+    *("--targets", "q_proj,v_proj,lm_head", "--dropout", "0.1"),
+    *("--set", "peft_config.use_dora=true", "--set", "peft_config.modules_to_save=[norm]"),
+    *("--set", "training_config.loraplus_lr_ratio=4", "--set", "training_config.weight_decay=0.1"),
+]
+FROM_THE_WEIGHTS = ["--set", "peft_config.init_lora_weights=pissa", "--rank", "4"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("mlx", []),
+        ("cuda", []),
+        ("mlx", PARTS_AND_WHOLE),
+        ("cuda", PARTS_AND_WHOLE),
+        ("cuda", FROM_THE_WEIGHTS),
+    ],
+)
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
-    inputs: tuple[str, str], tmp_path: Path, backend: str
+    inputs: tuple[str, str], tmp_path: Path, backend: str, settings: list[str]
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert phi3_lora(*train_arguments(inputs, whole, backend)).returncode == 0
+    assert phi3_lora(*train_arguments(inputs, whole, backend), *settings).returncode == 0
     process = subprocess.Popen(
-        [*PROGRAM, *train_arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
+        [*PROGRAM, *train_arguments(inputs, broken, backend), *settings], stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
     while not (broken / "checkpoints" / "step-000010").exists() and process.poll() is None:
