@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from phi3_lora.backend import Engine
     from phi3_lora.config.schema import RunConfig
     from phi3_lora.data.records import Message
+    from phi3_lora.data.sources import Source
     from phi3_lora.evaluation import Evaluation
     from phi3_lora.loading import BaseModel
     from phi3_lora.report.observer import Observer
@@ -101,22 +102,31 @@ class LoadedModel:
                 answers[index].append(token)
         return [tokenizer.decode(answer) for answer in answers]
 
-    def score(self, data: str, *, max_length: int = 2048) -> Evaluation:
-        """Loss, perplexity and token accuracy on a data file."""
+    def score(
+        self, data: str | Source, *, max_length: int = 2048, on_bad_row: str = "error"
+    ) -> Evaluation:
+        """Loss, perplexity and token accuracy on data.
+
+        Args:
+            data: a file, a folder, a pattern, a data set of the hub, or demo.
+            max_length: tokens a row may have; longer ones are dropped and counted.
+            on_bad_row: error, or skip, which counts and names the rows that cannot be used.
+        """
         from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-        from phi3_lora.data.records import read_conversations
+        from phi3_lora.data.records import read_rows
         from phi3_lora.evaluation import evaluate
         from phi3_lora.report.observer import LoggingObserver
 
-        rows = read_conversations(resolve_scoring_file(data))
+        rows = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
         dataset = build_dataset(
-            rows,
+            rows.conversations,
             self.base.tokenizer,
             max_length=max_length,
-            name=data,
+            name=str(data),
             context=self.base.config.max_position_embeddings,
+            on_bad_row=on_bad_row,
         )
-        for note in dataset.notes:
+        for note in [*rows.notes, *dataset.notes]:
             LoggingObserver().note(note)
         return evaluate(self.engine, dataset.documents)
 

@@ -104,14 +104,16 @@ def answer_conversations(
     Args:
         engine: the model.
         tokenizer: its own.
-        rows: one that does not end with an answer is left out.
+        rows: plain text, or one that does not end with an answer, is left out.
         sampling: how tokens are chosen.
         on_progress: called with the number of conversations just answered.
 
     Returns:
         Answers in the order of the rows.
     """
-    asked = [row.messages for row in rows if row.messages[-1]["role"] == "assistant"]
+    asked = [
+        row.messages for row in rows if row.messages[-1]["role"] == "assistant" and not row.whole
+    ]
     num_reported = len(rows) - len(asked)
     on_progress(num_reported)
     given: list[list[int]] = [[] for _ in asked]

@@ -10,6 +10,7 @@ from phi3_lora_cli.options import (
     backend_options,
     model_options,
     note,
+    on_bad_row_option,
     output_options,
     print_json,
 )
@@ -17,7 +18,13 @@ from phi3_lora_cli.options import (
 
 @click.command()
 @model_options
-@click.option("--data", required=True, metavar="FILE|DIR|demo", help="JSONL; DIR/valid.jsonl.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE|DIR|ID|demo",
+    help="What to score; of DIR the valid rows.",
+)
+@on_bad_row_option
 @backend_options
 @click.option(
     "--generate", is_flag=True, help="Also let the model answer, and count exact matches."
@@ -34,6 +41,7 @@ def command(
     revision: str | None,
     adapter: str | None,
     data: str,
+    on_bad_row: str | None,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -56,7 +64,7 @@ def command(
     """
     from phi3_lora.backend import Sampling
     from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-    from phi3_lora.data.records import read_conversations
+    from phi3_lora.data.records import read_rows
     from phi3_lora.evaluation import answer_conversations, evaluate
     from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
@@ -64,15 +72,18 @@ def command(
     folder = None if adapter is None else resolve_adapter_dir(adapter)
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if folder is None else load_adapter(str(folder), base)
-    rows = read_conversations(resolve_scoring_file(data))[:limit]
+    on_bad_row = on_bad_row or "error"
+    found = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
+    rows = found.conversations[:limit]
     dataset = build_dataset(
         rows,
         base.tokenizer,
         max_length=max_length,
         name=data,
         context=base.config.max_position_embeddings,
+        on_bad_row=on_bad_row,
     )
-    for text in dataset.notes:
+    for text in [*found.notes, *dataset.notes]:
         note(text)
     scored = {document.source for document in dataset.documents}
     opened = open_engine(

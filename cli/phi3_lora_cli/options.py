@@ -53,6 +53,15 @@ def quantize_option(function: F) -> F:
     )(function)
 
 
+def on_bad_row_option(function: F) -> F:
+    """--on-bad-row."""
+    return click.option(
+        "--on-bad-row",
+        type=click.Choice(["error", "skip"]),
+        help="A row that cannot be used: stop, or leave it out and name it. Default: error.",
+    )(function)
+
+
 def model_options(function: F) -> F:
     """--model, --revision and --adapter, for commands that read a model."""
     return _stack(

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from phi3_lora_cli.options import backend_options, note, output_options, print_json
+from phi3_lora_cli.options import (
+    backend_options,
+    note,
+    on_bad_row_option,
+    output_options,
+    print_json,
+)
 
 _FLAGS = {
     "model": "model",
@@ -20,6 +26,7 @@ _FLAGS = {
     "data": "data.train",
     "valid": "data.valid",
     "valid_fraction": "data.valid_fraction",
+    "on_bad_row": "data.on_bad_row",
     "max_steps": "training_config.max_steps",
     "epochs": "training_config.num_train_epochs",
     "batch_size": "training_config.per_device_train_batch_size",
@@ -39,9 +46,14 @@ _FLAGS = {
 @click.command()
 @click.option("--model", metavar="ID|DIR|demo", help="The base model.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--data", metavar="FILE|DIR|demo", help="JSONL, or a folder with train.jsonl.")
-@click.option("--valid", metavar="FILE", help="JSONL to validate on.")
+@click.option(
+    "--data",
+    metavar="FILE|DIR|ID|demo",
+    help="JSONL, JSON, CSV or Parquet; a folder, a pattern, a data set of the hub.",
+)
+@click.option("--valid", metavar="FILE|DIR|ID", help="The same, to validate on.")
 @click.option("--valid-fraction", type=float, help="Share of --data to validate on.")
+@on_bad_row_option
 @click.option("--output", metavar="RUN", help="The run folder.")
 @click.option("--adapter", metavar="DIR", help="Start from this adapter.")
 @click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="YAML file.")

@@ -182,11 +182,48 @@ def _checked(
         if name not in names:
             problems.append(f"unknown key {label}{_nearest(str(name), section, names)}")
             continue
+        kind_of_entry = _entry_kind(hints[name])
+        if kind_of_entry is not None:
+            found[name] = _entries(kind_of_entry, label, item, problems)
+            continue
         try:
             found[name] = _coerce(item, hints[name])
         except (TypeError, ValueError, OverflowError):
             problems.append(f"{label} must be {_type_name(hints[name])}, got {item!r}")
     return found
+
+
+def _entry_kind(hint: Any) -> type[Any] | None:
+    """The class of the entries of a list of records; None for anything else."""
+    entries = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
+    is_record = (
+        bool(entries)
+        and isinstance(entries[0], type)
+        and hasattr(entries[0], "__dataclass_fields__")
+    )
+    return entries[0] if is_record else None
+
+
+def _entries(kind: type[Any], label: str, value: Any, problems: list[str]) -> tuple[Any, ...]:
+    """A list of records, each a mapping or its first field alone."""
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        problems.append(f"{label} must be a list of mappings, got {value!r}")
+        return ()
+    first = dataclasses.fields(kind)[0].name
+    found = []
+    for number, item in enumerate(value, start=1):
+        entry = {first: item} if isinstance(item, str) else item
+        if isinstance(entry, kind):
+            entry = dataclasses.asdict(entry)
+        if not isinstance(entry, Mapping):
+            problems.append(f"{label}, entry {number}: must be a mapping, got {item!r}")
+        elif first not in entry:
+            problems.append(f"{label}, entry {number}: {first} is missing")
+        else:
+            found.append(_section(kind, f"{label}[{number}]", entry, problems))
+    return tuple(found)
 
 
 def _nearest(name: str, section: str, names: Sequence[str]) -> str:
@@ -256,7 +293,7 @@ def _type_name(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if "dict" in text:
-        return "a mapping from names to numbers"
+        return f"a mapping from names to {'names' if 'dict[str, str]' in text else 'numbers'}"
     if "tuple[int" in text:
         return "an integer or a list of integers"
     return "a string or a list of strings" if "tuple" in text else text

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phi3_lora.backend import OptimSpec, lora_scaling
+from phi3_lora.data.sources import Source, check_columns, check_format
 from phi3_lora.errors import ConfigError
 from phi3_lora.models import DTYPES, QUANTIZATIONS
 from phi3_lora.schedule import SCHEDULERS
@@ -20,6 +21,8 @@ LOSS_ON = ("assistant", "last", "all")
 """What the loss counts on: every answer with its end token, the last one, or every token."""
 TOO_LONG = ("drop", "truncate_left", "truncate_right", "error")
 """What becomes of a row that is longer than max_length."""
+ON_BAD_ROW = ("error", "skip")
+"""What becomes of a row that cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,11 +243,26 @@ class DataConfig:
     """The data (`data`)."""
 
     train: str = ""
-    """A JSONL file, a folder with train.jsonl and perhaps valid.jsonl, or demo."""
+    """A file, a folder, a pattern, a data set of the hub (owner/name[/subset][:split]), or demo."""
     valid: str | None = None
-    """A JSONL file to validate on."""
+    """The same, to validate on."""
     valid_fraction: float = 0.0
-    """Share of the training rows to validate on, when there is no validation file."""
+    """Share of the training rows to validate on, when there is nothing else for it."""
+    sources: tuple[Source, ...] = ()
+    """More to train on: a list of {path, weight, split, subset, format, columns, streaming}."""
+    format: str = "auto"
+    """Of the rows of train and valid: messages, sharegpt, prompt-completion, alpaca,
+    classification or text; auto takes the first row's."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column -> the one in train and valid."""
+    split: str | None = None
+    """Which part of a folder or a data set to train on; null is train."""
+    subset: str | None = None
+    """The configuration of a hub data set that has several."""
+    streaming: bool = False
+    """Read a hub data set as it arrives, without a copy on the disk."""
+    on_bad_row: str = "error"
+    """What a row that cannot be used does: error, or skip, which counts and names it."""
     loss_on: str = "assistant"
     """assistant (every answer), last (the last answer) or all; a row's own weights win."""
     too_long: str = "drop"
@@ -253,7 +271,8 @@ class DataConfig:
     """A Jinja file in place of the model's own chat template."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss_on", LOSS_ON), ("too_long", TOO_LONG)):
+        choices = (("loss_on", LOSS_ON), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW))
+        for name, allowed in choices:
             value = getattr(self, name)
             _require(
                 value in allowed, f"data.{name} must be one of {', '.join(allowed)}; got {value!r}"
@@ -261,6 +280,22 @@ class DataConfig:
         _require(
             0.0 <= self.valid_fraction < 1.0,
             f"data.valid_fraction must be in [0, 1), got {self.valid_fraction}",
+        )
+        check_format(self.format)
+        check_columns(self.columns)
+
+    @property
+    def source(self) -> Source | None:
+        """What train names, with the settings that belong to it; None when it names nothing."""
+        if not self.train:
+            return None
+        return Source(
+            path=self.train,
+            split=self.split,
+            subset=self.subset,
+            format=self.format,
+            columns=self.columns,
+            streaming=self.streaming,
         )
 
 
@@ -303,7 +338,8 @@ class RunConfig:
         )
         for name, flag in (("model", "--model"), ("output_dir", "--output")):
             _require(bool(getattr(self, name)), f"{name} is missing: set it or pass {flag}")
-        _require(bool(self.data.train), "data is missing: set it or pass --data")
+        has_data = bool(self.data.train or self.data.sources)
+        _require(has_data, "data is missing: set it or pass --data")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as config.yaml holds them."""

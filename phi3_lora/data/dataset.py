@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from phi3_lora.backend import Batch
-from phi3_lora.data.records import Conversation, read_conversations
+from phi3_lora.backend import Batch, Bool
+from phi3_lora.data.lengths import fit_to, refuse_longer
+from phi3_lora.data.mixing import copies
+from phi3_lora.data.records import Conversation, Rows, read_rows
+from phi3_lora.data.sources import Source, check_exists, with_split
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
-from phi3_lora.demo import DEMO_DATA_DIR
 from phi3_lora.errors import DataError, listing
 from phi3_lora.seeding import permutation
 
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """Which files a --data value means."""
+    """Which sources a run's data settings mean."""
 
-    train: Path
-    valid: Path | None
+    train: tuple[Source, ...]
+    valid: tuple[Source, ...]
+    """Empty where there is nothing to validate on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +48,44 @@ class Dataset:
         return sum(len(d.tokens) for d in self.documents)
 
 
-def resolve_data(data: str, valid: str | None = None) -> DataFiles:
-    """The files of `demo`, a JSONL file, or a folder with train.jsonl (and valid.jsonl).
+def resolve_data(
+    data: str | Source,
+    valid: str | None = None,
+    *,
+    more: Sequence[Source] = (),
+) -> DataFiles:
+    """What to train and to validate on.
+
+    Args:
+        data: `demo`, a file, a folder, a pattern, a data set of the hub, or empty.
+        valid: the same, to validate on; the default is the validation split beside data, if any.
+        more: other sources to train on.
 
     Raises:
-        DataError: when a file does not exist.
+        DataError: when one of them does not exist.
     """
-    root = DEMO_DATA_DIR if data == "demo" else Path(data)
-    if root.is_dir():
-        train, found = root / "train.jsonl", root / "valid.jsonl"
-        beside = found if found.exists() else None
-    else:
-        train, beside = root, None
-    chosen = Path(valid) if valid else beside
-    for path in (train, chosen):
-        if path is not None and not path.is_file():
-            raise DataError(f"no such data file: {path}")
-    return DataFiles(train, chosen)
+    first = data if isinstance(data, Source) else Source(path=data) if data else None
+    train = tuple(source for source in (first, *more) if source is not None)
+    for source in train:
+        check_exists(source)
+    if valid:
+        like = first or Source(path=valid)
+        chosen = dataclasses.replace(like, path=valid, split=None, subset=None, weight=1.0)
+        check_exists(chosen)
+        return DataFiles(train, (chosen,))
+    beside = None if first is None else with_split(first, "valid")
+    return DataFiles(train, () if beside is None else (beside,))
 
 
-def resolve_scoring_file(data: str) -> Path:
-    """The file to score: the validation file of a folder or of `demo`, else the file itself.
+def resolve_scoring_file(data: str | Source) -> tuple[Source, ...]:
+    """What to score: of a folder, a data set or `demo` the validation split, else the test split.
 
     Raises:
         DataError: when it does not exist.
     """
-    files = resolve_data(data)
-    return files.valid or files.train
+    source = data if isinstance(data, Source) else Source(path=data)
+    check_exists(source)
+    return (with_split(source, "valid") or with_split(source, "test") or source,)
 
 
 def build_dataset(
@@ -81,42 +95,82 @@ def build_dataset(
     max_length: int,
     name: str,
     context: int | None = None,
+    loss_on: str = "assistant",
+    too_long: str = "drop",
+    on_bad_row: str = "error",
 ) -> Dataset:
-    """Rows as documents; too long and unsupervised ones are dropped, counted and named.
+    """Rows as documents; what is left out, shortened or changed is counted and named.
 
     Args:
         rows: conversations.
         tokenizer: the base model's.
-        max_length: tokens; longer documents are dropped.
+        max_length: tokens that a document may have.
         name: what to call this data in notes.
         context: tokens the model takes (max_position_embeddings); no document may be longer.
+        loss_on: what the loss counts on: assistant, last or all; a row's own weights win.
+        too_long: what becomes of longer rows: drop, truncate_left, truncate_right or error.
+        on_bad_row: what becomes of rows that cannot be rendered: error or skip.
 
     Raises:
-        DataError: when nothing is left to learn from.
+        DataError: when nothing is left to learn from; when rows are too long or cannot be
+            rendered, and that is to be an error.
     """
-    limit = "max_length"
+    limit = f"max_length {max_length:,} tokens"
     if context is not None and context < max_length:
-        max_length, limit = context, "the model's context of"
-    documents = tokenizer.encode_conversations(rows)
-    too_long = [d for d in documents if len(d.tokens) > max_length]
-    fitting = [d for d in documents if len(d.tokens) <= max_length]
-    silent = [d for d in fitting if d.loss_tokens == 0]
-    kept = [d for d in fitting if d.loss_tokens > 0]
-    notes = []
-    if too_long:
-        longest = max(len(d.tokens) for d in too_long)
+        max_length, limit = context, f"the model's context of {context:,} tokens"
+    notes = list(tokenizer.notes)
+    if on_bad_row == "skip":
+        found, problems = tokenizer.encode_rows(rows, loss_on=loss_on)
+        if problems:
+            title = f"{name}: skipped {len(problems):,} rows that cannot be rendered:"
+            notes.append(listing(title, problems))
+    else:
+        found = list(tokenizer.encode_conversations(rows, loss_on=loss_on))
+    pairs = [(r, d) for r, d in zip(rows, found, strict=True) if d is not None]
+    if too_long == "error":
+        refuse_longer([d for _, d in pairs], max_length, f"{name}: longer than {limit}")
+    fit = fit_to(pairs, tokenizer, limit=max_length, too_long=too_long, loss_on=loss_on)
+    kept = [d for d in fit.documents if d.loss_tokens > 0]
+    silent = [d for d in fit.documents if d.loss_tokens == 0]
+    what = f"of {len(pairs):,} rows"
+    if fit.shortened:
         notes.append(
-            f"{name}: dropped {len(too_long):,} of {len(documents):,} rows longer than {limit} "
-            f"{max_length:,} tokens (longest {longest:,}; first {too_long[0].source})"
+            f"{name}: shortened {len(fit.shortened):,} {what} longer than {limit} by whole turns "
+            f"({too_long}; first {fit.shortened[0]})"
+        )
+    if fit.dropped:
+        longest = max(len(d.tokens) for d in fit.dropped)
+        notes.append(
+            f"{name}: dropped {len(fit.dropped):,} {what} longer than {limit} "
+            f"(longest {longest:,}; first {fit.dropped[0].source})"
         )
     if silent:
         notes.append(
-            f"{name}: dropped {len(silent):,} of {len(documents):,} rows without a supervised "
-            f"token (first {silent[0].source})"
+            f"{name}: dropped {len(silent):,} {what} without a supervised token "
+            f"(first {silent[0].source})"
         )
+    notes += _remarks(kept, name)
     if not kept:
         raise DataError(listing(f"{name}: no row is left to learn from", notes))
     return Dataset(kept, notes)
+
+
+def _remarks(documents: Sequence[Document], name: str) -> list[str]:
+    """What was noticed in rows that are kept, each kind counted."""
+    marked = [d for d in documents if d.remarks.has_marker_text]
+    eaten = [d for d in documents if d.remarks.num_eaten]
+    systemless = [d for d in documents if d.remarks.lacks_system]
+    characters = sum(d.remarks.num_eaten for d in eaten)
+    texts = (
+        (marked, "hold markers as text, kept as text"),
+        (eaten, f"lose {characters:,} characters of white space that markers beside a message eat"),
+        (systemless, "lose their system message: the chat template has no place for it"),
+    )
+    return [
+        f"{name}: {len(found):,} of {len(documents):,} rows {text} (first {found[0].source})"
+        for found, text in texts
+        if found
+    ]
 
 
 def load_splits(
@@ -127,37 +181,58 @@ def load_splits(
     valid_fraction: float,
     seed: int,
     context: int | None = None,
+    loss_on: str = "assistant",
+    too_long: str = "drop",
+    on_bad_row: str = "error",
 ) -> tuple[Dataset, Dataset | None]:
     """The training and validation documents.
 
-    A validation file wins over valid_fraction, which takes that share of the training rows,
-    chosen by the seed.
+    Validation sources win over valid_fraction, which takes that share of the training rows,
+    chosen by the seed. The weights of sources say how often an epoch takes what is left of them.
+    The rest is as build_dataset and read_rows have it.
     """
-    rows = read_conversations(files.train)
-    valid_rows: list[Conversation] = []
-    if files.valid is not None:
-        valid_rows = read_conversations(files.valid)
-    elif valid_fraction > 0:
-        rows, valid_rows = _split(rows, valid_fraction, seed)
     build = functools.partial(
-        build_dataset, tokenizer=tokenizer, max_length=max_length, context=context
+        build_dataset,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        context=context,
+        loss_on=loss_on,
+        too_long=too_long,
+        on_bad_row=on_bad_row,
     )
-    train = build(rows, name="training data")
-    return train, build(valid_rows, name="validation data") if valid_rows else None
+    rows = read_rows(files.train, on_bad_row=on_bad_row)
+    is_valid = np.zeros(len(rows.conversations), dtype=bool)
+    valid_rows = Rows()
+    if files.valid:
+        valid_rows = read_rows(files.valid, on_bad_row=on_bad_row)
+    elif valid_fraction > 0:
+        is_valid = _chosen_share(len(is_valid), valid_fraction, seed)
+        valid_rows.conversations = [rows.conversations[i] for i in np.flatnonzero(is_valid)]
+    times = copies([source.weight for source in files.train], rows.counts, is_valid, seed)
+    taken = [row for row, n in zip(rows.conversations, times, strict=True) for _ in range(n)]
+    train = _with_notes(build(taken, name="training data"), rows.notes)
+    if not valid_rows.conversations:
+        return train, None
+    return train, _with_notes(
+        build(valid_rows.conversations, name="validation data"), valid_rows.notes
+    )
 
 
-def _split(
-    rows: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    count = round(len(rows) * fraction)
-    if not 0 < count < len(rows):
+def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:
+    return dataclasses.replace(dataset, notes=[*notes, *dataset.notes])
+
+
+def _chosen_share(count: int, fraction: float, seed: int) -> Bool:
+    """Which rows are set aside, (count,)."""
+    num_chosen = round(count * fraction)
+    if not 0 < num_chosen < count:
         raise DataError(
-            f"valid_fraction {fraction} of {len(rows)} rows leaves one side empty: "
+            f"valid_fraction {fraction} of {count} rows leaves one side empty: "
             "use more rows or another fraction"
         )
-    chosen = set(permutation(seed, "valid", size=len(rows))[:count].tolist())
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    return train, [row for i, row in enumerate(rows) if i in chosen]
+    chosen = np.zeros(count, dtype=bool)
+    chosen[permutation(seed, "valid", size=count)[:num_chosen]] = True
+    return chosen
 
 
 def make_batch(documents: Sequence[Document]) -> Batch:

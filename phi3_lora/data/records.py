@@ -1,141 +1,123 @@
-"""Rows of chat files as conversations, with every bad row named by file and line.
-
-Formats: JSONL with `messages` (role, content), or with `prompt` and `completion`.
-"""
+"""Rows of sources as conversations, with every bad row named by file and line."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from phi3_lora.errors import DataError, listing
+from phi3_lora.data.conversation import BadRow, Conversation, Message, RowError
+from phi3_lora.data.formats import RowReader
+from phi3_lora.data.sources import Source, conversations_of, parts_of
+from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
-ROLES = ("system", "user", "assistant")
-Message = dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """One row: its messages and where it stands."""
-
-    messages: tuple[Message, ...]
-    source: str
-    """file:line."""
-    weights: tuple[bool | None, ...] | None = None
-    """Whether each message is in the loss; None (of one or of all) leaves it to the settings."""
-    whole: bool = False
-    """Plain text: one message, whose every token is in the loss."""
+__all__ = [
+    "BadRow",
+    "Conversation",
+    "Message",
+    "RowError",
+    "Rows",
+    "iterate_rows",
+    "read_conversations",
+    "read_rows",
+]
+Named = Path | str | Source | Sequence[Source]
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the message says why."""
+@dataclass(slots=True)
+class Rows:
+    """What was read."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    """Conversations of each source, in order."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out and why, for the user."""
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """Every conversation of a JSONL file.
+def iterate_rows(named: Named, notes: list[str] | None = None) -> Iterator[Conversation | BadRow]:
+    """Every row of sources in order, one at a time: a conversation, or why it is none.
 
-    Raises:
-        DataError: when the file is missing or empty, or a row is bad; all bad rows are counted
-            and the first ones are listed with file:line.
-    """
-    found, problems = [], []
-    for number, line in _lines(path):
-        source = f"{path}:{number}"
-        try:
-            found.append(Conversation(parse_row(line), source))
-        except RowError as problem:
-            problems.append(f"{source}: {problem}")
-    if problems:
-        raise DataError(
-            listing(f"{len(problems):,} bad row(s) in {path}; correct or remove them:", problems)
-        )
-    if not found:
-        raise DataError(f"{path} has no rows: each line must hold a JSON object with `messages`")
-    return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank; a byte order mark and CRLF are accepted."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"no such data file: {path}") from None
-    except OSError as cause:
-        raise DataError(f"cannot read {path}: {cause.strerror}") from None
-    if raw[:2] == b"\x1f\x8b":
-        raise DataError(f"{path} is gzip-compressed: unpack it first (gunzip)")
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as cause:
-            raise DataError(
-                f"{path}:{number}: not UTF-8 (byte {cause.start + 1} of the line): "
-                "save the file as UTF-8"
-            ) from None
-        if text.strip():
-            yield number, text
-
-
-def parse_row(line: str) -> tuple[Message, ...]:
-    """The messages of one JSON line.
+    Args:
+        named: a file, a folder, a pattern, a data set, or several sources.
+        notes: gets what the user should know of a file's format.
 
     Raises:
-        RowError: when the line is not JSON or is no usable conversation.
+        DataError: when a source does not exist, or a file is damaged.
     """
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as cause:
-        raise RowError(f"not JSON: {cause}") from None
-    if not isinstance(row, dict):
-        raise RowError(f"must be a JSON object, got {type(row).__name__}")
-    if "messages" in row:
-        messages = _check_messages(row["messages"])
-    elif "prompt" in row and "completion" in row:
-        messages = _check_messages(
-            [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-            ]
+    for source in as_sources(named):
+        for part in parts_of(source):
+            reader = RowReader(source.format, source.columns)
+            yield from conversations_of(part, reader)
+            if notes is not None:
+                notes += [f"{part.name}: {note}" for note in reader.notes()]
+
+
+def read_conversations(named: Named) -> list[Conversation]:
+    """Every conversation of a file, a folder, a pattern, a data set, or several sources.
+
+    Raises:
+        DataError: as read_rows.
+    """
+    return read_rows(named).conversations
+
+
+def read_rows(named: Named, *, on_bad_row: str = "error") -> Rows:
+    """Every row of sources, in memory.
+
+    Args:
+        named: as iterate_rows.
+        on_bad_row: error, or skip: leave bad rows out and note them.
+
+    Raises:
+        DataError: when there is no usable row, a file is missing or damaged, or a row is bad; all
+            bad rows are counted and the first ones are listed with file:line.
+    """
+    rows, num_bad = Rows(), 0
+    bad: list[BadRow] = []
+    sources = as_sources(named)
+    for source in sources:
+        before = len(rows.conversations)
+        for row in iterate_rows(source, rows.notes):
+            if isinstance(row, Conversation):
+                rows.conversations.append(row)
+                continue
+            num_bad += 1
+            if len(bad) < MAX_SHOWN:
+                bad.append(row)
+        rows.counts.append(len(rows.conversations) - before)
+    names = ", ".join(map(str, sources))
+    if num_bad and on_bad_row == "error":
+        title = (
+            f"{num_bad:,} bad row(s) in {names}; correct or remove them (train and evaluate can "
+            "leave them out: --on-bad-row skip):"
         )
-    else:
-        keys = ", ".join(sorted(row)) or "none"
-        raise RowError(f"needs `messages`, or `prompt` and `completion`; its keys: {keys}")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise RowError("has no assistant turn: there is nothing to learn")
-    return messages
+        raise DataError(bad_rows_listed(title, bad, num_bad))
+    if num_bad:
+        total = num_bad + len(rows.conversations)
+        title = f"skipped {num_bad:,} bad row(s) of {total:,} in {names}:"
+        rows.notes.append(bad_rows_listed(title, bad, num_bad))
+    if not rows.conversations:
+        raise DataError("\n".join([_without_rows(names, num_bad), *rows.notes]))
+    return rows
 
 
-def _check_messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise RowError("`messages` must be a list with at least one message")
-    messages = tuple(_check_message(i, message) for i, message in enumerate(value, start=1))
-    roles = [m["role"] for m in messages]
-    if "system" in roles[1:]:
-        raise RowError(f"message {roles.index('system', 1) + 1}: a system message must come first")
-    spoken = [r for r in roles if r != "system"]
-    for i, (before, role) in enumerate(zip([None, *spoken], spoken, strict=False), start=1):
-        if role == before or (before is None and role == "assistant"):
-            raise RowError(f"turn {i}: roles must alternate, user first; got {' '.join(roles)}")
-    return messages
+def as_sources(named: Named) -> Sequence[Source]:
+    """Sources of what a caller names."""
+    if isinstance(named, Source):
+        return [named]
+    if isinstance(named, (str, Path)):
+        return [Source(path=str(named))]
+    return named
 
 
-def _check_message(number: int, message: Any) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"message {number} must be an object, got {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RowError(f"message {number}: role {role!r} is not one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(
-            f"message {number} ({role}): content must be a string, got {type(content).__name__}"
-        )
-    if role == "assistant" and not content.strip():
-        raise RowError(f"message {number}: the assistant's answer is empty")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"message {number} ({role}): holds half a surrogate pair") from None
-    return {"role": role, "content": content}
+def bad_rows_listed(title: str, first: Sequence[BadRow], total: int) -> str:
+    """One message for bad rows of which only the first ones are at hand."""
+    text = listing(title, [str(row) for row in first])
+    return text + (f"\n  ... and {total - len(first):,} more" if total > len(first) else "")
+
+
+def _without_rows(names: str, num_bad: int) -> str:
+    if num_bad:
+        return f"{names}: no usable row is left"
+    return f"{names} has no rows: each must hold `messages`, or the keys of another format"

@@ -96,16 +96,22 @@ def prepare(
     start_dir = start_dir or config.adapter
     start = None if start_dir is None else load_adapter(start_dir, base)
     lora = _lora(config, base, start, observer)
-    files = resolve_data(config.data.train, config.data.valid)
-    if files.valid is not None and config.data.valid_fraction:
-        observer.note(f"data.valid_fraction has no effect: {files.valid} is there to validate on")
+    data = config.data
+    files = resolve_data(data.source or "", data.valid, more=data.sources)
+    if files.valid and data.valid_fraction:
+        observer.note(
+            f"data.valid_fraction has no effect: {files.valid[0]} is there to validate on"
+        )
     train, valid = load_splits(
         files,
         base.tokenizer,
         max_length=training.max_length,
-        valid_fraction=config.data.valid_fraction,
+        valid_fraction=data.valid_fraction,
         seed=training.seed,
         context=base.config.max_position_embeddings,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
+        on_bad_row=data.on_bad_row,
     )
     for note in [*train.notes, *(valid.notes if valid else [])]:
         observer.note(note)

@@ -19,7 +19,8 @@ BACKEND = ["--backend", "--device", "--dtype", "--quantize"]
 MODEL = ["--model", "--revision", "--adapter"]
 OPTIONS = {
     "train": [
-        *("--model", "--revision", "--data", "--valid", "--valid-fraction", "--output"),
+        *("--model", "--revision", "--data", "--valid", "--valid-fraction", "--on-bad-row"),
+        "--output",
         *("--adapter", "--config", "-c", "--preset", "--set", "--resume", "--dry-run"),
         *BACKEND,
         *("--max-steps", "--epochs", "--batch-size", "--grad-accum", "--lr", "--rank", "--alpha"),
@@ -28,7 +29,7 @@ OPTIONS = {
         *OUTPUT,
     ],
     "evaluate": [
-        *(*MODEL, "--data", *BACKEND, "--generate", "--limit", "--samples"),
+        *(*MODEL, "--data", "--on-bad-row", *BACKEND, "--generate", "--limit", "--samples"),
         *("--max-new-tokens", "--max-length", *OUTPUT),
     ],
     "generate": [

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from phi3_lora.data.records import parse_row, read_conversations
+from phi3_lora.data.records import (
+    BadRow,
+    Conversation,
+    iterate_rows,
+    read_conversations,
+    read_rows,
+)
 from phi3_lora.errors import DataError
 from tests.tiny import chat, write_rows
 
@@ -25,16 +31,16 @@ SYSTEM = {"role": "system", "content": "s"}
         ([1], "must be a JSON object, got list"),
         (None, "must be a JSON object, got NoneType"),
         ({}, "its keys: none"),
-        ({"text": "x"}, "needs `messages`, or `prompt` and `completion`; its keys: text"),
+        ({"q": "x", "a": "y"}, "or `text`; its keys: a, q; rename with data.columns"),
         ({"prompt": "x"}, "its keys: prompt"),
         ({"messages": []}, "at least one message"),
         ({"messages": {}}, "`messages` must be a list"),
-        ({"messages": None}, "`messages` must be a list"),
+        ({"messages": None}, "needs `messages`"),
         ({"messages": ["x"]}, "message 1 must be an object, got str"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool' is not one of"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is not one of"),
         ({"messages": [{"content": "x"}]}, "role None is not one of"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "is not one of"),
-        ({"messages": [{"role": "user"}]}, "content must be a string, got NoneType"),
+        ({"messages": [{"role": "user"}]}, "content must be a string or a list of text parts"),
         ({"messages": [USER, {**ANSWER, "content": 3}]}, "message 2 (assistant): content must be"),
         ({"messages": [USER, {**ANSWER, "content": ""}]}, "message 2: the assistant's answer is"),
         ({"messages": [USER, {**ANSWER, "content": " \n"}]}, "answer is empty"),
@@ -48,7 +54,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": [SYSTEM]}, "no assistant turn"),
         ({"messages": [{**USER, "content": "\ud83d"}, ANSWER]}, "half a surrogate pair"),
         ({"prompt": "x", "completion": ""}, "answer is empty"),
-        ({"prompt": 1, "completion": "y"}, "message 1 (user): content must be a string, got int"),
+        ({"prompt": 1, "completion": "y"}, "message 1 (user): content must be a string or"),
     ],
 )
 def test_bad_row_is_named(tmp_path: Path, row: Any, phrase: str) -> None:
@@ -62,13 +68,10 @@ def test_bad_row_is_named(tmp_path: Path, row: Any, phrase: str) -> None:
     assert len(lines) == 2 and f"{path}:2: " in lines[1] and phrase in lines[1]
 
 
-def test_prompt_and_completion_are_a_conversation() -> None:
-    assert parse_row('{"prompt": "q", "completion": "a"}') == (USER, ANSWER)
-
-
-def test_other_keys_are_left_out() -> None:
+def test_other_keys_are_left_out(tmp_path: Path) -> None:
     row = {"messages": [{**SYSTEM, "name": "x"}, USER, ANSWER], "id": 7}
-    assert parse_row(json.dumps(row)) == (SYSTEM, USER, ANSWER)
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    assert read_conversations(path)[0].messages == (SYSTEM, USER, ANSWER)
 
 
 def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path: Path) -> None:
@@ -88,15 +91,6 @@ def test_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
         read_conversations(path)
 
 
-def test_gzip_is_refused(tmp_path: Path) -> None:
-    import gzip
-
-    path = tmp_path / "chats.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
-    with pytest.raises(DataError, match="gzip-compressed: unpack it first"):
-        read_conversations(path)
-
-
 def test_invalid_utf8_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     good = json.dumps(GOOD).encode()
@@ -107,11 +101,11 @@ def test_invalid_utf8_names_the_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_missing_file_and_folder_are_refused(tmp_path: Path, is_folder: bool) -> None:
+def test_missing_file_and_folder_without_data_are_refused(tmp_path: Path, is_folder: bool) -> None:
     path = tmp_path / "x.jsonl"
     if is_folder:
         path.mkdir()
-    with pytest.raises(DataError, match="cannot read" if is_folder else "no such data file"):
+    with pytest.raises(DataError, match="holds no file of" if is_folder else "no such data file"):
         read_conversations(path)
 
 
@@ -131,3 +125,25 @@ def test_more_than_20_problems_are_counted(tmp_path: Path) -> None:
     lines = str(problem.value).splitlines()
     assert lines[0].startswith("1,234 bad row(s)")
     assert len(lines) == 22 and lines[-1].strip() == "... and 1,214 more"
+
+
+def test_skipping_keeps_the_good_rows_and_notes_the_first_20_bad_ones(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "some.jsonl", [GOOD, *[{}] * 30, GOOD])
+    found = read_rows(path, on_bad_row="skip")
+    assert [c.source for c in found.conversations] == [f"{path}:1", f"{path}:32"]
+    lines = found.notes[0].splitlines()
+    assert lines[0] == f"skipped 30 bad row(s) of 32 in {path}:"
+    assert len(lines) == 22 and lines[-1].strip() == "... and 10 more"
+
+
+def test_skipping_every_row_is_an_error_that_shows_them(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", [{}])
+    with pytest.raises(DataError, match="no usable row is left") as problem:
+        read_rows(path, on_bad_row="skip")
+    assert f"{path}:1: needs `messages`" in str(problem.value)
+
+
+def test_rows_come_one_at_a_time_with_the_bad_ones_among_them(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "mixed.jsonl", [GOOD, [1], GOOD])
+    kinds = [type(row) for row in iterate_rows(path)]
+    assert kinds == [Conversation, BadRow, Conversation]

@@ -1,0 +1,258 @@
+"""What a row is once it is read: a conversation whose turns were checked, whatever its format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+"""What a turn's speaker is called in data sets -> the role.
+
+Source: axolotl, prompt_strategies/chat_template.py; LLaMA-Factory, data/README.md.
+"""
+_FOLLOWS = {
+    None: ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+"""Who may speak after whom, the system message apart; call is an assistant that calls tools."""
+Message = dict[str, Any]
+"""`role` and `content` (strings); a call of tools has `tool_calls`, a system message `tools`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row: its messages and where it stands."""
+
+    messages: tuple[Message, ...]
+    source: str
+    """file:line."""
+    weights: tuple[bool | None, ...] | None = None
+    """Whether each message is in the loss; None (of one or of all) leaves it to the settings."""
+    whole: bool = False
+    """Plain text: one message, whose every token is in the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    source: str
+    """file:line."""
+    problem: str
+
+    def __str__(self) -> str:
+        """As it is listed."""
+        return f"{self.source}: {self.problem}"
+
+
+class RawRow(NamedTuple):
+    """What a file holds at a line: a value, or why there is none."""
+
+    line: int
+    """From 1; in Parquet files and data sets the number of the row."""
+    value: Any
+    problem: str | None = None
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """The checked messages of one row, and their own weights if any has one."""
+
+    messages: tuple[Message, ...]
+    weights: tuple[bool | None, ...] | None = None
+
+
+def check_turns(value: Any, name: str = "messages") -> Turns:
+    """The messages of a list of turns, each with a role and a content.
+
+    Args:
+        value: turns as the row has them; `from` and `value` are read as `role` and `content`.
+        name: what the row calls them.
+
+    Raises:
+        RowError: when they are no usable conversation.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+        raise RowError(f"`{name}` must be a list with at least one message")
+    messages = tuple(_message(i, turn) for i, turn in enumerate(value, start=1))
+    _check_order([m["role"] for m in messages], ["tool_calls" in m for m in messages])
+    if not any(m["role"] == "assistant" for m in messages):
+        raise RowError("has no assistant turn: there is nothing to learn")
+    weights = tuple(_weight(i, turn) for i, turn in enumerate(value, start=1))
+    return Turns(messages, None if set(weights) == {None} else weights)
+
+
+def _check_order(roles: Sequence[str], calls: Sequence[bool]) -> None:
+    """System first, then the user and the assistant in turn, a tool after a call of it."""
+    if "system" in roles[1:]:
+        raise RowError(f"message {roles.index('system', 1) + 1}: a system message must come first")
+    before, turn = None, 0
+    for role, is_call in zip(roles, calls, strict=True):
+        if role == "system":
+            continue
+        turn += 1
+        allowed = _FOLLOWS[before]
+        if role not in allowed:
+            rule = (
+                f"after a call of a tool must come {' or '.join(allowed)}"
+                if before in ("call", "tool")
+                else "a tool message must follow an assistant's tool_calls"
+                if role == "tool"
+                else "roles must alternate, user first"
+            )
+            raise RowError(f"turn {turn}: {rule}; got {' '.join(roles)}")
+        before = "call" if is_call else role
+    # A row may end with a call, which is then what is learnt.
+    if before == "tool":
+        raise RowError(f"ends with a tool message, without an answer; got {' '.join(roles)}")
+
+
+def _message(number: int, turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"message {number} must be an object, got {type(turn).__name__}")
+    speaker = _first(turn, "role", "from")
+    role = _ROLE_OF.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise RowError(f"message {number}: role {speaker!r} is not one of {', '.join(ROLES)}")
+    content = _first(turn, "content", "value")
+    message: Message = {"role": role}
+    calls = _first(turn, "tool_calls")
+    if speaker == "function_call":
+        calls, content = _call_in_text(number, content), None
+    if calls is not None and (role != "assistant" or calls != []):
+        message["tool_calls"] = _tool_calls(number, role, calls)
+    is_call = "tool_calls" in message
+    message["content"] = _content(f"message {number} ({role})", content, may_miss=is_call)
+    if role == "assistant" and not is_call and not message["content"].strip():
+        raise RowError(f"message {number}: the assistant's answer is empty")
+    if role == "tool":
+        message |= {k: turn[k] for k in ("name", "tool_call_id") if isinstance(turn.get(k), str)}
+    return message
+
+
+def _content(label: str, value: Any, *, may_miss: bool) -> str:
+    """A content as one string; parts of text are put together."""
+    if value is None and may_miss:
+        return ""
+    if isinstance(value, list):
+        value = "".join(_part(label, i, part) for i, part in enumerate(value, start=1))
+    if not isinstance(value, str):
+        raise RowError(
+            f"{label}: content must be a string or a list of text parts, got {type(value).__name__}"
+        )
+    check_text(label, value)
+    return value
+
+
+def _part(label: str, number: int, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind not in ("text", "input_text", "output_text"):
+        raise RowError(f"{label}: content part {number} is of type {kind!r}; only text is trained")
+    if not isinstance(text, str):
+        raise RowError(
+            f"{label}: `text` of content part {number} must be a string, got {type(text).__name__}"
+        )
+    return text
+
+
+def check_text(label: str, text: str) -> None:
+    """Check that a text can be written as UTF-8.
+
+    Raises:
+        RowError: when it holds half of a surrogate pair, as a broken escape leaves it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{label}: holds half a surrogate pair") from None
+
+
+def _tool_calls(number: int, role: str, calls: Any) -> list[dict[str, Any]]:
+    if role != "assistant":
+        raise RowError(f"message {number}: only the assistant has tool_calls, not {role}")
+    if not isinstance(calls, list):
+        raise RowError(
+            f"message {number}: tool_calls must be a list of objects, got {type(calls).__name__}"
+        )
+    for call in calls:
+        inner = call.get("function") or call if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise RowError(
+                f"message {number}: each of tool_calls must be an object with `function` "
+                "{`name`, `arguments`}"
+            )
+    check_json(f"message {number}: tool_calls", calls)
+    return [dict(call) for call in calls]
+
+
+def _call_in_text(number: int, content: Any) -> list[dict[str, Any]]:
+    """The call that a ShareGPT turn of `function_call` holds as JSON.
+
+    Source: LLaMA-Factory, data/README.md.
+    """
+    try:
+        value = json.loads(content)
+    except (TypeError, ValueError, RecursionError):
+        raise RowError(f"message {number}: a function_call must hold JSON") from None
+    calls = value if isinstance(value, list) else [value]
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def check_json(label: str, value: Any) -> str:
+    """A value as JSON text.
+
+    Raises:
+        RowError: when it has none.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise RowError(f"{label} cannot be written as JSON: {cause}") from None
+    check_text(label, text)
+    return text
+
+
+def _weight(number: int, turn: Mapping[str, Any]) -> bool | None:
+    value = turn.get("weight")
+    if value is None:
+        return None
+    if value not in (0, 1):
+        raise RowError(f"message {number}: weight must be 0 or 1, got {value!r}")
+    return bool(value)
+
+
+def _first(turn: Mapping[str, Any], *names: str) -> Any:
+    """The first of the keys that is there and not null: Parquet fills absent keys with null."""
+    for name in names:
+        if turn.get(name) is not None:
+            return turn[name]
+    return None

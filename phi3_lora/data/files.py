@@ -1,0 +1,245 @@
+"""Data files as raw rows with their line: JSONL, JSON, CSV, text and Parquet, plain or compressed.
+
+Rows are read one at a time; what a row means is formats.py's.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from phi3_lora.data.conversation import RawRow, RowError
+from phi3_lora.data.formats import COLUMNS
+from phi3_lora.data.json_text import json_text_rows, parse_json
+from phi3_lora.errors import DataError
+
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""Files that a folder's data may be in; a text file must be named itself."""
+COMPRESSED = (".gz", ".zst")
+_GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04"
+_WIDEST_FIELD = 2**31 - 1
+"""Characters of a CSV field; the library's own limit is 128 KiB."""
+_CHUNK = 1 << 20
+_ROWS_AT_ONCE = 1024
+
+
+def read_raw_rows(path: Path) -> Iterator[RawRow]:
+    """Every row of a file, by its content and then by the end of its name.
+
+    A row that cannot be parsed comes as a problem; the rest of the file is read on.
+
+    Raises:
+        DataError: when the file is missing or damaged, or a package to read it is.
+    """
+    last = 0
+    try:
+        with _opened(path) as raw:
+            magic = raw.peek(len(_PARQUET))[:4]
+            if magic == _PARQUET:
+                yield from _parquet_rows(path)
+                return
+            if magic == _ZIP:
+                raise DataError(f"{path} is a zip archive: unpack it first")
+            for row in _text_rows(path, _decompressed(raw, magic)):
+                last = row.line
+                yield row
+    except FileNotFoundError:
+        raise DataError(f"no such data file: {path}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as cause:
+        raise DataError(
+            f"{path} is damaged after line {last:,} ({cause}): fetch or compress it again"
+        ) from None
+    except OSError as cause:
+        raise DataError(f"cannot read {path}: {cause.strerror or cause}") from None
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(io.FileIO(path), _CHUNK)
+
+
+def kind_of(path: Path) -> str:
+    """The end of a file's name that tells its kind, the compression apart; lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _decompressed(raw: io.BufferedReader, magic: bytes) -> io.BufferedReader:
+    # By content: a compressed file is often named as if it were not.
+    if magic[:2] == _GZIP:
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
+    if magic == _ZSTD:
+        return io.BufferedReader(_ZstdReader(raw), _CHUNK)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """The text of a .zst file; the library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ModuleNotFoundError:
+            raise DataError(
+                ".zst files need the package zstandard: pip install 'phi3-lora[data]'"
+            ) from None
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self._source = source
+        self._frame = self._new()
+        self._is_whole = True
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._is_whole = self._new(), True
+            chunk = chunk or self._source.read(_CHUNK)
+            if not chunk and self._is_whole:
+                return 0
+            if not chunk:
+                raise EOFError("the file ends within a zstd frame")
+            try:
+                self._ready = self._frame.decompress(chunk)
+            except self._error as cause:
+                raise EOFError(str(cause)) from None
+            self._is_whole = self._frame.eof
+        taken = min(len(buffer), len(self._ready))
+        buffer[:taken], self._ready = self._ready[:taken], self._ready[taken:]
+        return taken
+
+
+def _text_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
+    kind = kind_of(path)
+    if stream.peek(4)[:4] == _PARQUET:
+        raise DataError(
+            f"{path} is a compressed Parquet file: unpack it; Parquet itself compresses"
+        )
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, stream, kind)
+    if kind == ".txt":
+        return _lines(stream)
+    return _json_rows(path, stream, kind)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
+    """Numbered lines that are not blank; a byte order mark and CRLF are accepted."""
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as cause:
+            yield RawRow(
+                number,
+                None,
+                f"not UTF-8 (byte {cause.start + 1} of the line): save the file as UTF-8",
+            )
+            continue
+        if text.strip():
+            yield RawRow(number, {"text": text.rstrip("\r\n")})
+
+
+def _json_rows(path: Path, stream: io.BufferedReader, kind: str) -> Iterator[RawRow]:
+    if _is_one_text(stream.peek(), kind):
+        yield from json_text_rows(path, stream.read, COLUMNS)
+        return
+    for row in _lines(stream):
+        if row.problem:
+            yield row
+            continue
+        try:
+            yield RawRow(row.line, parse_json(row.value["text"]))
+        except RowError as cause:
+            yield RawRow(row.line, None, str(cause))
+
+
+def _is_one_text(head: bytes, kind: str) -> bool:
+    """Whether a file that begins so is one JSON text, not a text a line."""
+    first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if first[:1] not in (b"[", b"{") or (first[:1] == b"{" and kind != ".json"):
+        return False
+    if first[:1] == b"[" and kind not in (".jsonl", ".ndjson"):
+        return True
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not rest.strip()
+
+
+def _csv_rows(path: Path, stream: IO[bytes], kind: str) -> Iterator[RawRow]:
+    # Bytes that are not UTF-8 become half surrogates, so that only their own row is bad.
+    lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    before = csv.field_size_limit(_WIDEST_FIELD)
+    try:
+        first = lines.readline()
+        delimiter = _delimiter(first, kind)
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as cause:
+                yield RawRow(line, None, f"not CSV: {cause}")
+                continue
+            if fields is None:
+                return
+            if header is None:
+                header = _header(path, fields)
+            elif fields:
+                yield _csv_row(line, header, fields)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: the header names {', '.join(twice)} twice: rename a column")
+    return names
+
+
+def _csv_row(line: int, header: list[str], fields: list[str]) -> RawRow:
+    if len(fields) != len(header):
+        return RawRow(line, None, f"has {len(fields)} fields, the header {len(header)}")
+    if any("\udc80" <= c <= "\udcff" for field in fields for c in field if c >= "\ud800"):
+        return RawRow(line, None, "not UTF-8: save the file as UTF-8")
+    # An empty cell is what another format leaves out.
+    return RawRow(line, {k: v for k, v in zip(header, fields, strict=True) if v})
+
+
+def _delimiter(header: str, kind: str) -> str:
+    """A tab in .tsv; else the one of comma, semicolon and tab that the header has most of."""
+    return "\t" if kind == ".tsv" else max(",;\t", key=header.count)
+
+
+def _parquet_rows(path: Path) -> Iterator[RawRow]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise DataError(
+            "Parquet files need the package pyarrow: pip install 'phi3-lora[data]'"
+        ) from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield RawRow(number, value)
+    except (pyarrow.ArrowException, OSError) as cause:
+        raise DataError(f"{path} is damaged after row {number:,}: {cause}") from None
