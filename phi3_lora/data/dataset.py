@@ -118,41 +118,48 @@ def build_dataset(
     limit = f"max_length {max_length:,} tokens"
     if context is not None and context < max_length:
         max_length, limit = context, f"the model's context of {context:,} tokens"
-    notes = list(tokenizer.notes)
-    if on_bad_row == "skip":
-        found, problems = tokenizer.encode_rows(rows, loss_on=loss_on)
-        if problems:
-            title = f"{name}: skipped {len(problems):,} rows that cannot be rendered:"
-            notes.append(listing(title, problems))
-    else:
-        found = list(tokenizer.encode_conversations(rows, loss_on=loss_on))
-    pairs = [(r, d) for r, d in zip(rows, found, strict=True) if d is not None]
+    pairs, notes = _encoded(rows, tokenizer, loss_on, on_bad_row, name)
     if too_long == "error":
         refuse_longer([d for _, d in pairs], max_length, f"{name}: longer than {limit}")
     fit = fit_to(pairs, tokenizer, limit=max_length, too_long=too_long, loss_on=loss_on)
     kept = [d for d in fit.documents if d.loss_tokens > 0]
     silent = [d for d in fit.documents if d.loss_tokens == 0]
-    what = f"of {len(pairs):,} rows"
-    if fit.shortened:
-        notes.append(
-            f"{name}: shortened {len(fit.shortened):,} {what} longer than {limit} by whole turns "
-            f"({too_long}; first {fit.shortened[0]})"
-        )
-    if fit.dropped:
-        longest = max(len(d.tokens) for d in fit.dropped)
-        notes.append(
-            f"{name}: dropped {len(fit.dropped):,} {what} longer than {limit} "
-            f"(longest {longest:,}; first {fit.dropped[0].source})"
-        )
-    if silent:
-        notes.append(
-            f"{name}: dropped {len(silent):,} {what} without a supervised token "
-            f"(first {silent[0].source})"
-        )
+    counts = (
+        ("shortened", fit.shortened, f"longer than {limit} by whole turns", too_long),
+        ("dropped", fit.dropped, f"longer than {limit}", f"longest {_longest(fit.dropped):,}"),
+        ("dropped", silent, "without a supervised token", ""),
+    )
+    for verb, found, what, detail in counts:
+        if found:
+            first = f"{detail}; first {found[0].source}" if detail else f"first {found[0].source}"
+            notes.append(f"{name}: {verb} {len(found):,} of {len(pairs):,} rows {what} ({first})")
     notes += _remarks(kept, name)
     if not kept:
         raise DataError(listing(f"{name}: no row is left to learn from", notes))
     return Dataset(kept, notes)
+
+
+def _longest(documents: Sequence[Document]) -> int:
+    return max((len(d.tokens) for d in documents), default=0)
+
+
+def _encoded(
+    rows: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    loss_on: str,
+    on_bad_row: str,
+    name: str,
+) -> tuple[list[tuple[Conversation, Document]], list[str]]:
+    """Each row that can be rendered with its document, and notes on the others."""
+    notes = list(tokenizer.notes)
+    if on_bad_row == "error":
+        documents = tokenizer.encode_conversations(rows, loss_on=loss_on)
+        return list(zip(rows, documents, strict=True)), notes
+    found, problems = tokenizer.encode_rows(rows, loss_on=loss_on)
+    if problems:
+        title = f"{name}: skipped {len(problems):,} row(s) that cannot be rendered:"
+        notes.append(listing(title, problems))
+    return [(r, d) for r, d in zip(rows, found, strict=True) if d is not None], notes
 
 
 def _remarks(documents: Sequence[Document], name: str) -> list[str]:

@@ -24,8 +24,8 @@ class Fit(NamedTuple):
 
     documents: list[Document]
     """What fits, in the order of the rows."""
-    shortened: list[str]
-    """file:line of those among them that lost turns."""
+    shortened: list[Document]
+    """Those among them that lost turns."""
     dropped: list[Document]
     """What does not fit, as long as it was."""
 
@@ -57,7 +57,7 @@ def fit_to(
     gone = set(longer) - set(shorter)
     return Fit(
         [shorter.get(i, d) for i, (_, d) in enumerate(pairs) if i not in gone],
-        [document.source for document in shorter.values()],
+        list(shorter.values()),
         [pairs[i][1] for i in sorted(gone)],
     )
 
