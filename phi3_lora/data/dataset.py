@@ -125,14 +125,16 @@ def build_dataset(
     kept = [d for d in fit.documents if d.loss_tokens > 0]
     silent = [d for d in fit.documents if d.loss_tokens == 0]
     counts = (
-        ("shortened", fit.shortened, f"longer than {limit} by whole turns", too_long),
-        ("dropped", fit.dropped, f"longer than {limit}", f"longest {_longest(fit.dropped):,}"),
+        ("shortened", fit.shortened, f"longer than {limit} by whole turns", f"{too_long}; "),
+        ("dropped", fit.dropped, f"longer than {limit}", f"longest {_longest(fit.dropped):,}; "),
         ("dropped", silent, "without a supervised token", ""),
     )
     for verb, found, what, detail in counts:
         if found:
-            first = f"{detail}; first {found[0].source}" if detail else f"first {found[0].source}"
-            notes.append(f"{name}: {verb} {len(found):,} of {len(pairs):,} rows {what} ({first})")
+            notes.append(
+                f"{name}: {verb} {len(found):,} of {len(pairs):,} rows {what} "
+                f"({detail}first {found[0].source})"
+            )
     notes += _remarks(kept, name)
     if not kept:
         raise DataError(listing(f"{name}: no row is left to learn from", notes))
@@ -169,13 +171,14 @@ def _remarks(documents: Sequence[Document], name: str) -> list[str]:
     systemless = [d for d in documents if d.remarks.lacks_system]
     characters = sum(d.remarks.num_eaten for d in eaten)
     texts = (
-        (marked, "hold markers as text, kept as text"),
-        (eaten, f"lose {characters:,} characters of white space that markers beside a message eat"),
-        (systemless, "lose their system message: the chat template has no place for it"),
+        (marked, "hold markers as text, kept as text", ""),
+        (eaten, "lose white space that markers beside a message eat", f"{characters:,} in all; "),
+        (systemless, "lose their system message: the chat template has no place for it", ""),
     )
     return [
-        f"{name}: {len(found):,} of {len(documents):,} rows {text} (first {found[0].source})"
-        for found, text in texts
+        f"{name}: {len(found):,} of {len(documents):,} rows {text} "
+        f"({detail}first {found[0].source})"
+        for found, text, detail in texts
         if found
     ]
 

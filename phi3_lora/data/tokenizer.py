@@ -50,7 +50,7 @@ class ChatTokenizer:
     """Tokenizer and chat template of a model folder, without transformers."""
 
     def __init__(
-        self, model_dir: Path, *, vocab_size: int, template_file: Path | None = None
+        self, model_dir: Path, *, vocab_size: int, template_file: str | Path | None = None
     ) -> None:
         """Read tokenizer.json and the chat template.
 
@@ -73,7 +73,7 @@ class ChatTokenizer:
         if template_file is None:
             self._use(ChatTemplate(template_source(model_dir, config), strings))
             return
-        template = read_template_file(template_file, strings)
+        template = read_template_file(Path(template_file), strings)
         try:
             self._use(template)
         except DataError as cause:
