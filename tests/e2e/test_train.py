@@ -34,11 +34,11 @@ def same_tensors(first: Path, second: Path) -> bool:
 
 
 PARTS_AND_WHOLE = [
-    *("--targets", "q_proj,v_proj,lm_head", "--dropout", "0.1"),
+    *("--targets", "q_proj,v_proj,lm_head", "--dropout", "0.1", "--rank", "4"),
+    *("--set", "peft_config.init_lora_weights=pissa"),
     *("--set", "peft_config.use_dora=true", "--set", "peft_config.modules_to_save=[norm]"),
     *("--set", "training_config.loraplus_lr_ratio=4", "--set", "training_config.weight_decay=0.1"),
 ]
-FROM_THE_WEIGHTS = ["--set", "peft_config.init_lora_weights=pissa", "--rank", "4"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,6 @@ FROM_THE_WEIGHTS = ["--set", "peft_config.init_lora_weights=pissa", "--rank", "4
         ("cuda", []),
         ("mlx", PARTS_AND_WHOLE),
         ("cuda", PARTS_AND_WHOLE),
-        ("cuda", FROM_THE_WEIGHTS),
     ],
 )
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(

@@ -11,16 +11,28 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter, with_spec
+from phi3_lora.adapters.deltas import Weighted
 from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.start import initial_weights, row_norms, trained_masks
 from phi3_lora.adapters.targets import resolve
-from phi3_lora.backend import Batch, Engine, LoadRequest, LoraSpec, OptimSpec, Tensors
+from phi3_lora.backend import (
+    Batch,
+    Engine,
+    LoadRequest,
+    LoraSpec,
+    OptimSpec,
+    Sampling,
+    Tensors,
+)
 from phi3_lora.config.schema import LoraConfig
 from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import ModelError
+from phi3_lora.merge import merge
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.tensor_files import read_all_float32
+from phi3_lora.weights import check_weights
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.backends.test_conformance import open_mlx_padded
@@ -225,6 +237,40 @@ def test_l6_the_adapter_scores_the_same_in_stock_peft_and_stock_mlx_lm(
     for reader, logits in found.items():
         assert np.abs(logits - expected).max() <= 1e-4 * expected.std(), reader
     assert ["whole weights" in note for note in notes] == [True] * (name == "whole")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_merged_into_the_base_it_answers_the_same(folder: Path, tmp_path: Path, name: str) -> None:
+    config = read_model_config(folder)
+    adapter = adapter_of(name, folder)
+    part = Weighted(adapter, 1.0)
+    found = merge(folder, config, check_weights(folder, config), [part], tmp_path / "m")
+    assert min(kept.cosine for kept in found.survival.values()) > 0.99999
+    assert set(found.survival) == {*adapter.modules, *adapter.saved}
+    spec = dataclasses.replace(adapter.spec, dropout=0.0)
+    rows = np.arange(60, dtype=np.int32)
+    for kind, backend in (("cuda", CudaBackend), ("mlx", MlxBackend)):
+        expected = opened(kind, folder, spec, adapter.weights).logits(batch_of(), rows)
+        merged = backend().open(LoadRequest(model_dir=tmp_path / "m", device="cpu"))
+        logits = merged.logits(batch_of(), rows)
+        assert np.abs(logits - expected).max() <= 1e-4 * expected.std(), kind
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mlx"])
+def test_generation_with_every_kind_is_that_of_whole_sequences(folder: Path, kind: str) -> None:
+    """Cached norms of DoRA and the adapted embedding and head also serve decoding."""
+    prompt = random_documents([9])[0].tokens.tolist()
+    for name in ("dora", "outside", "whole"):
+        adapter = adapter_of(name, folder)
+        engine = opened(kind, folder, adapter.spec, adapter.weights)
+        found = [i for _, i in engine.generate([prompt], Sampling(max_new_tokens=6))]
+        ids = list(prompt)
+        for token in found:
+            tokens = np.array(ids, np.int32)
+            batch = make_batch([Document(tokens, np.ones(len(ids), bool), "x")])
+            logits = engine.logits(batch, np.array([len(ids) - 1], np.int32))[0]
+            assert logits[token] >= logits.max() - 2e-4 * logits.std(), name
+            ids.append(token)
 
 
 STOCK = {
