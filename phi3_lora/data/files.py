@@ -181,10 +181,10 @@ def _is_one_text(head: bytes, kind: str) -> bool:
 
 def _csv_rows(path: Path, stream: IO[bytes], kind: str) -> Iterator[RawRow]:
     # Bytes that are not UTF-8 become half surrogates, so that only their own row is bad.
-    lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
     before = csv.field_size_limit(_WIDEST_FIELD)
     try:
-        first = lines.readline()
+        first = next(lines, "").removeprefix("\ufeff")
         delimiter = _delimiter(first, kind)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header: list[str] | None = None
@@ -215,7 +215,9 @@ def _header(path: Path, names: list[str]) -> list[str]:
 def _csv_row(line: int, header: list[str], fields: list[str]) -> RawRow:
     if len(fields) != len(header):
         return RawRow(line, None, f"has {len(fields)} fields, the header {len(header)}")
-    if any("\udc80" <= c <= "\udcff" for field in fields for c in field if c >= "\ud800"):
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError:
         return RawRow(line, None, "not UTF-8: save the file as UTF-8")
     # An empty cell is what another format leaves out.
     return RawRow(line, {k: v for k, v in zip(header, fields, strict=True) if v})

@@ -63,7 +63,10 @@ def json_text_rows(
     else:
         yield from _object(text, row_keys)
     if text.peek():
-        raise text.fail("not JSON: something follows the end of the text")
+        raise text.fail(
+            "not JSON: something follows the end of the text (a file with a text on each line is "
+            "read as that if it is named .jsonl)"
+        )
 
 
 def _elements(text: _Text) -> Iterator[RawRow]:

@@ -25,6 +25,8 @@ from phi3_lora.demo import DEMO_DATA_DIR
 from phi3_lora.errors import ConfigError, DataError
 
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:/(?P<subset>[\w.-]+))?")
+_WITH_SPLIT = re.compile(r"(?P<path>.+?):(?P<split>[\w.-]+(?:\[.*\])?)")
+"""A split may be followed by the part of it that is taken, as `datasets` writes it: test[:10%]."""
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "valid": ("valid", "validation", "val", "dev", "eval"),
@@ -184,24 +186,19 @@ def _place(source: Source) -> _Place:
     local = _local(source.path, source.split)
     if local is not None:
         return local
-    path, colon, split = source.path.rpartition(":")
-    if colon and source.split is None:
-        local = _local(path, split)
+    named = _WITH_SPLIT.fullmatch(source.path) if source.split is None else None
+    path, split = (named["path"], named["split"]) if named else (source.path, source.split)
+    local = _local(path, split)
     if local is not None:
         return local
-    name = path if colon else source.path
-    found = _HUB_ID.fullmatch(name)
-    if found is None or name.startswith((".", "~")) or kind_of(Path(name)) in (*EXTENSIONS, ".txt"):
+    found = _HUB_ID.fullmatch(path)
+    if found is None or path.startswith((".", "~")) or kind_of(Path(path)) in (*EXTENSIONS, ".txt"):
         raise DataError(
             f"no such data file: {source.path} (a file, a folder, a pattern such as "
             "'data/*.jsonl', a data set of the hub as owner/name, or demo)"
         )
-    return _Place(
-        source.path,
-        source.split or (split if colon else None),
-        hub=found["name"],
-        subset=source.subset or found["subset"],
-    )
+    subset = source.subset or found["subset"]
+    return _Place(source.path, split, hub=found["name"], subset=subset)
 
 
 def _local(text: str, split: str | None) -> _Place | None:
