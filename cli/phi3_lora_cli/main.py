@@ -12,6 +12,7 @@ from phi3_lora_cli.faults import run_reporting_faults
 
 COMMANDS = {
     "train": ("train", "Fine-tune a Phi-3 model with LoRA."),
+    "data": ("data", "Look at data before training: problems, tokens in the loss, a split."),
     "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
     "generate": ("generate", "Answer one prompt."),
     "quantize": ("quantize", "Write a base in 4 or 8 bits that is equal on both backends."),

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from phi3_lora.data.conversation import Conversation, Message
 from phi3_lora.data.duplicates import Match, NearIndex, exact_duplicates, spoken_text
 from phi3_lora.data.languages import LanguageFilter
-from phi3_lora.data.records import Conversation, Message
 from phi3_lora.data.text_checks import encoding_problem, repaired, tidied, white_space_problem
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import ConfigError
@@ -256,7 +256,8 @@ def _pattern_step(pattern: str) -> Step:
         for i, message in enumerate(row.messages, start=1):
             match = compiled.search(message["content"])
             if match is not None:
-                return Finding("pattern", f"{_name(row, i)}: {match.group()[:60]!r} is {pattern!r}")
+                text = f"{_name(row, i)}: {match.group()[:60]!r} matches {pattern!r}"
+                return Finding("pattern", text)
         return None
 
     return step

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lora.data.records import Conversation
+from phi3_lora.data.conversation import Conversation
 from phi3_lora.errors import ConfigError
 
 SIMILARITY = 0.8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phi3_lora.data.conversation import Conversation
 from phi3_lora.data.duplicates import Match, NearIndex, exact_key, spoken_text
-from phi3_lora.data.records import Conversation
 
 
 def find_leaks(

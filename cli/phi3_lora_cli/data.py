@@ -1,0 +1,273 @@
+"""phi3-lora data: check, preview and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from phi3_lora_cli.data_output import print_report, say_split
+from phi3_lora_cli.options import note, output_options, print_json
+
+if TYPE_CHECKING:
+    from phi3_lora.config.schema import RunConfig
+    from phi3_lora.data.checking import Base
+    from phi3_lora.data.dataset import DataFiles
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NO_MODEL = "(no model)"
+"""In place of the model, which a run needs and a look at data does not."""
+_near_option = click.option(
+    "--near-duplicates/--no-near-duplicates",
+    "near",
+    default=None,
+    help="Whether to look for rows that are nearly alike. Default: yes.",
+)
+
+
+def _data_options(function: F) -> F:
+    """DATA, -c and --set."""
+    found: Callable[..., Any] = function
+    for decorate in (
+        click.option(
+            "--set", "assignments", multiple=True, metavar="DATA.KEY=VALUE", help="As for train."
+        ),
+        click.option(
+            "-c", "--config", "config_file", type=click.Path(path_type=Path), help="As for train."
+        ),
+        click.argument("data", metavar="DATA", required=False),
+    ):
+        found = decorate(found)
+    return cast(F, found)
+
+
+def _settings(
+    config_file: Path | None, assignments: tuple[str, ...], **flags: str | None
+) -> tuple[RunConfig, DataFiles]:
+    """What train would make of the same settings: the configuration and the sources."""
+    from phi3_lora.config.load import load_settings
+    from phi3_lora.data.dataset import resolve_data
+    from phi3_lora.errors import ConfigError
+
+    if flags["data_train"] is None and config_file is None and not assignments:
+        raise ConfigError("no data: name DATA, or a --config FILE that names it")
+    named = {name.replace("data_", "data."): value for name, value in flags.items()}
+    config = load_settings(
+        base={"model": _NO_MODEL, "output_dir": "unused"},
+        config_file=config_file,
+        assignments=assignments,
+        flags=named,
+    ).config
+    data = config.data
+    return config, resolve_data(data.source or "", data.valid, more=data.sources)
+
+
+def _base(config: RunConfig) -> Base:
+    """The base model's tokenizer and context, with the settings' own template and loss."""
+    from phi3_lora.data.checking import Base
+    from phi3_lora.data.tokenizer import ChatTokenizer
+    from phi3_lora.loading import look_at_model
+
+    model = look_at_model(config.model, config.revision, with_weights=False)
+    tokenizer = model.tokenizer
+    if config.data.chat_template is not None:
+        template = Path(config.data.chat_template).expanduser()
+        vocab_size = model.config.vocab_size
+        tokenizer = ChatTokenizer(model.path, vocab_size=vocab_size, template_file=template)
+    return Base(tokenizer, model.config.max_position_embeddings, config.data.loss_on)
+
+
+@click.group()
+def command() -> None:
+    """Look at data before training on it: problems, tokens in the loss, a split.
+
+    \b
+    Example:
+      phi3-lora data check demo --model demo
+    """
+
+
+@command.command()
+@_data_options
+@click.option("--valid", metavar="DATA", help="To validate on; checked too, and for leaks.")
+@click.option("--model", metavar="ID|DIR|demo", help="Lengths in tokens, and what is in the loss.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@_near_option
+@click.option("--min-chars", type=click.IntRange(min=0), help="Least characters of a row.")
+@click.option("--max-chars", type=click.IntRange(min=0), help="Most characters of a row.")
+@click.option(
+    "--pattern", "patterns", metavar="REGEX", multiple=True, help="No row may match; repeatable."
+)
+@click.option("--language", metavar="CODE", help="The language rows should be in, such as en.")
+@output_options
+def check(
+    data: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    valid: str | None,
+    model: str | None,
+    revision: str | None,
+    near: bool | None,
+    min_chars: int | None,
+    max_chars: int | None,
+    patterns: tuple[str, ...],
+    language: str | None,
+    as_json: bool,
+) -> int:
+    """Report what is wrong in data, with file and line. Nothing is changed.
+
+    DATA, --config and --set mean what they mean for train; the validation rows of a folder are
+    checked with it. Exit code 0 if there is no problem, 3 if there is.
+
+    \b
+    Example:
+      phi3-lora data check chats.jsonl --valid held-out.jsonl --model demo
+    """
+    from phi3_lora.data.checking import check_rows
+    from phi3_lora.data.cleaning import Cleaning
+    from phi3_lora.data.records import iterate_rows
+
+    limits = Cleaning(
+        min_chars=min_chars, max_chars=max_chars, patterns=patterns, language=language
+    )
+    config, files = _settings(
+        config_file, assignments, data_train=data, data_valid=valid, model=model, revision=revision
+    )
+    base = None if config.model == _NO_MODEL else _base(config)
+    look_for_near = _look_for_near(near)
+    told: list[str] = []
+    train = list(iterate_rows(files.train, told))
+    held_out = list(iterate_rows(files.valid, told))
+    for text in told:
+        note(text)
+    report = check_rows(train, held_out, base=base, near=look_for_near, limits=limits)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_report(report)
+    return 3 if report.problems else 0
+
+
+def _look_for_near(near: bool | None) -> bool:
+    """What was asked for; if nothing was, what is possible, and a word on it."""
+    from phi3_lora.data.duplicates import can_find_near
+
+    if near is None and not can_find_near():
+        note("near duplicates are not looked for: pip install 'phi3-lora[data]'")
+        return False
+    return near is not False
+
+
+@command.command()
+@_data_options
+@click.option("--model", metavar="ID|DIR|demo", help="Whose tokens and chat template.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--limit", type=click.IntRange(min=1), default=5, help="Rows shown. Default: 5.")
+@click.option("--html", "page", metavar="FILE", help="Write a page in place of printing.")
+@output_options
+def preview(
+    data: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    model: str | None,
+    revision: str | None,
+    limit: int,
+    page: str | None,
+    as_json: bool,
+) -> None:
+    """Show the tokens of the first rows and where the loss counts.
+
+    DATA, --config and --set mean what they mean for train. Green is in the loss, magenta is a
+    special token; without colours what is in the loss stands in brackets. Spaces, tabs and line
+    ends are made visible.
+
+    \b
+    Example:
+      phi3-lora data preview demo --model demo --limit 2
+    """
+    from phi3_lora.data.checking import first_rows
+    from phi3_lora.errors import ConfigError
+    from phi3_lora.report.preview import loss_mask, print_preview, write_preview
+
+    config, files = _settings(
+        config_file, assignments, data_train=data, model=model, revision=revision
+    )
+    if config.model == _NO_MODEL:
+        raise ConfigError("no model: pass --model, or model in --config FILE")
+    tokenizer, _, loss_on = _base(config)
+    documents = tokenizer.encode_conversations(first_rows(files.train, limit), loss_on=loss_on)
+    result: dict[str, Any] = {
+        "documents": [
+            {"source": d.source, "token_ids": d.tokens.tolist(), "loss_mask": loss_mask(d)}
+            for d in documents
+        ]
+    }
+    if page is not None:
+        path = Path(page).expanduser()
+        write_preview(path, documents, tokenizer, f"{files.train[0]}, as {config.model} sees it")
+        result["html"] = str(path)
+    if as_json:
+        print_json(result)
+    elif page is not None:
+        click.echo(f"wrote {result['html']}")
+    else:
+        from rich.console import Console
+
+        print_preview(documents, tokenizer, Console(highlight=False))
+
+
+@command.command()
+@_data_options
+@click.option("--output", required=True, metavar="DIR", help="A new folder.")
+@click.option(
+    "--valid-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    help="Share of the rows to validate on. Default: 0.1.",
+)
+@click.option("--group-by", metavar="KEY", help="Rows with one value of KEY stay together.")
+@click.option("--stratify-by", metavar="KEY", help="Each value of KEY gets the same share.")
+@_near_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draw. Default: 0.")
+@output_options
+def split(
+    data: str | None,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    output: str,
+    valid_fraction: float,
+    group_by: str | None,
+    stratify_by: str | None,
+    near: bool | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Write train.jsonl and valid.jsonl, with nothing on both sides.
+
+    Rows that repeat each other, exactly or nearly, stay on one side. Lines of JSONL are written
+    as they are, other formats as JSON. The same rows and seed give the same split everywhere.
+
+    \b
+    Example:
+      phi3-lora data split demo --output runs/split --valid-fraction 0.05
+    """
+    from phi3_lora.data.splitting import check_unused, read_split_rows, split_rows, write_split
+
+    folder = Path(output).expanduser()
+    check_unused(folder)
+    _, files = _settings(config_file, assignments, data_train=data)
+    rows = read_split_rows(files.train)
+    # A split that is not free of leaks must be asked for.
+    found = split_rows(
+        rows,
+        fraction=valid_fraction,
+        seed=seed,
+        group_by=group_by,
+        stratify_by=stratify_by,
+        near=near is not False,
+    )
+    write_split(rows, found, folder)
+    say_split(found, folder, valid_fraction, as_json=as_json)

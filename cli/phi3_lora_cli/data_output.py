@@ -1,0 +1,98 @@
+"""What phi3-lora data prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from phi3_lora_cli.options import note, print_json
+
+if TYPE_CHECKING:
+    from phi3_lora.data.check_report import Report
+    from phi3_lora.data.splitting import Split
+
+_BAR_WIDTH = 40
+
+
+def print_report(report: Report) -> None:
+    """A check for people: problems of every kind, lengths, counts."""
+    from phi3_lora.data.check_report import spread
+    from phi3_lora.errors import MAX_SHOWN
+
+    for problem in spread(report.problems, MAX_SHOWN):
+        click.echo(_printable(str(problem)))
+    if len(report.problems) > MAX_SHOWN:
+        rest = len(report.problems) - MAX_SHOWN
+        click.echo(f"... and {rest:,} more (--json lists all)")
+    if report.problems:
+        click.echo("")
+    train = report.num_rows - report.num_valid_rows
+    click.echo(f"rows             {train:,} to train on, {report.num_valid_rows:,} to validate on")
+    lengths = report.lengths.to_dict()
+    click.echo(
+        f"{lengths['unit']} a row".ljust(17) + f"least {lengths['min']:,.0f}, median "
+        f"{lengths['median']:,.0f}, 95 % at most {lengths['p95']:,.0f}, greatest "
+        f"{lengths['max']:,.0f}"
+    )
+    _print_histogram(report.lengths.histogram())
+    if report.loss_share is not None:
+        click.echo(
+            f"in the loss      {report.loss_tokens:,} of {report.num_tokens:,} tokens "
+            f"({report.loss_share:.1%})"
+        )
+    if not report.problems:
+        click.echo("no problem found")
+        return
+    click.echo(f"problems         {len(report.problems):,}")
+    for kind, count in report.counts().items():
+        click.echo(f"  {kind.ljust(15)}{count:>9,}")
+
+
+def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
+    most = max((rows for _, _, rows in bins), default=1)
+    edge = max((len(f"{b[1]:,}") for b in bins), default=1)
+    for least, greatest, rows in bins:
+        # A bin with few rows is still seen.
+        bar = "\u2588" * max(round(_BAR_WIDTH * rows / most), rows > 0)
+        click.echo(f"  {least:>{edge},} to {greatest:>{edge},}  {rows:>9,} {bar}".rstrip())
+
+
+def _printable(text: str) -> str:
+    """A line that cannot drive the terminal, whatever the data holds."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> None:
+    """Where the rows went, and how many."""
+    from phi3_lora.data.splitting import TRAIN_NAME, VALID_NAME
+
+    num_valid = len(split.valid)
+    result = {
+        "train": str(folder / TRAIN_NAME),
+        "valid": str(folder / VALID_NAME),
+        "num_train_rows": split.num_rows - num_valid,
+        "num_valid_rows": num_valid,
+        "valid_fraction": num_valid / split.num_rows,
+        "num_groups": split.num_groups,
+        "largest_group": split.largest_group,
+        "labels": {k: {"train": a, "valid": b} for k, (a, b) in split.labels.items()},
+    }
+    if abs(num_valid - fraction * split.num_rows) > 1:
+        note(
+            f"{num_valid / split.num_rows:.1%} of the rows are set aside, not {fraction:.1%}: rows "
+            f"that belong together stay together (the largest set has {split.largest_group:,})"
+        )
+    if as_json:
+        print_json(result)
+        return
+    click.echo(f"{result['train']}  {result['num_train_rows']:,} rows")
+    click.echo(f"{result['valid']}  {num_valid:,} rows")
+    if split.num_groups < split.num_rows:
+        click.echo(
+            f"{split.num_rows:,} rows in {split.num_groups:,} sets that stay together, the largest "
+            f"of {split.largest_group:,}"
+        )
+    for label, (train, valid) in split.labels.items():
+        click.echo(f"  {label}: {train:,} and {valid:,}")

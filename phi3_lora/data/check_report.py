@@ -1,0 +1,123 @@
+"""The result of a data check: problems with file and line, lengths, and the share in the loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+KINDS = (
+    *("bad-row", "empty", "no-loss", "too-short", "too-long", "leak", "duplicate"),
+    *("near-duplicate", "marker-text", "encoding", "whitespace", "pattern", "language"),
+)
+"""Every kind of problem, in the order of counts."""
+_MOST_BINS = 12
+_WIDTHS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with one row."""
+
+    file: str
+    line: int
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        """As it is listed."""
+        return f"{self.file}:{self.line}: {self.kind}: {self.message}"
+
+
+class Lengths(NamedTuple):
+    """How long rows are."""
+
+    unit: str
+    """tokens or characters."""
+    values: NDArray[np.int64]
+    """(rows,)."""
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """Least and greatest length of each bin, and its rows.
+
+        Bins are of one round width; of powers of two where lengths differ by 8 times and more.
+        """
+        if not len(self.values):
+            return []
+        least, greatest = int(self.values.min()), int(self.values.max())
+        if greatest >= 8 * max(least, 1):
+            powers = range(least.bit_length(), greatest.bit_length() + 1)
+            edges = [2**p // 2 for p in powers] + [2 ** powers[-1]]
+        else:
+            width = next(w for w in _WIDTHS if greatest // w - least // w < _MOST_BINS)
+            edges = list(range(least // width * width, greatest + width + 1, width))
+            edges = [edge for edge in edges if edge - width <= greatest]
+        counts = np.histogram(self.values, [*edges[:-1], edges[-1] - 0.5])[0].tolist()
+        return [(a, b - 1, n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Unit, least, median, 95th percentile, greatest and mean length, and the histogram."""
+        quantiles = np.quantile(self.values, (0, 0.5, 0.95, 1)) if len(self.values) else [0] * 4
+        names = ("min", "median", "p95", "max")
+        return {
+            "unit": self.unit,
+            **{name: float(q) for name, q in zip(names, quantiles, strict=True)},
+            "mean": float(self.values.mean()) if len(self.values) else 0.0,
+            "histogram": [{"from": a, "to": b, "rows": n} for a, b, n in self.histogram()],
+        }
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of a check."""
+
+    files: list[str]
+    num_rows: int
+    """Rows of training and validation data that can be read."""
+    num_valid_rows: int
+    problems: list[Problem]
+    lengths: Lengths
+    near_duplicates: bool
+    """Whether near duplicates were looked for."""
+    num_tokens: int | None = None
+    """Of all rows; None without a model."""
+    loss_tokens: int | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Kind -> problems of it, for the kinds that occur."""
+        found = Counter(p.kind for p in self.problems)
+        return {kind: found[kind] for kind in KINDS if kind in found}
+
+    @property
+    def loss_share(self) -> float | None:
+        """Share of all tokens that are in the loss; None without a model or a token."""
+        if not self.num_tokens or self.loss_tokens is None:
+            return None
+        return self.loss_tokens / self.num_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            "files": self.files,
+            "num_rows": self.num_rows,
+            "num_valid_rows": self.num_valid_rows,
+            "counts": self.counts(),
+            "problems": [p._asdict() for p in self.problems],
+            "lengths": self.lengths.to_dict(),
+            "near_duplicates": self.near_duplicates,
+            "num_tokens": self.num_tokens,
+            "loss_tokens": self.loss_tokens,
+            "loss_share": self.loss_share,
+        }
+
+
+def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
+    """At most so many problems, of every kind about as many, in their order."""
+    places: dict[str, list[int]] = {}
+    for i, problem in enumerate(problems):
+        places.setdefault(problem.kind, []).append(i)
+    by_turn = sorted((turn, i) for found in places.values() for turn, i in enumerate(found))
+    return [problems[i] for i in sorted(i for _, i in by_turn[:limit])]

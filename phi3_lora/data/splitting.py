@@ -1,0 +1,242 @@
+"""Rows into training and validation data, so that nothing is on both sides.
+
+Rows that repeat each other, exactly or nearly, and rows of one group stay together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from phi3_lora.data.conversation import Conversation, RawRow, RowError
+from phi3_lora.data.duplicates import Groups, NearIndex, exact_duplicates, spoken_text
+from phi3_lora.data.formats import RowReader
+from phi3_lora.data.sources import Source, parts_of
+from phi3_lora.errors import DataError, listing
+from phi3_lora.seeding import permutation
+from phi3_lora.storage import replace_folder, write_bytes
+
+TRAIN_NAME, VALID_NAME = "train.jsonl", "valid.jsonl"
+
+
+class SplitRow(NamedTuple):
+    """A row as it is read, and as it is written."""
+
+    conversation: Conversation
+    value: Mapping[str, Any]
+    """All that the row holds."""
+    line: bytes
+    """Without a line end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which rows are for validation."""
+
+    valid: list[int]
+    """Places of the rows, ascending."""
+    num_rows: int
+    num_groups: int
+    """Sets of rows that stay together."""
+    largest_group: int
+    """Rows of the largest of them."""
+    labels: dict[str, tuple[int, int]]
+    """Label -> rows to train and to validate on; empty when not stratified."""
+
+
+def read_split_rows(sources: Sequence[Source]) -> list[SplitRow]:
+    """Every row of sources.
+
+    Raises:
+        DataError: when there is no such source, or rows are bad; all are counted.
+    """
+    rows: list[SplitRow] = []
+    problems: list[str] = []
+    for source in sources:
+        for part in parts_of(source):
+            reader, lines = RowReader(source.format, source.columns), _LineReader(part.name)
+            for raw in part.rows():
+                place = f"{part.name}:{raw.line}"
+                try:
+                    rows.append(_read(raw, place, reader, lines))
+                except RowError as cause:
+                    problems.append(f"{place}: {cause}")
+    if problems:
+        title = f"{len(problems):,} bad row(s); correct or remove them (phi3-lora data check):"
+        raise DataError(listing(title, problems))
+    if not rows:
+        raise DataError(f"{', '.join(map(str, sources))}: no rows to split")
+    return rows
+
+
+def _read(raw: RawRow, place: str, reader: RowReader, lines: _LineReader) -> SplitRow:
+    if raw.problem is not None:
+        raise RowError(raw.problem)
+    return SplitRow(reader.read(raw.value, place), raw.value, lines.line(raw.line, raw.value))
+
+
+class _LineReader:
+    """The bytes of a JSONL file's lines, asked for in ascending order."""
+
+    def __init__(self, name: str) -> None:
+        path = Path(name)
+        self._lines: Iterator[tuple[int, bytes]] = iter(())
+        if path.is_file():
+            self._lines = enumerate(_lines_of(path), start=1)
+
+    def line(self, number: int, value: Any) -> bytes:
+        """A line's own bytes; where a file has no such line, the value as JSON."""
+        for at, line in self._lines:
+            if at == number:
+                own = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+                return own if _holds(own, value) else _as_json(value)
+        return _as_json(value)
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from file
+
+
+def _holds(line: bytes, value: Any) -> bool:
+    try:
+        return bool(json.loads(line) == value)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _as_json(value: Any) -> bytes:
+    # Parquet has dates and bytes, JSON has not.
+    return json.dumps(value, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+
+
+def split_rows(
+    rows: Sequence[SplitRow],
+    *,
+    fraction: float,
+    seed: int,
+    group_by: str | None = None,
+    stratify_by: str | None = None,
+    near: bool = True,
+) -> Split:
+    """Choose the rows to validate on.
+
+    Whole groups are drawn in an order that depends on the seed alone, as long as they fit: into
+    the share of each label, if stratified. If none fits, the smallest one is taken.
+
+    Args:
+        rows: as read_split_rows gives them.
+        fraction: share of the rows to validate on, in (0, 1).
+        seed: of the draw.
+        group_by: rows with one value under this key stay together.
+        stratify_by: each value under this key has the same share.
+        near: whether rows that nearly repeat each other stay together.
+
+    Raises:
+        DataError: when rows lack a key, or all rows belong together.
+        ConfigError: when near is set and datasketch is not installed.
+    """
+    groups = _group(rows, group_by, near)
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(rows)):
+        members[groups.find(i)].append(i)
+    if len(members) < 2:
+        raise DataError(
+            f"all {len(rows):,} row(s) belong together, so none can be set aside: "
+            + (f"group by another key than {group_by!r}" if group_by else "they repeat each other")
+            + (", or pass --no-near-duplicates" if near else "")
+        )
+    labels = _values(rows, stratify_by) if stratify_by else [""] * len(rows)
+    room = _shares(Counter(labels), fraction)
+    units = list(members.values())
+    valid: list[int] = []
+    for place in permutation(seed, "split", size=len(units)).tolist():
+        needed = Counter(labels[i] for i in units[place])
+        if all(room[label] >= count for label, count in needed.items()):
+            room.subtract(needed)
+            valid += units[place]
+    if not valid:
+        order = permutation(seed, "split", size=len(units)).tolist()
+        valid = list(units[min(order, key=lambda place: len(units[place]))])
+    chosen, totals = Counter(labels[i] for i in valid), Counter(labels)
+    return Split(
+        valid=sorted(valid),
+        num_rows=len(rows),
+        num_groups=len(units),
+        largest_group=max(map(len, units)),
+        labels={v: (totals[v] - chosen[v], chosen[v]) for v in sorted(totals)}
+        if stratify_by
+        else {},
+    )
+
+
+def _group(rows: Sequence[SplitRow], group_by: str | None, near: bool) -> Groups:
+    conversations = [row.conversation for row in rows]
+    groups = Groups(len(rows))
+    matches = exact_duplicates(conversations)
+    if near:
+        index = NearIndex([spoken_text(row) for row in conversations])
+        matches += index.duplicates(0, len(rows))
+    for match in matches:
+        groups.join(match.row, match.other)
+    first: dict[str, int] = {}
+    for i, value in enumerate(_values(rows, group_by) if group_by else ()):
+        groups.join(i, first.setdefault(value, i))
+    return groups
+
+
+def _values(rows: Sequence[SplitRow], key: str) -> list[str]:
+    """What each row holds under a key, as text."""
+    missing = [row.conversation.source for row in rows if row.value.get(key) is None]
+    if missing:
+        keys = ", ".join(sorted({str(k) for row in rows[:1000] for k in row.value}))
+        title = f"{len(missing):,} of {len(rows):,} row(s) have no {key!r}; keys: {keys}"
+        raise DataError(listing(title, missing))
+    found = (row.value[key] for row in rows)
+    return [v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for v in found]
+
+
+def _shares(totals: Counter[str], fraction: float) -> Counter[str]:
+    """Rows of each label to validate on: the largest remainders are rounded up; never all rows.
+
+    Source: Hamilton's method of apportionment.
+    """
+    exact = {label: count * fraction for label, count in totals.items()}
+    shares = Counter({label: int(value) for label, value in exact.items()})
+    size = sum(totals.values())
+    left = min(max(1, round(size * fraction)), size - 1) - sum(shares.values())
+    for label in sorted(exact, key=lambda name: (shares[name] - exact[name], name))[:left]:
+        shares[label] += 1
+    return shares
+
+
+def write_split(rows: Sequence[SplitRow], split: Split, folder: Path) -> None:
+    """Write train.jsonl and valid.jsonl, each in the order of the rows and with their own bytes.
+
+    Raises:
+        DataError: when the folder is in use.
+        StorageError: when it cannot be written.
+    """
+    check_unused(folder)
+    chosen = set(split.valid)
+
+    def fill(part: Path) -> None:
+        for name, is_valid in ((TRAIN_NAME, False), (VALID_NAME, True)):
+            lines = (row.line + b"\n" for i, row in enumerate(rows) if (i in chosen) is is_valid)
+            write_bytes(part / name, b"".join(lines))
+
+    replace_folder(folder, fill)
+
+
+def check_unused(folder: Path) -> None:
+    """Make sure that a folder is new or empty.
+
+    Raises:
+        DataError: when it is not.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is in use: choose a new or empty folder (--output)")
