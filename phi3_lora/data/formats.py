@@ -188,9 +188,11 @@ class RowReader:
 
     def _named(self, value: Row) -> Row:
         """The row under our names, without what is null."""
+        if not self._columns and None not in value.values():
+            return value
         present = {k: v for k, v in value.items() if v is not None}
         if not self._columns:
-            return present if len(present) < len(value) else value
+            return present
         missing = sorted(
             theirs
             for ours, theirs in self._columns.items()
@@ -248,6 +250,8 @@ def _refuse_preference(row: Row) -> None:
 
 def _with_system(row: Row, turns: Turns) -> Turns:
     """The turns with the row's own `system` text and `tools` in the system message."""
+    if "system" not in row and "tools" not in row:
+        return turns
     system, tools = row.get("system"), _tools(row.get("tools"))
     if system is not None and not isinstance(system, str):
         raise RowError(f"`system` must be a string, got {type(system).__name__}")
