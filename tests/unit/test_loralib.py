@@ -19,9 +19,10 @@ from phi3_lora.adapters.loralib_layout import Untold, from_loralib
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.adapters.torch_file import encode_torch_file, read_torch_file
 from phi3_lora.errors import AdapterError
+from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import PROJECTIONS
 from tests.cli.test_contract import Capture, run, run_json
-from tests.tiny import random_adapter
+from tests.tiny import random_adapter, write_model
 
 torch = pytest.importorskip("torch")
 SHAPES = {
@@ -189,6 +190,71 @@ def test_state_dicts_of_loralib_itself_give_its_own_deltas(
             expected = (module(x) - plain).numpy()
         found = x.numpy() @ adapter.delta(f"model.layers.0.self_attn.{name}").T
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_an_embedding_of_loralib_is_the_models(tmp_path: Path) -> None:
+    lora = pytest.importorskip("loralib")
+    embedding = lora.Embedding(264, 64, r=3, lora_alpha=6)
+    torch.nn.init.normal_(embedding.lora_A)
+    state = {f"model.embed_tokens.{n}": v for n, v in lora.lora_state_dict(embedding).items()}
+    torch.save(state, tmp_path / "x.pt")
+    found = convert(
+        Job(source=tmp_path / "x.pt", target=tmp_path / "a", to="both", untold=Untold(6.0))
+    )
+    assert found.lossless
+    adapter = read_adapter(tmp_path / "a")
+    ids = torch.arange(264)
+    with torch.no_grad():
+        expected = (embedding(ids) - torch.nn.functional.embedding(ids, embedding.weight)).numpy()
+    np.testing.assert_allclose(adapter.delta("model.embed_tokens").T, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("enable", "rows", "parts", "expected"),
+    [
+        # 64 rows of q, 32 of k and v: loralib's equal parts are 128 / 3, which it refuses.
+        (("q", "v"), 96, None, [(0, 64), (96, 128)]),
+        (("k", "v"), 64, None, [(64, 96), (96, 128)]),
+        (("q", "k", "v"), 128, "model", [(0, 64), (64, 96), (96, 128)]),
+    ],
+)
+def test_unequal_parts_are_told_by_their_rows(
+    tmp_path: Path, enable: tuple[str, ...], rows: int, parts: str | None, expected: list
+) -> None:
+    config = read_model_config(write_model(tmp_path / "m", num_key_value_heads=2))
+    qkv = "model.layers.0.self_attn.qkv_proj"
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, (2 * len(enable), 64)).astype(np.float32)
+    b = rng.normal(0, 1, (rows, 2)).astype(np.float32)
+    tensors = {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b}
+    adapter = from_loralib(tensors, Untold(4.0, "", enable, parts), "x.pt", config)
+    delta = adapter.delta(qkv)
+    used = 0
+    for i, (start, end) in enumerate(expected):
+        own = 2.0 * b[used : used + end - start] @ a[2 * i : 2 * i + 2]
+        np.testing.assert_allclose(delta[start:end], own, rtol=1e-5, atol=1e-6)
+        used += end - start
+    touched = {row for start, end in expected for row in range(start, end)}
+    assert not delta[[row for row in range(128) if row not in touched]].any()
+
+
+def test_parts_that_could_be_equal_or_the_models_own_are_asked_for(tmp_path: Path) -> None:
+    """Phi-3-medium's 7,680 rows, in small: 96 = 3 x 32 = 48 + 24 + 24."""
+    changes = {"num_key_value_heads": 2, "hidden_size": 48, "intermediate_size": 64}
+    config = read_model_config(write_model(tmp_path / "m", **changes))
+    qkv = "model.layers.0.self_attn.qkv_proj"
+    a, b = np.ones((6, 48), np.float32), np.arange(192, dtype=np.float32).reshape(96, 2)
+    tensors = {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b}
+    with pytest.raises(AdapterError, match="pass --parts equal or --parts model"):
+        from_loralib(tensors, Untold(4.0), "x.pt", config)
+    found = {
+        parts: from_loralib(tensors, Untold(4.0, "", (), parts), "x.pt", config).pair(qkv)[1]
+        for parts in ("equal", "model")
+    }
+    assert np.flatnonzero(found["equal"][:, 0]).max() == 31
+    assert np.flatnonzero(found["model"][:, 0]).max() == 47
+    with pytest.raises(AdapterError, match="neither equal parts nor those of the model"):
+        from_loralib({f"{qkv}.lora_A": a, f"{qkv}.lora_B": b[:90]}, Untold(4.0), "x.pt", config)
 
 
 def test_what_cannot_be_placed_is_told() -> None:
