@@ -21,6 +21,7 @@ from phi3_lora.backend import Float32
 from phi3_lora.errors import ModelError
 from phi3_lora.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from phi3_lora.models import ModelConfig
+from phi3_lora.optional import gguf_package
 from phi3_lora.storage import explained, fsync_folder
 from phi3_lora.tensor_files import (
     FLOAT_TYPES,
@@ -86,21 +87,6 @@ class _Planned(NamedTuple):
         return count * (4 if self.kind == "F32" else 2)
 
 
-def gguf_package() -> Any:
-    """The package gguf, which core installations do without.
-
-    Raises:
-        ModelError: when it is not installed.
-    """
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise ModelError(
-            "--to gguf needs the package gguf: pip install 'phi3-lora[gguf]'"
-        ) from None
-    return gguf
-
-
 def write_gguf(
     path: Path,
     model_dir: Path,
@@ -127,7 +113,7 @@ def write_gguf(
             or a weight is too large for out_type.
         StorageError: when the disk is full; nothing is left behind.
     """
-    gguf = gguf_package()
+    gguf = gguf_package(ModelError)
     vocabulary = check_gguf(model_dir, config)
     plan = _plan(config, tensors, OUT_TYPES[out_type].ggml)
     # A name that no user gives to a file of his own.
@@ -205,7 +191,7 @@ def as_q8_0(value: Float32) -> Float32:
     kind = _kind(value.shape, "Q8_0")
     if kind != "Q8_0":
         return to_float32(_stored(value, kind, "a matrix"), kind)
-    gguf = gguf_package()
+    gguf = gguf_package(ModelError)
     packed = _quantized(value, "a matrix")
     return np.asarray(gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0), np.float32)
 
@@ -330,7 +316,7 @@ def _stored(value: Float32, kind: str, name: str) -> NDArray[Any]:
 
 
 def _quantized(value: Float32, name: str) -> NDArray[Any]:
-    gguf = gguf_package()
+    gguf = gguf_package(ModelError)
     if not np.abs(value).max(initial=0.0) <= _LARGEST_Q8_0:
         raise _too_large(name, "Q8_0")
     # 1 / a scale of nearly 0 is infinite; the scale itself is then stored as 0.

@@ -20,12 +20,12 @@ from phi3_lora.gguf_model import (
     OUT_TYPES,
     as_q8_0,
     check_gguf,
-    gguf_package,
     unchanged_as_stored,
 )
 from phi3_lora.model_writer import write_companions, write_shards
 from phi3_lora.models import DTYPES, ModelConfig
 from phi3_lora.ollama import fill_gguf_folder
+from phi3_lora.optional import gguf_package
 from phi3_lora.quantized_folder import dense_weight
 from phi3_lora.storage import replace_folder
 from phi3_lora.tensor_files import (
@@ -147,7 +147,7 @@ def merge_to_gguf(
     """
     check_unused(target)
     _check_base(source, config, dequantized=dequantized)
-    gguf_package()
+    gguf_package(ModelError)
     check_gguf(source, config)
     chosen = out_type or OUT_TYPE_OF[config.dtype]
     rounding = as_q8_0 if chosen == "q8_0" else None

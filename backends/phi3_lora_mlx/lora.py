@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from phi3_lora.dropout import MULTIPLIERS, feature_keys, module_key, threshold
 from phi3_lora_mlx.numerics import staged_sum
+from phi3_lora_mlx.phi3 import dequantized
 
 
 class LoraState:
@@ -143,17 +144,8 @@ class LoRAEmbedding(nn.Module):
 
 def dense_weight(linear: Any) -> mx.array:
     """The weight (out, in) of a plain or quantised linear layer, in float32."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return linear.weight.astype(mx.float32)
-    weight = mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
-    return weight.astype(mx.float32)
+    is_quantised = isinstance(linear, nn.QuantizedLinear)
+    return (dequantized(linear) if is_quantised else linear.weight).astype(mx.float32)
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:

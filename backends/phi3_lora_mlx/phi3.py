@@ -60,15 +60,19 @@ class QuantizedLinear(nn.QuantizedLinear):
         """X (..., in) to (..., out)."""
         if not on_cpu():
             return super().__call__(x)
-        weight = mx.dequantize(
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
-        return x @ weight.astype(x.dtype).T
+        return x @ dequantized(self).astype(x.dtype).T
+
+
+def dequantized(layer: nn.QuantizedLinear) -> mx.array:
+    """The weight (out, in) of a quantised layer, in the dtype of its scales."""
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
 
 
 class Linear(nn.Linear):

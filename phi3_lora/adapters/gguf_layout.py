@@ -20,6 +20,7 @@ from phi3_lora.adapters.adapter import Adapter, pair_problems, uniform_adapter, 
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.backend import Float32
 from phi3_lora.errors import AdapterError, listing
+from phi3_lora.optional import gguf_package
 from phi3_lora.storage import explained, fsync_folder
 
 _IN_LAYER = {
@@ -31,21 +32,6 @@ _IN_LAYER = {
 _OUTSIDE = {EMBEDDING: "token_embd", HEAD: "output"}
 _TENSOR = re.compile(r"^(.+)\.weight\.lora_([ab])$")
 _ALPHA = "adapter.lora.alpha"
-
-
-def gguf_package() -> Any:
-    """The package gguf, which core installations do without.
-
-    Raises:
-        AdapterError: when it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise AdapterError(
-            "GGUF files need the package gguf: pip install 'phi3-lora[gguf]'"
-        ) from None
-    return gguf
 
 
 def _gguf_name(module: str) -> str:
@@ -81,7 +67,7 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
         AdapterError: when llama.cpp cannot hold it, or the package gguf is missing.
         StorageError: when it cannot be written.
     """
-    gguf = gguf_package()
+    gguf = gguf_package(AdapterError)
     reason = why_not_gguf(adapter)
     if reason is not None:
         raise AdapterError(f"llama.cpp cannot hold this adapter: {reason}: merge it instead")
@@ -130,7 +116,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
             problems.append(f"{tensor.name}: not a LoRA tensor of Phi-3")
             continue
         # In float32 that is the mapped file itself, not a second copy of it.
-        value = gguf_package().quants.dequantize(tensor.data, tensor.tensor_type)
+        value = gguf_package(AdapterError).quants.dequantize(tensor.data, tensor.tensor_type)
         pairs.setdefault(module, {})[match[2]] = np.asarray(value, np.float32)
     for module, pair in pairs.items():
         if set(pair) != {"a", "b"} or any(value.ndim != 2 for value in pair.values()):
@@ -151,7 +137,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
 
 
 def _reader(path: Path) -> Any:
-    gguf = gguf_package()
+    gguf = gguf_package(AdapterError)
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as cause:

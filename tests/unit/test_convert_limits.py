@@ -1,8 +1,12 @@
-"""What converting an adapter of 100 MB takes: no framework, 2 s, 3 times its size in memory."""
+"""What converting an adapter of 100 MB takes: no framework, 2 s, 3 times its size in memory.
+
+Seconds are the processor's, which other programs on the machine do not lengthen by much.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +22,13 @@ PROGRAM = """
 import json, sys, time
 from pathlib import Path
 from phi3_lora.adapters.convert import Job, convert
-from phi3_lora.adapters.gguf_layout import gguf_package
-gguf_package()
+import phi3_lora.adapters.gguf_layout, gguf
 def held():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
-before, start = held(), time.perf_counter()
+before, start = held(), time.process_time()
 found = convert(Job(source=Path(sys.argv[1]), target=Path(sys.argv[2]), to=sys.argv[3]))
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 frameworks = {"torch", "mlx", "peft", "transformers"} & set(sys.modules)
 print(json.dumps([seconds, held() - before, found.max_relative_difference, sorted(frameworks)]))
 """
@@ -67,6 +70,7 @@ def test_a_large_adapter_is_converted_quickly_and_in_little_memory(
             capture_output=True,
             text=True,
             check=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         seconds, held, difference, frameworks = json.loads(run.stdout)
         assert difference <= 1e-6 and frameworks == []

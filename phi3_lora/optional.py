@@ -1,0 +1,35 @@
+"""Packages that only some tasks need, imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from phi3_lora.errors import Phi3LoraError
+
+
+def optional_package(name: str, *, extra: str, task: str, error: type[Phi3LoraError]) -> Any:
+    """A package of one of our extras.
+
+    Args:
+        name: as it is imported.
+        extra: of ours that brings it.
+        task: what needs it, as the message begins.
+        error: what to raise.
+
+    Raises:
+        error: when it is not installed, with the line that installs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise error(f"{task} needs {name}: pip install 'phi3-lora[{extra}]'") from None
+
+
+def gguf_package(error: type[Phi3LoraError]) -> Any:
+    """The package gguf, of llama.cpp's authors.
+
+    Raises:
+        error: when it is not installed.
+    """
+    return optional_package("gguf", extra="gguf", task="a GGUF file", error=error)
