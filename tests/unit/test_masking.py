@@ -262,3 +262,15 @@ def test_a_marker_that_begins_in_a_message_and_ends_in_the_template_is_text(
     document = encode(tokenizer, talk("<|end|", "b"))
     assert document.remarks.has_marker_text
     assert document.tokens.tolist().count(256 + MARKERS.index(END)) == 2
+
+
+def test_a_marker_that_begins_in_the_template_and_ends_in_a_message_is_text(
+    tmp_path: Path,
+) -> None:
+    write_tokenizer(
+        tmp_path, template=TEMPLATE.replace("+ message['content']", "+ '<|' + message['content']")
+    )
+    tokenizer = ChatTokenizer(tmp_path, vocab_size=264)
+    document = encode(tokenizer, talk("end|>", "b"))
+    assert document.remarks.has_marker_text
+    assert document.tokens.tolist().count(256 + MARKERS.index(END)) == 2
