@@ -283,6 +283,13 @@ class DataConfig:
         )
         check_format(self.format)
         check_columns(self.columns)
+        of_train = ("format", "columns", "split", "subset", "streaming")
+        stray = [name for name in of_train if getattr(self, name) not in ("auto", {}, None, False)]
+        _require(
+            bool(self.train) or not stray,
+            f"data.{', data.'.join(stray)} without data.train: set it in the entries of "
+            "data.sources",
+        )
 
     @property
     def source(self) -> Source | None:

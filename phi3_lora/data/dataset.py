@@ -14,7 +14,7 @@ from phi3_lora.backend import Batch, Bool
 from phi3_lora.data.lengths import fit_to, refuse_longer
 from phi3_lora.data.mixing import copies
 from phi3_lora.data.records import Conversation, Rows, read_rows
-from phi3_lora.data.sources import Source, check_exists, with_split
+from phi3_lora.data.sources import Source, check_exists, is_on_hub, with_split
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
 from phi3_lora.errors import DataError, listing
 from phi3_lora.seeding import permutation
@@ -70,7 +70,13 @@ def resolve_data(
         check_exists(source)
     if valid:
         like = first or Source(path=valid)
-        chosen = dataclasses.replace(like, path=valid, split=None, subset=None, weight=1.0)
+        chosen = dataclasses.replace(
+            like,
+            path=valid,
+            split=None,
+            subset=None,
+            streaming=like.streaming and is_on_hub(Source(path=valid)),
+        )
         check_exists(chosen)
         return DataFiles(train, (chosen,))
     beside = None if first is None else with_split(first, "valid")

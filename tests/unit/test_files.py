@@ -13,6 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phi3_lora.data.conversation import RawRow
 from phi3_lora.data.files import read_raw_rows
@@ -198,3 +200,28 @@ def test_file_is_not_held_in_memory(tmp_path: Path, name: str) -> None:
     assert count == 20_000
     # The file has 20 MB; a part at hand is of 1 MiB, and is there as bytes and as text.
     assert peak < 8_000_000
+
+
+PIECES = st.sampled_from(
+    [
+        *(bytes([b]) for b in b'[]{}:,"\n 1'),
+        b'"a"',
+        b'{"a": 1}',
+        b"\xc3",
+        b"\xef\xbb\xbf",
+        b"\x1f\x8b",
+    ]
+)
+
+
+@given(st.lists(PIECES | st.binary(max_size=3)), st.sampled_from(["json", "jsonl", "csv", "txt"]))
+def test_any_bytes_are_rows_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes], kind: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
+    try:
+        found = rows_of(path, b"".join(pieces))
+    except DataError as problem:
+        assert str(path) in str(problem)
+        return
+    assert [row.line for row in found] == sorted(row.line for row in found)

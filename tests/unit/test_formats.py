@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phi3_lora.data.conversation import Conversation, RowError
-from phi3_lora.data.formats import RowReader
+from phi3_lora.data.formats import COLUMNS, FORMATS, RowReader
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -252,3 +254,45 @@ def test_plain_text_names_what_is_not_read() -> None:
     reader = RowReader()
     reader.read({"text": "x", "category": "y"}, "f:1")
     assert reader.notes() == ["rows of plain text: every token is in the loss; not read: category"]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+KEYS = st.sampled_from(
+    ["role", "content", "from", "value", "type", "text", "tool_calls", "function", "name", "weight"]
+)
+WORDS = st.sampled_from(
+    ["user", "assistant", "system", "tool", "gpt", "function_call", "text", "[]"]
+)
+VALUES = st.recursive(
+    SCALARS | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+ROW = st.dictionaries(st.sampled_from([*COLUMNS, "chosen", "rejected"]), VALUES, max_size=4)
+
+
+def check_read(row: Any, name: str = "auto") -> None:
+    try:
+        found = read(row, name)
+    except RowError as problem:
+        assert str(problem)
+        return
+    assert any(m["role"] == "assistant" for m in found.messages)
+    assert all(isinstance(m["content"], str) for m in found.messages)
+    assert found.weights is None or len(found.weights) == len(found.messages)
+
+
+@given(ROW, st.sampled_from(["auto", *FORMATS]))
+def test_any_row_is_a_conversation_or_says_why_not(row: Any, name: str) -> None:
+    check_read(row, name)
+
+
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", "gpt"]), "content": VALUES},
+    optional={"tool_calls": VALUES, "weight": VALUES},
+)
+
+
+@given(st.fixed_dictionaries({"messages": st.lists(TURN)}, optional={"tools": VALUES}))
+def test_any_turns_are_a_conversation_or_say_why_not(row: Any) -> None:
+    check_read(row)

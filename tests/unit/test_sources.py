@@ -95,6 +95,16 @@ def test_what_is_not_there_is_named(name: str, phrase: str) -> None:
     assert phrase in str(problem.value)
 
 
+def test_streaming_is_for_the_hub_alone(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    with pytest.raises(DataError, match="streaming is for data sets of the hub"):
+        resolve_data(Source(path=str(path), streaming=True))
+    train = Source(path="owner/name", streaming=True, format="text")
+    (valid,) = resolve_data(train, str(path)).valid
+    assert (valid.streaming, valid.format) == (False, "text")
+    assert resolve_data(train, "owner/name:test").valid[0].streaming
+
+
 def test_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "valid.jsonl", ROWS)
     with pytest.raises(DataError, match="has no train rows: it has valid"):
@@ -312,6 +322,7 @@ def test_settings_of_data_belong_to_train() -> None:
         ({"sources": [{"weight": 1}]}, "data.sources, entry 1: path is missing"),
         ({"sources": [3]}, "data.sources, entry 1: must be a mapping, got 3"),
         ({"sources": "a.jsonl"}, "data.sources must be a list of mappings, got 'a.jsonl'"),
+        ({"sources": ["a"], "split": "test"}, "data.split without data.train: set it in the"),
         ({}, "data is missing"),
     ],
 )
