@@ -12,7 +12,10 @@ from phi3_lora.errors import AdapterError, ConfigError, ModelError, Phi3LoraErro
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """owner/name."""
 _FILES = ["*.json", "*.jinja"]
-_ADAPTER_FILES = ["adapter_config.json", "*.safetensors", "*.safetensors.index.json", "README.md"]
+_ADAPTER_FILES = [
+    *("adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("README.md", "chat_template.jinja"),
+]
 _NO_ADAPTER_FILES = ["*/*", "model*.safetensors*", "consolidated*.safetensors*"]
 """Folders (checkpoints, merged copies), and the weights of a whole model beside an adapter."""
 _REASONS = {

@@ -18,6 +18,7 @@ from phi3_lora.adapters.fingerprint import read_fingerprint
 from phi3_lora.adapters.folder import (
     CONFIG_NAME,
     FINGERPRINT_NAME,
+    TEMPLATE_NAME,
     find_layouts,
     read_adapter,
     read_adapter_config,
@@ -30,7 +31,7 @@ _WEIGHTS = {
     peft_layout.WEIGHTS_NAME: "PEFT",
     mlx_layout.WEIGHTS_NAME: "mlx-lm",
 }
-OWN_FILES = (CONFIG_NAME, *_WEIGHTS, FINGERPRINT_NAME, CARD_NAME)
+OWN_FILES = (CONFIG_NAME, *_WEIGHTS, FINGERPRINT_NAME, TEMPLATE_NAME, CARD_NAME)
 """All that push ever sends, replaces or deletes."""
 _BASE_KEYS = ("base_model_name_or_path", "model")
 """Where PEFT and mlx-lm write what the adapter was trained on."""
@@ -85,6 +86,8 @@ def files_to_push(folder: Path, repo: str) -> Upload:
     if (folder / FINGERPRINT_NAME).exists():
         read_fingerprint(folder)
         files[FINGERPRINT_NAME] = folder / FINGERPRINT_NAME
+    if (folder / TEMPLATE_NAME).exists():
+        files[TEMPLATE_NAME] = folder / TEMPLATE_NAME
     base = next((config[key] for key in _BASE_KEYS if _is_hub_id(config.get(key))), None)
     if (folder / CARD_NAME).exists():
         text, card_notes = _checked_card(folder / CARD_NAME, base, adapter.base_model)

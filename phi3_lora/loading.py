@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
-from phi3_lora.adapters.folder import read_adapter
+from phi3_lora.adapters.folder import TEMPLATE_NAME, read_adapter
 from phi3_lora.adapters.start import row_norms
 from phi3_lora.backend import Backend, Engine, Float32, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
@@ -65,6 +65,7 @@ def look_at_model(
     *,
     quantize: str | None = None,
     with_weights: bool = True,
+    chat_template: str | None = None,
 ) -> BaseModel:
     """Find a base model and read its config and tokenizer.
 
@@ -73,13 +74,15 @@ def look_at_model(
         revision: branch, tag or commit of a hub id.
         quantize: how prepare_weights is to quantise it; None means none.
         with_weights: whether to download the weights of a hub id, too.
+        chat_template: a Jinja file in place of the model's own template.
 
     Raises:
         ModelError: when it cannot be used.
+        ConfigError: when the template cannot be used.
     """
     path = resolve_model_dir(model, revision, with_weights=with_weights)
     config = read_model_config(path)
-    tokenizer = ChatTokenizer(path, vocab_size=config.vocab_size)
+    tokenizer = ChatTokenizer(path, vocab_size=config.vocab_size, template_file=chat_template)
     return BaseModel(model, path, config, tokenizer, quantize or "none")
 
 
@@ -122,12 +125,19 @@ def prepare_weights(
 def load_adapter(path: str, base: BaseModel) -> Adapter:
     """An adapter of a folder or a hub id, in any layout, checked against a base model.
 
+    Where it was trained with a chat template of its own, and the base has the model's, the base's
+    tokenizer takes that one: another would ask the adapter what it was never taught.
+
     Raises:
         AdapterError: when it is damaged or does not fit.
+        ConfigError: when its chat template cannot be used.
     """
     folder = resolve_adapter_dir(path)
     adapter = read_adapter(folder, base.config, row_norms=base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
+    template = folder / TEMPLATE_NAME
+    if template.exists() and not base.tokenizer.has_own_template:
+        base.tokenizer.use_template_file(template)
     return dataclasses.replace(
         adapter,
         num_layers=base.config.num_hidden_layers,

@@ -13,7 +13,12 @@ from phi3_lora.adapters.adapter import Adapter, check_fits, uniform_adapter
 from phi3_lora.adapters.compress import compressed
 from phi3_lora.adapters.consumers import adapted_for
 from phi3_lora.adapters.deltas import relative_difference
-from phi3_lora.adapters.folder import FINGERPRINT_NAME, check_unused, write_adapter_folder
+from phi3_lora.adapters.folder import (
+    FINGERPRINT_NAME,
+    TEMPLATE_NAME,
+    check_unused,
+    write_adapter_folder,
+)
 from phi3_lora.adapters.fused import RowNorms
 from phi3_lora.adapters.gguf_layout import write_gguf_adapter
 from phi3_lora.adapters.loralib_layout import Untold, to_loralib
@@ -197,7 +202,7 @@ def _write(job: Job, adapter: Adapter) -> list[str]:
             f"{plain.scaling * plain.r:.9g}"
         ]
     # What it answered where it was trained holds in every layout.
-    names = (FINGERPRINT_NAME, "README.md") if job.source.is_dir() else ()
+    names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if job.source.is_dir() else ()
     files = {n: (job.source / n).read_bytes() for n in names if (job.source / n).exists()}
     if job.rank is not None:
         files.pop(FINGERPRINT_NAME, None)

@@ -23,6 +23,8 @@ from phi3_lora.tensor_files import read_header, read_index, write_streamed
 
 CONFIG_NAME = "adapter_config.json"
 FINGERPRINT_NAME = "fingerprint.safetensors"
+TEMPLATE_NAME = "chat_template.jinja"
+"""Where training had another template than the model's; named as transformers names it."""
 
 
 def find_layouts(folder: Path) -> dict[str, Path]:
@@ -180,6 +182,7 @@ def check_replaceable(folder: Path) -> None:
         CONFIG_NAME,
         "README.md",
         FINGERPRINT_NAME,
+        TEMPLATE_NAME,
         peft_layout.WEIGHTS_NAME,
         mlx_layout.WEIGHTS_NAME,
     }

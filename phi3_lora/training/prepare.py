@@ -90,7 +90,11 @@ def prepare(
         Phi3LoraError: when any of it cannot be used.
     """
     base = look_at_model(
-        config.model, config.revision, quantize=config.quantize, with_weights=with_weights
+        config.model,
+        config.revision,
+        quantize=config.quantize,
+        with_weights=with_weights,
+        chat_template=config.data.chat_template,
     )
     training = config.training_config
     start_dir = start_dir or config.adapter
@@ -113,7 +117,8 @@ def prepare(
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
     )
-    for note in [*train.notes, *(valid.notes if valid else [])]:
+    # What is said of the template is the same for both.
+    for note in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):
         observer.note(note)
     plan = Plan(
         train.documents,

@@ -11,7 +11,7 @@ from typing import Any
 from phi3_lora.adapters.adapter import Adapter, with_spec
 from phi3_lora.adapters.deltas import changes_nothing
 from phi3_lora.adapters.fingerprint import encode_fingerprint, probe_batch, take_fingerprint
-from phi3_lora.adapters.folder import FINGERPRINT_NAME, write_adapter_folder
+from phi3_lora.adapters.folder import FINGERPRINT_NAME, TEMPLATE_NAME, write_adapter_folder
 from phi3_lora.adapters.start import initial_weights
 from phi3_lora.backend import Backend, Engine, LoadRequest
 from phi3_lora.config.load import resolve
@@ -277,6 +277,8 @@ class _Run:
         probes = probe_batch(prepared.base.tokenizer)
         fingerprint = encode_fingerprint(take_fingerprint(self.engine, probes, origin))
         files = {"README.md": card.encode(), FINGERPRINT_NAME: fingerprint}
+        if prepared.base.tokenizer.has_own_template:
+            files[TEMPLATE_NAME] = prepared.base.tokenizer.template.source.encode()
         for note in write_adapter_folder(self.run_dir / name, adapter, files=files):
             self.observer.note(note)
 
