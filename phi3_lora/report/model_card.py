@@ -44,7 +44,7 @@ def model_card(
         "Base model": f"`{config.model}`",
         "Quantised": f"`{config.quantize}`",
         "Base identity (sha256)": f"`{identity}`",
-        "Training data": f"`{config.data.train}`: {facts['num_documents']:,} documents, "
+        "Training data": f"{_sources(config)}: {facts['num_documents']:,} documents, "
         f"{facts['loss_tokens']:,} supervised tokens",
         "Plan hash (sha256)": f"`{facts['plan_hash']}`",
         "Steps": f"{progress.step:,} of {facts['total_steps']:,}, "
@@ -76,3 +76,8 @@ def model_card(
         "`adapter_model.safetensors` loads in PEFT, `adapters.safetensors` in mlx-lm; both read "
         f"`adapter_config.json`.\n{differences}"
     )
+
+
+def _sources(config: RunConfig) -> str:
+    names = [config.data.train, *(source.path for source in config.data.sources)]
+    return ", ".join(f"`{name}`" for name in names if name)

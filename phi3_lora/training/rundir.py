@@ -28,7 +28,8 @@ _MAY_CHANGE = {
     *("training_config.save_total_limit", "training_config.bf16", "training_config.fp16"),
     "training_config.torch_compile",
     # Judged by what they hold, not by where they lie.
-    *("model", "revision", "quantize", "data.train", "data.valid"),
+    *("model", "revision", "quantize", "data.train", "data.valid", "data.sources"),
+    *("data.format", "data.columns", "data.split", "data.subset", "data.on_bad_row"),
 }
 
 
