@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -59,6 +60,17 @@ def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
         saved=saved,
     )
     return Resolved(spec, notes)
+
+
+def in_model_order(spec: LoraSpec, model: ModelConfig) -> LoraSpec:
+    """The same with modules in the order of the model, whatever file they were read from.
+
+    Sums over all tensors, such as a gradient's norm, round by their order.
+    """
+    names = [name.removesuffix(".weight") for name in model.tensor_shapes()]
+    layers = {m: spec.layers[m] for m in model.adaptable_shapes() if m in spec.layers}
+    saved = tuple(name for name in names if name in spec.saved)
+    return dataclasses.replace(spec, layers=layers, saved=saved)
 
 
 def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:

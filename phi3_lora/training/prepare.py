@@ -9,6 +9,7 @@ from typing import Any
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.fused import with_blocks
 from phi3_lora.adapters.start import num_trained
+from phi3_lora.adapters.targets import in_model_order
 from phi3_lora.adapters.targets import resolve as resolve_lora
 from phi3_lora.backend import LoraSpec
 from phi3_lora.config.schema import RunConfig
@@ -141,7 +142,8 @@ def _lora(
         for note in start.notes:
             observer.note(note)
         # A given adapter brings its own shape; only dropout is the run's.
-        spec = with_blocks(start.spec, start.weights, base.config)
+        spec = in_model_order(start.spec, base.config)
+        spec = with_blocks(spec, start.weights, base.config)
         return dataclasses.replace(spec, dropout=config.peft_config.lora_dropout)
     lora, notes = resolve_lora(config.peft_config, base.config)
     for note in notes:

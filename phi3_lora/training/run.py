@@ -131,7 +131,9 @@ def _belongings(prepared: Prepared, identity: str) -> dict[str, str]:
         "model_identity": identity,
         "plan_hash": prepared.plan_hash,
         "valid_hash": documents_digest(prepared.task.eval_documents),
-        "lora": f"{len(lora.modules)} modules and {len(lora.saved)} whole weights "
+        "lora": f"{len(lora.modules)} modules of rank "
+        f"{', '.join(map(str, sorted({layer.r for layer in lora.layers.values()})))} and "
+        f"{len(lora.saved)} whole weights "
         f"(crc {zlib.crc32(repr(lora).encode()):08x})",
     }
 
