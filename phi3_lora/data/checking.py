@@ -18,7 +18,7 @@ from phi3_lora.data.cleaning import (
     row_steps,
 )
 from phi3_lora.data.conversation import BadRow, Conversation
-from phi3_lora.data.duplicates import Match, NearIndex, exact_duplicates, spoken_text
+from phi3_lora.data.duplicates import NearIndex, exact_duplicates, spoken_text
 from phi3_lora.data.leakage import leaks_in
 from phi3_lora.data.records import iterate_rows
 from phi3_lora.data.sources import Source
@@ -128,7 +128,7 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     found = []
     for first, last in ((0, border), (border, len(rows))):
         exact = exact_duplicates(rows[first:last])
-        matches = [Match(m.row + first, m.other + first, m.similarity) for m in exact]
+        matches = [m._replace(row=m.row + first, other=m.other + first) for m in exact]
         told = {m.row for m in matches}
         for match in index.duplicates(first, last) if index else ():
             if match.row not in told:
@@ -140,7 +140,7 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     for match in leaks_in(train, valid, index):
         other = train[match.other].source
         text = f"{match.similarity:.2f} like the training row {other}"
-        if match.similarity == 1.0:
+        if match.is_exact:
             text = f"is in the training data, too: {other}"
         found.append(_problem(valid[match.row].source, Finding("leak", text)))
     return found

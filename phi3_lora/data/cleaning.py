@@ -185,7 +185,7 @@ def _repeats(rows: Sequence[Conversation], matches: Sequence[Match]) -> list[Fin
 
 def repeat_finding(match: Match, other: Conversation) -> Finding:
     """A row that repeats an earlier one."""
-    if match.similarity == 1.0:
+    if match.is_exact:
         return Finding("duplicate", f"repeats {other.source}")
     return Finding("near-duplicate", f"{match.similarity:.2f} like {other.source}")
 

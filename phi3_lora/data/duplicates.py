@@ -51,6 +51,8 @@ class Match(NamedTuple):
     other: int
     similarity: float
     """Jaccard similarity of the word triples."""
+    is_exact: bool = False
+    """Equal but for white space and Unicode form; else words alone are alike."""
 
 
 class Groups:
@@ -91,7 +93,7 @@ def exact_duplicates(rows: Sequence[Conversation]) -> list[Match]:
     """Each row that repeats an earlier one, with the first of its kind."""
     first: dict[bytes, int] = {}
     found = [(i, first.setdefault(exact_key(row), i)) for i, row in enumerate(rows)]
-    return [Match(i, other, 1.0) for i, other in found if other != i]
+    return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
 def spoken_text(row: Conversation) -> str:

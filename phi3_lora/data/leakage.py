@@ -35,8 +35,9 @@ def leaks_in(
     """As find_leaks, with an index of the training rows followed by the validation rows."""
     first = {exact_key(row): i for i, row in reversed(list(enumerate(train)))}
     exact = {i: first[key] for i, row in enumerate(valid) if (key := exact_key(row)) in first}
-    found = [Match(i, other, 1.0) for i, other in exact.items()]
-    for row, other, similarity in index.leaks(len(train)) if index else ():
-        if row - len(train) not in exact:
-            found.append(Match(row - len(train), other, similarity))
+    found = [Match(i, other, 1.0, is_exact=True) for i, other in exact.items()]
+    for match in index.leaks(len(train)) if index else ():
+        row = match.row - len(train)
+        if row not in exact:
+            found.append(match._replace(row=row))
     return sorted(found)

@@ -71,16 +71,27 @@ class _Decoder:
 def _pieces(ids: list[int], learnt: list[bool], decoder: _Decoder) -> Iterator[Piece]:
     at = 0
     while at < len(ids):
-        text, taken = decoder.text(ids[at : at + 1]), 1
-        for more in range(2, _MOST_JOINED + 1):
-            if "\ufffd" not in text or len(set(learnt[at : at + more])) > 1:
-                break
-            joined = decoder.text(ids[at : at + more])
-            if "\ufffd" not in joined:
-                text, taken = joined, more
+        window = learnt[at : at + _MOST_JOINED]
+        alike = len(list(itertools.takewhile(window[0].__eq__, window)))
+        text, taken = _whole(ids[at : at + alike], decoder)
         is_special = taken == 1 and decoder.is_special(ids[at], text)
         yield Piece(tuple(ids[at : at + taken]), text, learnt[at], is_special)
         at += taken
+
+
+def _whole(ids: Sequence[int], decoder: _Decoder) -> tuple[str, int]:
+    """The text of the fewest ids that are whole characters, and how many ids they are."""
+    text, taken = decoder.text(ids[:1]), 1
+    if not text.endswith("\ufffd"):
+        return text, taken
+    for count in range(2, len(ids) + 1):
+        joined = decoder.text(ids[:count])
+        if "\ufffd" not in joined:
+            return joined, count
+        # The data may hold U+FFFD itself, which then is whole with the last of its bytes.
+        if joined.count("\ufffd") == 1 and joined.endswith("\ufffd"):
+            text, taken = joined, count
+    return text, taken
 
 
 def visible(text: str, *, line_end: str = _LINE_END + "\n") -> str:
