@@ -68,16 +68,15 @@ def _settings(
 def _base(config: RunConfig) -> Base:
     """The base model's tokenizer and context, with the settings' own template and loss."""
     from phi3_lora.data.checking import Base
-    from phi3_lora.data.tokenizer import ChatTokenizer
     from phi3_lora.loading import look_at_model
 
-    model = look_at_model(config.model, config.revision, with_weights=False)
-    tokenizer = model.tokenizer
-    if config.data.chat_template is not None:
-        template = Path(config.data.chat_template).expanduser()
-        vocab_size = model.config.vocab_size
-        tokenizer = ChatTokenizer(model.path, vocab_size=vocab_size, template_file=template)
-    return Base(tokenizer, model.config.max_position_embeddings, config.data.loss_on)
+    data = config.data
+    model = look_at_model(
+        config.model, config.revision, with_weights=False, chat_template=data.chat_template
+    )
+    for text in model.tokenizer.notes:
+        note(text)
+    return Base(model.tokenizer, model.config.max_position_embeddings, data.loss_on)
 
 
 @click.group()

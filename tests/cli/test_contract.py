@@ -28,6 +28,7 @@ OPTIONS = {
         *("--verbose", "-v", "--quiet", "-q"),
         *OUTPUT,
     ],
+    "data": [],
     "evaluate": [
         *(*MODEL, "--data", "--on-bad-row", *BACKEND, "--generate", "--limit", "--samples"),
         *("--max-new-tokens", "--max-length", *OUTPUT),
@@ -53,6 +54,18 @@ OPTIONS = {
     "push": ["--private", "--revision", "--message", *OUTPUT],
     "inspect": ["--plot", *OUTPUT],
     "doctor": OUTPUT,
+}
+DATA_OPTIONS = {
+    "check": [
+        *("-c", "--config", "--set", "--valid", "--model", "--revision", "--near-duplicates"),
+        *("--no-near-duplicates", "--min-chars", "--max-chars", "--pattern", "--language"),
+        *OUTPUT,
+    ],
+    "preview": ["-c", "--config", "--set", "--model", "--revision", "--limit", "--html", *OUTPUT],
+    "split": [
+        *("-c", "--config", "--set", "--output", "--valid-fraction", "--group-by"),
+        *("--stratify-by", "--near-duplicates", "--no-near-duplicates", "--seed", *OUTPUT),
+    ],
 }
 MERGE = ["merge", "--model", "demo", "--adapter", "a", "--output", "b"]
 Capture = pytest.CaptureFixture[str]
@@ -82,9 +95,8 @@ def write_adapter(folder: Path, model: Path) -> Adapter:
     return adapter
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_options_are_those_promised(capsys: Capture, name: str) -> None:
-    command = group.get_command(click.Context(group), name)
+def check_options(capsys: Capture, command: click.Command | None, *name: str) -> None:
+    promised = DATA_OPTIONS[name[1]] if len(name) > 1 else OPTIONS[name[0]]
     assert command is not None
     found = [
         option
@@ -92,10 +104,22 @@ def test_options_are_those_promised(capsys: Capture, name: str) -> None:
         if isinstance(parameter, click.Option)
         for option in (*parameter.opts, *parameter.secondary_opts)
     ]
-    assert sorted(found) == sorted(OPTIONS[name])
-    code, out, _ = run(capsys, name, "--help")
+    assert sorted(found) == sorted(promised)
+    code, out, _ = run(capsys, *name, "--help")
     assert code == 0
-    assert all(option in out for option in OPTIONS[name]) and "Example" in out
+    assert all(option in out for option in promised) and "Example" in out
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_options_are_those_promised(capsys: Capture, name: str) -> None:
+    check_options(capsys, group.get_command(click.Context(group), name), name)
+
+
+def test_options_of_the_data_commands_are_those_promised(capsys: Capture) -> None:
+    data = group.get_command(click.Context(group), "data")
+    assert isinstance(data, click.Group) and list(data.commands) == list(DATA_OPTIONS)
+    for name, command in data.commands.items():
+        check_options(capsys, command, "data", name)
 
 
 def test_help_lists_every_command(capsys: Capture) -> None:

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 
 from phi3_lora.data.check_report import KINDS, Lengths, Problem, spread
@@ -379,15 +378,3 @@ def test_a_histogram_of_any_lengths_has_each_row_in_its_bin() -> None:
         for least, greatest, rows in bins:
             assert rows == ((values >= least) & (values <= greatest)).sum()
         assert sum(rows for _, _, rows in bins) == 50
-
-
-def test_every_command_of_the_group_shows_its_options_and_an_example(capsys: Capture) -> None:
-    found = group.get_command(click.Context(group), "data")
-    assert isinstance(found, click.Group)
-    assert list(found.commands) == ["check", "preview", "split"]
-    for name, command in found.commands.items():
-        code, out, _ = run(capsys, name, "--help")
-        assert code == 0 and "Example" in out
-        for parameter in command.params:
-            if isinstance(parameter, click.Option):
-                assert all(option in out for option in parameter.opts)

@@ -1,8 +1,8 @@
 """Every example of docs/ and README.md runs as it is written.
 
 The blocks of a page run in order in one folder. Fences: `sh` (with `exits=2` for a mistake that
-is shown on purpose), `python`, `output` (lines that the block before prints; `...` is what
-varies), `text` (not run).
+is shown on purpose, `exits=3` for a check that finds something), `python`, `output` (lines that
+the block before prints; `...` is what varies), `text` (not run).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tests.hub_stand_in import running_hub
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-KINDS = {"sh", "sh exits=2", "python", "output", "text"}
+KINDS = {"sh", "sh exits=2", "sh exits=3", "python", "output", "text"}
 DECIMAL = r"\d+\.\d+(?:e[+-]?\d+)?"
 TOLERANCE = 0.02
 """Relative; printed decimals may differ in the last digit from machine to machine."""
-PAGE_OF = {"doctor": "backends", "inspect": "convert"}
+PAGE_OF = {"data": "data-commands", "doctor": "backends", "inspect": "convert"}
 """Commands that are described on the page of another one."""
 Capture = pytest.CaptureFixture[str]
 
@@ -116,7 +116,8 @@ def test_examples_run_and_print_what_the_page_shows(
         elif kind.startswith("sh"):
             codes = [run_command(command) for command in commands(block)]
             printed = "".join(capsys.readouterr())
-            assert set(codes) == {2 if "exits=2" in kind else 0}, f"{codes}\n{block}\n{printed}"
+            _, _, code = kind.partition("exits=")
+            assert set(codes) == {int(code or 0)}, f"{codes}\n{block}\n{printed}"
 
 
 def test_readme_commands_run(folder: Path, capsys: Capture) -> None:
@@ -156,7 +157,8 @@ def test_every_option_is_documented(name: str) -> None:
     assert command is not None
     pages = ("index", "backends", PAGE_OF.get(name, name))
     text = "".join((DOCS / f"{page}.md").read_text() for page in pages)
-    for parameter in command.params:
+    parts = command.commands.values() if isinstance(command, click.Group) else [command]
+    for parameter in (parameter for part in parts for parameter in part.params):
         if isinstance(parameter, click.Option):
             assert f"{parameter.opts[-1]}" in text, parameter.opts
 
