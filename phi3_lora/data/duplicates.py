@@ -119,24 +119,29 @@ def _datasketch() -> Any:
 class NearIndex:
     """Texts by their MinHash, to find those that nearly repeat others."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], signatures: NDArray[np.uint32] | None = None) -> None:
         """Compute signatures and buckets.
 
         Args:
             texts: a text without a word is near to nothing.
+            signatures: of the texts, (texts, 64), where they are known.
 
         Raises:
             ConfigError: when datasketch is not installed.
         """
         self._texts = texts
         self._triples = functools.lru_cache(maxsize=4096)(self._read_triples)
-        self._signatures = _signatures(texts)
+        self._signatures = _signatures(texts) if signatures is None else signatures
         """(rows, 64) uint32."""
         self._bands = [_band(self._signatures, band, texts) for band in range(_BANDS)]
         crowded = np.zeros(len(texts), dtype=bool)
         for _, start, place in self._bands:
             crowded |= place > start
         self._crowded = np.flatnonzero(crowded)
+
+    def reordered(self, order: Sequence[int]) -> NearIndex:
+        """The index of the same texts in another order, at little cost."""
+        return NearIndex([self._texts[i] for i in order], self._signatures[list(order)])
 
     def _read_triples(self, row: int) -> frozenset[Words]:
         return word_triples(self._texts[row])

@@ -140,53 +140,74 @@ def split_rows(
         DataError: when rows lack a key, or all rows belong together.
         ConfigError: when near is set and datasketch is not installed.
     """
-    groups = _group(rows, group_by, near)
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(rows)):
-        members[groups.find(i)].append(i)
-    if len(members) < 2:
-        raise DataError(
-            f"all {len(rows):,} row(s) belong together, so none can be set aside: "
-            + (f"group by another key than {group_by!r}" if group_by else "they repeat each other")
-            + (", or pass --no-near-duplicates" if near else "")
-        )
-    labels = _values(rows, stratify_by) if stratify_by else [""] * len(rows)
-    room = _shares(Counter(labels), fraction)
-    units = list(members.values())
-    valid: list[int] = []
-    for place in permutation(seed, "split", size=len(units)).tolist():
-        needed = Counter(labels[i] for i in units[place])
-        if all(room[label] >= count for label, count in needed.items()):
-            room.subtract(needed)
-            valid += units[place]
-    if not valid:
-        order = permutation(seed, "split", size=len(units)).tolist()
-        valid = list(units[min(order, key=lambda place: len(units[place]))])
-    chosen, totals = Counter(labels[i] for i in valid), Counter(labels)
-    return Split(
-        valid=sorted(valid),
-        num_rows=len(rows),
-        num_groups=len(units),
-        largest_group=max(map(len, units)),
-        labels={v: (totals[v] - chosen[v], chosen[v]) for v in sorted(totals)}
-        if stratify_by
-        else {},
-    )
-
-
-def _group(rows: Sequence[SplitRow], group_by: str | None, near: bool) -> Groups:
     conversations = [row.conversation for row in rows]
+    index = NearIndex([spoken_text(row) for row in conversations]) if near else None
     groups = Groups(len(rows))
     matches = exact_duplicates(conversations)
-    if near:
-        index = NearIndex([spoken_text(row) for row in conversations])
-        matches += index.duplicates(0, len(rows))
+    matches += index.duplicates(0, len(rows)) if index else []
     for match in matches:
         groups.join(match.row, match.other)
     first: dict[str, int] = {}
     for i, value in enumerate(_values(rows, group_by) if group_by else ()):
         groups.join(i, first.setdefault(value, i))
-    return groups
+    labels = _values(rows, stratify_by) if stratify_by else [""] * len(rows)
+    while True:
+        units = _units(groups, len(rows))
+        if len(units) < 2:
+            raise DataError(_together(len(rows), group_by, near=near))
+        valid = _draw(units, labels, fraction, seed)
+        leaks = _leaks(index, valid, len(rows)) if index else []
+        if not leaks:
+            break
+        # Among many rows of one template a pair can be missed until it is looked for itself.
+        for one, other in leaks:
+            groups.join(one, other)
+    chosen, totals = Counter(labels[i] for i in valid), Counter(labels)
+    shares = {v: (totals[v] - chosen[v], chosen[v]) for v in sorted(totals)}
+    return Split(
+        valid=valid,
+        num_rows=len(rows),
+        num_groups=len(units),
+        largest_group=max(map(len, units)),
+        labels=shares if stratify_by else {},
+    )
+
+
+def _units(groups: Groups, size: int) -> list[list[int]]:
+    """The rows of each group."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(size):
+        members[groups.find(i)].append(i)
+    return list(members.values())
+
+
+def _together(size: int, group_by: str | None, *, near: bool) -> str:
+    way = f"group by another key than {group_by!r}" if group_by else "they repeat each other"
+    more = ", or pass --no-near-duplicates" if near else ""
+    return f"all {size:,} row(s) belong together, so none can be set aside: {way}{more}"
+
+
+def _draw(
+    units: Sequence[list[int]], labels: Sequence[str], fraction: float, seed: int
+) -> list[int]:
+    """Rows of whole units that fit into the share of each label, ascending."""
+    room = _shares(Counter(labels), fraction)
+    order = permutation(seed, "split", size=len(units)).tolist()
+    valid: list[int] = []
+    for place in order:
+        needed = Counter(labels[i] for i in units[place])
+        if all(room[label] >= count for label, count in needed.items()):
+            room.subtract(needed)
+            valid += units[place]
+    return sorted(valid or units[min(order, key=lambda place: len(units[place]))])
+
+
+def _leaks(index: NearIndex, valid: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Pairs of rows on both sides that a check of the two files would find."""
+    chosen = set(valid)
+    order = [i for i in range(size) if i not in chosen] + list(valid)
+    found = index.reordered(order).leaks(size - len(valid))
+    return [(order[match.row], order[match.other]) for match in found]
 
 
 def _values(rows: Sequence[SplitRow], key: str) -> list[str]:

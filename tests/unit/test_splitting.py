@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from phi3_lora.data.duplicates import NearIndex
 from phi3_lora.data.leakage import find_leaks
 from phi3_lora.data.records import read_conversations
 from phi3_lora.data.sources import Source
@@ -76,6 +77,22 @@ def test_near_and_exact_duplicates_stay_on_one_side(tmp_path: Path) -> None:
             sides[i in found.valid].append(row.conversation)
         assert find_leaks(*sides) == [] and len(found.valid) == 36
         assert (found.num_groups, found.largest_group) == (40, 3)
+
+
+def test_pairs_that_the_first_search_misses_are_found_when_the_sides_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(100)
+    for i in range(0, 100, 2):
+        rows[i + 1] = chat(f"Please: {rows[i]['messages'][0]['content']}", f"answer {i}")
+    read = write(tmp_path / "d.jsonl", rows)
+    monkeypatch.setattr(NearIndex, "duplicates", lambda self, first, last: iter(()))
+    found = split(read, fraction=0.4)
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for i, row in enumerate(read):
+        sides[i in found.valid].append(row.conversation)
+    assert len(found.valid) == 40 and find_leaks(*sides) == []
+    assert found.largest_group == 2
 
 
 def test_without_near_duplicates_only_exact_ones_stay_together(tmp_path: Path) -> None:
