@@ -9,7 +9,9 @@ from pathlib import Path
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
-from phi3_lora.adapters.folder import TEMPLATE_NAME, read_adapter
+from phi3_lora.adapters.folder import TEMPLATE_NAME
+from phi3_lora.adapters.loralib_layout import Untold
+from phi3_lora.adapters.sources import read_source
 from phi3_lora.adapters.start import row_norms
 from phi3_lora.backend import Backend, Engine, Float32, LoadRequest
 from phi3_lora.data.tokenizer import ChatTokenizer
@@ -133,7 +135,7 @@ def load_adapter(path: str, base: BaseModel) -> Adapter:
         ConfigError: when its chat template cannot be used.
     """
     folder = resolve_adapter_dir(path)
-    adapter = read_adapter(folder, base.config, row_norms=base.row_norms)
+    adapter, _ = read_source(folder, base.config, Untold(), base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
     template = folder / TEMPLATE_NAME
     if template.exists() and not base.tokenizer.has_own_template:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.adapters.start import initial_weights
 from phi3_lora.backend import LoraSpec
 from phi3_lora.data.tokenizer import Document
@@ -150,11 +151,10 @@ def random_adapter(shapes: dict[str, tuple[int, int]], *, r: int, seed: int = 0)
     rng = np.random.default_rng(seed)
     weights = {}
     for module, (out_features, in_features) in shapes.items():
-        prefix = f"base_model.model.{module}"
         a = rng.normal(0, in_features**-0.5, (r, in_features))
         b = rng.normal(0, 0.3 * r**-0.5, (out_features, r))
-        weights[f"{prefix}.lora_A.weight"] = a.astype(np.float32)
-        weights[f"{prefix}.lora_B.weight"] = b.astype(np.float32)
+        weights[lora_a_name(module)] = a.astype(np.float32)
+        weights[lora_b_name(module)] = b.astype(np.float32)
     return weights
 
 

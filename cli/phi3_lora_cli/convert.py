@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi3_lora_cli.options import note, output_options, print_json
+from phi3_lora_cli.options import note, output_options, part_names, print_json, untold_options
 
 _LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
 _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
@@ -23,16 +23,7 @@ _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
     "--verify", is_flag=True, help="Compare the result with SRC; exit code 3 if it differs."
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Cut deltas of a higher rank, with loss.")
-@click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz SRC: the file stores none.")
-@click.option("--prefix", default="", help="Before the module paths of a loralib file.")
-@click.option(
-    "--enable", metavar="q,v", help="The parts that MergedLinear of a loralib SRC adapts."
-)
-@click.option(
-    "--parts",
-    type=click.Choice(["equal", "model"]),
-    help="How MergedLinear of a loralib SRC cuts its output, where the file does not tell.",
-)
+@untold_options
 @output_options
 def command(
     source: str,
@@ -60,6 +51,7 @@ def command(
     """
     from phi3_lora.adapters.consumers import CONSUMERS
     from phi3_lora.adapters.convert import Job, convert
+    from phi3_lora.adapters.folder import check_unused
     from phi3_lora.adapters.loralib_layout import Untold
     from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import look_at_model
@@ -67,13 +59,14 @@ def command(
     layout = to or (CONSUMERS[consumer].layout if consumer else None)
     if layout is None:
         raise click.UsageError("say where to: --to LAYOUT or --for TOOL")
-    if consumer and layout not in (CONSUMERS[consumer].layout, "both"):
-        raise click.UsageError(
-            f"--for {consumer} reads {CONSUMERS[consumer].layout}: leave out --to {layout}"
-        )
+    reads = CONSUMERS[consumer].layout if consumer else layout
+    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
+        raise click.UsageError(f"--for {consumer} reads {reads}: leave out --to {layout}")
     base = None if model is None else look_at_model(model, with_weights=verify)
     if consumer == "ollama" and base is None:
         raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
+    if consumer == "ollama":
+        check_unused(Path(target))
     job = Job(
         source=resolve_adapter_dir(source),
         target=Path(target) / "adapter.gguf" if consumer == "ollama" else Path(target),
@@ -81,7 +74,7 @@ def command(
         consumer=consumer,
         config=None if base is None else base.config,
         row_norms=None if base is None else base.row_norms,
-        untold=Untold(alpha, prefix, _parts(enable), parts),
+        untold=Untold(alpha, prefix, part_names(enable), parts),
         rank=rank,
     )
     result = convert(job)
@@ -91,18 +84,10 @@ def command(
         note(text)
     found = _verify(job, result, base) if verify else {}
     if as_json:
-        print_json({**result.to_dict(), **found})
+        print_json({**result.to_dict(), "notes": result.notes, **found})
     else:
         _tell(result, target, found)
     return 0 if found.get("equal", True) else 3
-
-
-def _parts(enable: str | None) -> list[str]:
-    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
-    unknown = sorted(set(names) - {"q", "k", "v", "gate", "up"})
-    if unknown:
-        raise click.UsageError(f"--enable {unknown[0]!r}: allowed are q, k, v, gate, up")
-    return names
 
 
 def _write_modelfile(folder: Path, base: Any) -> None:

@@ -7,14 +7,31 @@ from typing import Any
 
 import click
 
-from phi3_lora_cli.options import note, output_options, print_json
+from phi3_lora_cli.options import (
+    note,
+    output_options,
+    part_names,
+    print_json,
+    untold_options,
+)
 
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--plot", metavar="FILE.png|FILE.html", help="Write the norms as a heat map.")
+@click.option("--model", metavar="ID|DIR|demo", help="The base: a loralib file may need it.")
+@untold_options
 @output_options
-def command(adapter: str, plot: str | None, as_json: bool) -> None:
+def command(
+    adapter: str,
+    plot: str | None,
+    model: str | None,
+    alpha: float | None,
+    prefix: str,
+    enable: str | None,
+    parts: str | None,
+    as_json: bool,
+) -> None:
     """Show an adapter's layout, rank, effective scale, layers and norms.
 
     \b
@@ -22,13 +39,17 @@ def command(adapter: str, plot: str | None, as_json: bool) -> None:
       phi3-lora inspect runs/demo/adapter
     """
     from phi3_lora.adapters.inspection import inspect_adapter
+    from phi3_lora.adapters.loralib_layout import Untold
     from phi3_lora.hub import resolve_adapter_dir
+    from phi3_lora.loading import look_at_model
     from phi3_lora.report.heatmap import check_name, write_heat_map
 
     path = None if plot is None else Path(plot).expanduser()
     if path is not None:
         check_name(path)
-    facts = inspect_adapter(resolve_adapter_dir(adapter))
+    config = None if model is None else look_at_model(model, with_weights=False).config
+    untold = Untold(alpha, prefix, part_names(enable), parts)
+    facts = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
     if path is not None:
         write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
         facts["plot"] = str(path)

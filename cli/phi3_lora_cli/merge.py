@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,24 @@ def command(
       phi3-lora merge --model demo --adapter runs/demo/adapter --output runs/merged
     """
     from phi3_lora.adapters.deltas import Weighted
+    from phi3_lora.adapters.folder import check_apart
     from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, other_base_notes
     from phi3_lora.merge import merge, merge_to_gguf
     from phi3_lora.weights import check_weights, model_identity
 
     _check_types(to, dtype, outtype, dequantize=dequantize)
+    if not all(map(math.isfinite, weights)):
+        raise click.UsageError(f"--weight must be a number, got {', '.join(map(str, weights))}")
     if weights and len(weights) != len(adapters):
         raise click.UsageError(
             f"{len(adapters)} --adapter and {len(weights)} --weight: give each adapter one, or none"
         )
     folders = [str(resolve_adapter_dir(adapter)) for adapter in adapters]
     base = look_at_model(model, revision, with_weights=to != "adapter")
+    if dequantize and base.config.quantization is None:
+        raise click.UsageError(f"--dequantize has no effect: {model} is not quantised")
+    check_apart(Path(output).expanduser(), base.path, *map(Path, folders))
     parts = [
         Weighted(load_adapter(path, base), weight)
         for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True)
@@ -105,12 +112,17 @@ def command(
 
 
 def _write_sum(parts: Any, target: Path, *, as_json: bool) -> None:
-    """One adapter for several; its deltas are compared with the sum of theirs."""
+    """Write one adapter for several."""
+    from phi3_lora.adapters.adapter import adapter_problems
     from phi3_lora.adapters.deltas import concatenated
     from phi3_lora.adapters.folder import check_unused, write_adapter_folder
+    from phi3_lora.errors import AdapterError, listing
 
     check_unused(target)
     adapter = concatenated(parts)
+    problems = adapter_problems(adapter)
+    if problems:
+        raise AdapterError(listing("the sum cannot be written; choose another --weight:", problems))
     for text in write_adapter_folder(target, adapter):
         note(text)
     ranks = sorted({adapter.rank(module) for module in adapter.modules})
@@ -124,8 +136,8 @@ def _write_sum(parts: Any, target: Path, *, as_json: bool) -> None:
 
 
 def _check_types(to: str, dtype: str, outtype: str, *, dequantize: bool) -> None:
-    if to == "adapter" and (dtype != "auto" or dequantize):
-        raise click.UsageError("--dtype and --dequantize are of models: leave them out")
+    if to == "adapter" and (dtype != "auto" or outtype != "auto" or dequantize):
+        raise click.UsageError("--dtype, --outtype and --dequantize are of models: leave them out")
     if to == "gguf" and dtype != "auto":
         raise click.UsageError("--dtype is of model folders: with --to gguf use --outtype")
     if to != "gguf" and outtype != "auto":
@@ -139,7 +151,7 @@ def _tell(result: Any, *, as_json: bool) -> None:
         note(text)
     worst = result.worst_module
     if worst is None:
-        note("the adapter changes nothing: every B is 0")
+        note("nothing is changed: every delta, times its --weight, is 0")
     elif result.survival[worst].cosine < 0.95:
         exact = "--outtype f32" if result.dtype in OUT_TYPES else "--dtype float32"
         note(

@@ -71,6 +71,31 @@ def model_options(function: F) -> F:
     )(function)
 
 
+def untold_options(function: F) -> F:
+    """What a file of loralib, or an .npz, does not say."""
+    return _stack(
+        click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz: it has none."),
+        click.option("--prefix", default="", help="Before the module paths of a loralib file."),
+        click.option(
+            "--enable", metavar="q,v", help="Parts that a MergedLinear of loralib adapts."
+        ),
+        click.option(
+            "--parts",
+            type=click.Choice(["equal", "model"]),
+            help="How MergedLinear cuts its output, where the file does not tell.",
+        ),
+    )(function)
+
+
+def part_names(enable: str | None) -> list[str]:
+    """The names in --enable."""
+    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
+    unknown = sorted(set(names) - {"q", "k", "v", "gate", "up"})
+    if unknown:
+        raise click.UsageError(f"--enable {unknown[0]!r}: allowed are q, k, v, gate, up")
+    return names
+
+
 def print_json(result: dict[str, Any]) -> None:
     """Exactly one JSON object on stdout; a number that JSON lacks becomes null."""
     click.echo(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_lora.adapters.decompositions import balanced_factors, product_norm
 from phi3_lora.adapters.names import (
     EMBEDDING,
+    HEAD,
     PEFT_PREFIX,
+    is_of_phi3,
     lora_a_name,
     lora_b_name,
     magnitude_name,
@@ -159,11 +163,22 @@ def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float3
     ratio = adapter.scaling_of(module) / adapter.scaling
     # The ratio of two roundings of one number is no scale of its own.
     if abs(ratio - 1.0) > 1e-12:
+        if _cancels(a, b) and math.frexp(ratio)[0] != 0.5:
+            a, b = balanced_factors(a, b)
         b = (b.astype(np.float64) * ratio).astype(np.float32)
     missing = r - len(a)
     if missing:
         a, b = np.pad(a, ((0, missing), (0, 0))), np.pad(b, ((0, 0), (0, missing)))
     return a, b
+
+
+def _cancels(a: Float32, b: Float32) -> bool:
+    """Whether B A is much smaller than its factors, so that their roundings would be large in it.
+
+    So it is where an adapter takes a start from the weights off again, as pissa's does.
+    """
+    size = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    return size > 100.0 * product_norm(b.astype(np.float64), a.astype(np.float64))
 
 
 def check_fits(
@@ -186,7 +201,7 @@ def check_fits(
     problems = adapter_problems(adapter)
     for module in adapter.modules:
         if module not in shapes:
-            problems.append(f"{module}: the base model has no such linear layer")
+            problems.append(f"{module}: {_why_missing(module, shapes)}")
             continue
         out_features, in_features = shapes[module]
         a, b = adapter.weights[lora_a_name(module)], adapter.weights.get(lora_b_name(module))
@@ -197,13 +212,24 @@ def check_fits(
     for module in adapter.saved:
         found = adapter.weights[saved_name(module)].shape
         wanted = (tensor_shapes or {}).get(f"{module}.weight")
-        if wanted != found:
+        if module in (EMBEDDING, HEAD) and EMBEDDING not in shapes:
+            problems.append(f"{module}: {_why_missing(module, shapes)}")
+        elif wanted != found:
             problems.append(
                 f"{module}: a whole weight of {found}, the base model "
                 + ("has none of that name" if wanted is None else f"needs {wanted}")
             )
     if problems:
         raise AdapterError(listing(f"the adapter {where} does not fit:", problems))
+
+
+def _why_missing(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    if module in (EMBEDDING, HEAD) and EMBEDDING not in shapes:
+        return (
+            "this model's head is its embedding, and tools differ in whether an adapter of one "
+            "holds for the other"
+        )
+    return "the base model has no such linear layer"
 
 
 def adapter_problems(adapter: Adapter) -> list[str]:
@@ -222,6 +248,9 @@ def adapter_problems(adapter: Adapter) -> list[str]:
             problems.append(f"{module}: its DoRA magnitude is missing; other modules have one")
         elif magnitude.shape != b.shape[:1]:
             problems.append(f"{module}: magnitude {magnitude.shape}, B has {len(b)} rows")
+    for module in (*adapter.modules, *adapter.saved):
+        if not is_of_phi3(module):
+            problems.append(f"{module}: no module of a Phi-3 model")
     for module in set(adapter.modules) & set(adapter.saved):
         problems.append(f"{module}: a whole weight beside A and B")
     return problems

@@ -8,7 +8,9 @@ import math
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.decompositions import balanced_factors, product_norm
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.backend import Block, LoraSpec
 from phi3_lora.errors import AdapterError
 
 
@@ -24,8 +26,7 @@ def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
     Returns:
         The adapter, and |lost| / |delta| in the Frobenius norm of each module that was cut.
 
-    Source: Eckart and Young, 1936: the largest r singular triplets. B A = Q_b (R_b R_a^T) Q_a^T, so
-    only a matrix of the old ranks is decomposed.
+    Source: Eckart and Young, 1936: the largest r singular triplets.
     """
     if adapter.use_dora:
         raise AdapterError(
@@ -36,16 +37,14 @@ def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
         scaling = adapter.scaling_of(module)
         if adapter.rank(module) <= r:
             continue
-        a, b = (value.astype(np.float64) for value in adapter.pair(module))
-        q_a, r_a = np.linalg.qr(a.T)
-        q_b, r_b = np.linalg.qr(b)
-        u, s, vt = np.linalg.svd(r_b @ r_a.T)
-        root = np.sqrt(s[:r])
-        weights[lora_a_name(module)] = (root[:, None] * (vt[:r] @ q_a.T)).astype(np.float32)
-        weights[lora_b_name(module)] = ((q_b @ u[:, :r]) * root).astype(np.float32)
+        a, b = adapter.pair(module)
+        new_a, new_b = balanced_factors(a, b, r)
+        weights[lora_a_name(module)], weights[lora_b_name(module)] = new_a, new_b
         alphas[module] = scaling * (math.sqrt(r) if adapter.use_rslora else r)
-        whole = float(np.linalg.norm(s))
-        lost[module] = float(np.linalg.norm(s[r:])) / whole if whole else 0.0
+        whole = product_norm(b.astype(np.float64), a.astype(np.float64))
+        both = np.concatenate([b, -new_b], axis=1).astype(np.float64)
+        gone = product_norm(both, np.concatenate([a, new_a]).astype(np.float64))
+        lost[module] = gone / whole if whole else 0.0
     default = adapter.lora_alpha if adapter.r <= r else _alpha(adapter, r)
     alphas = {m: alphas.get(m, adapter.lora_alpha) for m in adapter.modules}
     alphas = {m: alpha for m, alpha in alphas.items() if alpha != default}
@@ -57,3 +56,26 @@ def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
 
 def _alpha(adapter: Adapter, r: int) -> float:
     return adapter.scaling * (math.sqrt(r) if adapter.use_rslora else r)
+
+
+def settled(adapter: Adapter, spec: LoraSpec) -> Adapter:
+    """The same deltas where a start from the weights was taken off again: as factors of their own.
+
+    Two large halves that nearly cancel would be noise in half precision. Parts of a fused weight
+    stay apart.
+    """
+    weights = dict(adapter.weights)
+    for module, layer in spec.layers.items():
+        if layer.num_trained is None or layer.num_trained == layer.r:
+            continue
+        a, b = adapter.pair(module)
+        whole = (Block(module, (0, len(b)), (0, layer.num_trained)),)
+        new_a, new_b = np.zeros_like(a), np.zeros_like(b)
+        for _, rows, (first, end) in layer.blocks or whole:
+            # Twice, for what trained and what stayed.
+            own = [*range(first, end), *range(layer.num_trained + first, layer.num_trained + end)]
+            found = balanced_factors(a[own], b[slice(*rows)][:, own])
+            new_a[own] = found.a
+            new_b[np.ix_(range(*rows), own)] = found.b
+        weights[lora_a_name(module)], weights[lora_b_name(module)] = new_a, new_b
+    return dataclasses.replace(adapter, weights=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.folder import (
     FINGERPRINT_NAME,
     TEMPLATE_NAME,
+    check_apart,
     check_unused,
     write_adapter_folder,
 )
 from phi3_lora.adapters.fused import RowNorms
 from phi3_lora.adapters.gguf_layout import write_gguf_adapter
 from phi3_lora.adapters.loralib_layout import Untold, to_loralib
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.adapters.names import EMBEDDING, HEAD, lora_a_name, lora_b_name
 from phi3_lora.adapters.sources import read_source, with_layers
 from phi3_lora.adapters.torch_file import encode_torch_file
 from phi3_lora.errors import AdapterError
@@ -104,16 +105,15 @@ def convert(job: Job) -> Conversion:
     """
     _check_target(job)
     source, layouts = read_source(job.source, job.config, job.untold, job.row_norms)
+    _check_untold(job, layouts)
+    notes = _outside_notes(source) if job.config is None else []
     if job.config is not None:
         config = job.config
         check_fits(source, config.adaptable_shapes(), str(job.source), config.tensor_shapes())
     source = with_layers(source, job.config)
-    adapter, notes = _shaped(job, source)
-    notes = [*source.notes, *notes, *_write(job, adapter)]
-    # What loralib leaves out is known here.
-    plain = uniform_adapter(adapter)
-    told = dataclasses.replace(job.untold, alpha=plain.scaling * plain.r, enable=())
-    written, _ = read_source(job.target, job.config, told, job.row_norms)
+    adapter, more = _shaped(job, source)
+    notes = [*source.notes, *notes, *more, *_write(job, adapter)]
+    written = _read_back(job, adapter)
     differences = relative_difference(source, written)
     gap = _factor_difference(source, written)
     return Conversion(
@@ -128,6 +128,16 @@ def convert(job: Job) -> Conversion:
     )
 
 
+def _outside_notes(source: Adapter) -> list[str]:
+    outside = sorted({EMBEDDING, HEAD} & {*source.modules, *source.saved})
+    if not outside:
+        return []
+    return [
+        f"it adapts {' and '.join(outside)}: on a model whose head is its embedding PEFT and "
+        "mlx-lm take that for different things; pass --model to check"
+    ]
+
+
 def _check_target(job: Job) -> None:
     target = job.target
     if job.to in FILE_LAYOUTS:
@@ -135,8 +145,40 @@ def _check_target(job: Job) -> None:
             raise AdapterError(f"{target} exists already: choose a new file")
         return
     check_unused(target)
-    if target.resolve().is_relative_to(job.source.resolve()):
-        raise AdapterError(f"{target} lies inside {job.source}: choose a folder elsewhere")
+    check_apart(target, job.source)
+
+
+def _check_untold(job: Job, layouts: str) -> None:
+    """Make sure that what was told is used."""
+    untold = job.untold
+    told = {
+        "--alpha": untold.alpha is not None and layouts not in ("loralib", "npz"),
+        "--prefix": bool(untold.prefix) and "loralib" not in (layouts, job.to),
+        "--enable": bool(untold.enable) and layouts != "loralib",
+        "--parts": untold.parts is not None and layouts != "loralib",
+    }
+    stray = [option for option, is_stray in told.items() if is_stray]
+    if stray:
+        raise AdapterError(
+            f"{', '.join(stray)} has no effect: {job.source} is of {layouts}, which says it itself"
+        )
+
+
+def _read_back(job: Job, adapter: Adapter) -> Adapter:
+    """The result as it was written; one that cannot be read is not left behind."""
+    told = Untold()
+    if job.to == "loralib":
+        # What loralib leaves out is known here.
+        plain = uniform_adapter(adapter)
+        told = Untold(plain.scaling * plain.r, job.untold.prefix)
+    try:
+        return read_source(job.target, job.config, told, job.row_norms)[0]
+    except AdapterError:
+        if job.to in FILE_LAYOUTS:
+            job.target.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(job.target, ignore_errors=True)
+        raise
 
 
 def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
@@ -154,6 +196,16 @@ def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
         adapter, more = adapted_for(job.consumer, adapter, job.config)
         notes += more
     return adapter, notes
+
+
+def _card_line(job: Job, adapter: Adapter) -> str:
+    """What a model card does not know of the converted adapter."""
+    what = job.to if job.consumer is None else f"{job.to}, for {job.consumer}"
+    cut = "" if job.rank is None else f", cut to rank {job.rank}"
+    return (
+        f"\n## Converted\n\nBy phi3-lora, to {what}{cut}: here rank, alpha and scale are "
+        f"{adapter.r}, {adapter.lora_alpha:g} and {adapter.scaling:g}.\n"
+    )
 
 
 def _factor_difference(source: Adapter, written: Adapter) -> float | None:
@@ -206,6 +258,8 @@ def _write(job: Job, adapter: Adapter) -> list[str]:
     files = {n: (job.source / n).read_bytes() for n in names if (job.source / n).exists()}
     if job.rank is not None:
         files.pop(FINGERPRINT_NAME, None)
+    if "README.md" in files:
+        files["README.md"] += _card_line(job, adapter).encode()
     notes = write_adapter_folder(target, adapter, to=job.to, base=job.config, files=files)
     if adapter.num_layers is None and job.to in ("mlx", "both"):
         notes.append(

@@ -82,6 +82,34 @@ def randomised_svd(
     return u * signs, s[:r], vt[:r] * signs[:, None]
 
 
+def product_norm(b: NDArray[np.float64], a: NDArray[np.float64]) -> float:
+    """|B A| without making it: A^T = Q R gives |B A| = |B R^T|, however B's columns cancel."""
+    upper = np.asarray(np.linalg.qr(a.T, mode="r"))
+    return float(np.linalg.norm(b @ upper.T))
+
+
+def balanced_factors(a: Float32, b: Float32, r: int | None = None) -> Factors:
+    """Factors of B A itself, whose sizes are the root of its own: nothing cancels in them.
+
+    Args:
+        a: (R, in).
+        b: (out, R).
+        r: singular values that are kept; None keeps R, and then the product is the same.
+
+    Source: B A = Q_b (R_b R_a^T) Q_a^T, so only a matrix (R, R) is decomposed.
+    """
+    q_a, r_a = np.linalg.qr(a.astype(np.float64).T)
+    q_b, r_b = np.linalg.qr(b.astype(np.float64))
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    kept = len(a) if r is None else r
+    root = np.sqrt(s[:kept])
+    new_a = (root[:, None] * (vt[:kept] @ q_a.T)).astype(np.float32)
+    new_b = ((q_b @ u[:, :kept]) * root).astype(np.float32)
+    # A weight smaller than the rank has fewer singular values than that.
+    missing = kept - len(new_a)
+    return Factors(np.pad(new_a, ((0, missing), (0, 0))), np.pad(new_b, ((0, 0), (0, missing))))
+
+
 def _check_rank(weight: Float32, r: int, path: str) -> None:
     if r > min(weight.shape):
         raise ConfigError(

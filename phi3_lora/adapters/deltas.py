@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.decompositions import product_norm
 from phi3_lora.adapters.names import (
     EMBEDDING,
     lora_a_name,
@@ -66,13 +67,7 @@ def _dora(base: NDArray[np.float32], delta: Float64, magnitude: NDArray[np.float
 def delta_norm(adapter: Adapter, module: str) -> float:
     """Frobenius norm of scaling B A; a DoRA magnitude is not in it."""
     a, b = (value.astype(np.float64) for value in adapter.pair(module))
-    return adapter.scaling_of(module) * _product_norm(b, a)
-
-
-def _product_norm(b: Float64, a: Float64) -> float:
-    """|B A| without making it: A^T = Q R gives |B A| = |B R^T|, however B's columns cancel."""
-    upper = np.asarray(np.linalg.qr(a.T, mode="r"))
-    return float(np.linalg.norm(b @ upper.T))
+    return adapter.scaling_of(module) * product_norm(b, a)
 
 
 def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
@@ -132,7 +127,7 @@ def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, 
         if a.shape[1] != other_a.shape[1] or len(b) != len(other_b):
             return math.inf, size
         a, b = np.concatenate([a, other_a]), np.concatenate([b, other_b], axis=1)
-    return _product_norm(b, a), size
+    return product_norm(b, a), size
 
 
 def changes_nothing(adapter: Adapter) -> bool:
@@ -163,7 +158,10 @@ def concatenated(parts: Sequence[Weighted]) -> Adapter:
             for p in chosen
         ]
         a = np.concatenate([a for (a, _), _ in pairs])
-        b = np.concatenate([(b * np.float64(f)).astype(np.float32) for (_, b), f in pairs], axis=1)
+        # A number that float32 does not hold is found with the other faults of the sum.
+        with np.errstate(over="ignore"):
+            scaled = [(b * np.float64(f)).astype(np.float32) for (_, b), f in pairs]
+        b = np.concatenate(scaled, axis=1)
         weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
         alphas[module] = scaling * len(a)
     r = max(len(weights[lora_a_name(module)]) for module in modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from phi3_lora.tensor_files import read_header, read_index, write_streamed
 
 CONFIG_NAME = "adapter_config.json"
 FINGERPRINT_NAME = "fingerprint.safetensors"
+_NUMBERED = re.compile(r"\d{7}_adapters\.safetensors")
+"""mlx-lm's checkpoints."""
 TEMPLATE_NAME = "chat_template.jinja"
 """Where training had another template than the model's; named as transformers names it."""
 
@@ -42,23 +45,38 @@ def find_layouts(folder: Path) -> dict[str, Path]:
         tensors = read_index(index, AdapterError)
         shards = {info.path.name for info in tensors.values()}
         found[_layout(tensors) or "peft"] = index
+    candidates: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == FINGERPRINT_NAME or path.name in shards:
             continue
-        names = read_header(path, AdapterError)
-        layout = _layout(names)
-        if layout is None:
-            continue
-        usual = mlx_layout.WEIGHTS_NAME if layout == "mlx" else peft_layout.WEIGHTS_NAME
-        # mlx-lm leaves numbered checkpoints beside the final file.
-        if layout not in found or path.name == usual:
-            found[layout] = path
+        layout = _layout(read_header(path, AdapterError))
+        if layout is not None:
+            candidates.setdefault(layout, []).append(path)
+    for layout, paths in candidates.items():
+        found.setdefault(layout, _newest(folder, layout, paths))
     if not found:
         raise AdapterError(
             f"{folder} holds no adapter: expected {peft_layout.WEIGHTS_NAME} (PEFT) or "
             f"{mlx_layout.WEIGHTS_NAME} (mlx-lm) with LoRA tensors"
         )
     return found
+
+
+def _newest(folder: Path, layout: str, paths: list[Path]) -> Path:
+    """The file of a layout: the usual one, else the last of mlx-lm's numbered checkpoints.
+
+    Raises:
+        AdapterError: when there are others beside it.
+    """
+    usual = mlx_layout.WEIGHTS_NAME if layout == "mlx" else peft_layout.WEIGHTS_NAME
+    others = [p for p in paths if p.name != usual and not _NUMBERED.fullmatch(p.name)]
+    final = [p for p in paths if p.name == usual]
+    if len(others) + len(final) > 1:
+        names = ", ".join(p.name for p in (*final, *others))
+        raise AdapterError(
+            f"{folder} holds several adapters ({names}): leave the one that you mean"
+        )
+    return (final or others or paths)[-1]
 
 
 def _layout(names: Mapping[str, Any]) -> str | None:
@@ -130,6 +148,9 @@ def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
     r = max((a.rank(m) for a in (first, second) for m in a.modules), default=0)
     for name in sorted(set(first.weights) | set(second.weights)):
         a, b = first.weights.get(name), second.weights.get(name)
+        if (a is None or b is None) and _is_empty_pair(first if b is None else second, name):
+            # A pair of zeros fills mlx-lm's layers up and is dropped in reading.
+            continue
         if a is None or b is None:
             problems.append(f"{name}: only in the {'mlx-lm' if a is None else 'PEFT'} file")
         elif not np.array_equal(_as_uniform(first, name, r), _as_uniform(second, name, r)):
@@ -137,6 +158,11 @@ def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
     if problems:
         problems.append("delete the file that you do not trust")
         raise AdapterError(listing(f"the two adapter files in {folder} disagree:", problems))
+
+
+def _is_empty_pair(adapter: Adapter, name: str) -> bool:
+    module = module_of(name)
+    return module in adapter.modules and not any(value.any() for value in adapter.pair(module))
 
 
 def _as_uniform(adapter: Adapter, name: str, r: int) -> Float32:
@@ -168,6 +194,17 @@ def check_unused(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"{folder} is in use: choose a new or empty folder")
+
+
+def check_apart(target: Path, *sources: Path) -> None:
+    """Make sure that a new folder does not lie inside what it is made from.
+
+    Raises:
+        AdapterError: when it does.
+    """
+    for source in sources:
+        if source.resolve() in target.resolve().parents:
+            raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
 
 
 def check_replaceable(folder: Path) -> None:

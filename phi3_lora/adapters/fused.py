@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lora.adapters.adapter import Adapter, module_of, with_spec
 from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name
@@ -208,24 +209,34 @@ def part_slices(module: str, config: ModelConfig) -> dict[str, slice]:
 
 
 def with_blocks(spec: LoraSpec, weights: Tensors, config: ModelConfig) -> LoraSpec:
-    """A spec in which each rank of a fused module trains only the part that it now acts on.
+    """A spec in which each rank of a fused module trains only the parts that it acts on now.
 
     An adapter of q and v alone is 0 in the rows of k, exactly, and stays so when it is trained on.
+    A rank that is 0 throughout trains the parts that any other acts on.
     """
     layers = dict(spec.layers)
     for module, layer in spec.layers.items():
         b, parts = weights[lora_b_name(module)], part_slices(module, config)
-        acts = {part: np.asarray(b[rows].any(axis=0)) for part, rows in parts.items()}
-        if not acts or not (np.sum(list(acts.values()), axis=0) == 1).all():
+        acts = {part: b[rows].any(axis=0) for part, rows in parts.items()}
+        touched = [part for part, ranks in acts.items() if ranks.any()]
+        if not touched:
             continue
+        idle = ~np.any(list(acts.values()), axis=0)
         blocks = tuple(
-            Block(part, (rows.start, rows.stop), (int(ranks[0]), int(ranks[-1]) + 1))
+            Block(part, (rows.start, rows.stop), run)
             for part, rows in parts.items()
-            if len(ranks := np.flatnonzero(acts[part]))
+            if part in touched
+            for run in _runs(acts[part] | idle)
         )
-        if all(acts[block.part][slice(*block.ranks)].all() for block in blocks):
+        if not all((acts[part] | idle).all() for part in parts):
             layers[module] = dataclasses.replace(layer, blocks=blocks)
     return dataclasses.replace(spec, layers=layers)
+
+
+def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and end index of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]])))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def is_unfused(names: Mapping[str, object]) -> bool:

@@ -56,8 +56,13 @@ def why_not_gguf(adapter: Adapter) -> str | None:
         return "it uses DoRA"
     if adapter.saved:
         return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
-    foreign = [m for m in adapter.modules if split_layer(m) is None and m not in _OUTSIDE]
-    return f"{foreign[0]} is no layer of Phi-3" if foreign else None
+    foreign = [m for m in adapter.modules if _is_foreign(m)]
+    return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
+
+
+def _is_foreign(module: str) -> bool:
+    place = split_layer(module)
+    return module not in _OUTSIDE if place is None else place[1] not in _IN_LAYER
 
 
 def write_gguf_adapter(path: Path, adapter: Adapter) -> None:

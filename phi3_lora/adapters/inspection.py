@@ -12,9 +12,12 @@ from phi3_lora.adapters.folder import find_layouts, read_adapter
 from phi3_lora.adapters.loralib_layout import Untold
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.adapters.sources import other_layout, read_source
+from phi3_lora.models import ModelConfig
 
 
-def inspect_adapter(path: Path, untold: Untold | None = None) -> dict[str, Any]:
+def inspect_adapter(
+    path: Path, untold: Untold | None = None, config: ModelConfig | None = None
+) -> dict[str, Any]:
     """Layout, ranks, effective scales, targets, layers and the norm of each delta.
 
     With DoRA a norm is that of scaling B A, without the magnitudes.
@@ -22,6 +25,7 @@ def inspect_adapter(path: Path, untold: Untold | None = None) -> dict[str, Any]:
     Args:
         path: a folder or file of any layout.
         untold: what a .pt or .npz does not say.
+        config: the base model's shape, which parts of a fused weight in a .pt may need.
 
     Raises:
         AdapterError: when it is damaged.
@@ -30,7 +34,7 @@ def inspect_adapter(path: Path, untold: Untold | None = None) -> dict[str, Any]:
         layouts = set(find_layouts(path))
         adapter = read_adapter(path, keep_parts=True)
     else:
-        adapter, layout = read_source(path, None, untold or Untold())
+        adapter, layout = read_source(path, config, untold or Untold())
         layouts = {layout}
     modules = {
         module: {

@@ -52,7 +52,10 @@ def from_loralib(
         AdapterError: when alpha is not told, a pair is not whole, or a module is none of Phi-3's.
     """
     if untold.alpha is None:
-        raise AdapterError(f"{where}: loralib stores no alpha; pass --alpha, as the layers had it")
+        raise AdapterError(
+            f"{where}: loralib stores no alpha; pass --alpha to phi3-lora convert, as the "
+            "layers had it"
+        )
     pairs: dict[str, dict[str, Float32]] = {}
     for name, value in tensors.items():
         match = _NAME.match(name)
@@ -93,14 +96,16 @@ def _factors(
     if a.ndim != 2 or b.ndim != 2 or b.shape[1] < 1 or len(a) % b.shape[1]:
         raise AdapterError(f"{path}: A {a.shape} and B {b.shape} do not belong together")
     count, r = len(a) // b.shape[1], b.shape[1]
-    if count == 1:
-        return a, b
     fused = next((name for name in FUSED_PARTS if path.endswith(name)), None)
     if fused is None:
-        raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
+        if count > 1:
+            raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
+        return a, b
     parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
-    enable = untold.enable
-    chosen = [part for part in parts if part in enable] if enable else parts
+    whole = sum(_own_rows(parts, config).values())
+    chosen = [part for part in parts if part in untold.enable] or parts
+    if count == 1 and (len(b) == whole or (not whole and len(chosen) != 1)):
+        return a, b
     if len(chosen) != count:
         raise AdapterError(
             f"{path}: {count} of {', '.join(parts)} are adapted; pass --enable with their names"

@@ -23,7 +23,7 @@ from phi3_lora.adapters.names import (
     split_layer,
     split_name,
 )
-from phi3_lora.adapters.peft_layout import is_number
+from phi3_lora.adapters.peft_layout import is_finite, is_number
 from phi3_lora.backend import Tensors
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.tensor_files import NewTensor, read_all_float32
@@ -64,10 +64,7 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
     ]
     if problems:
         raise AdapterError(listing(f"the adapter {path} is damaged:", problems))
-    scale = float(parameters["scale"])
-    if "alpha" in parameters:
-        # Before 2025-04 mlx-lm multiplied by scale * alpha / rank.
-        scale *= parameters["alpha"] / rank
+    scale = scale_of(parameters, rank)
     return Adapter(
         weights=weights,
         r=rank,
@@ -92,8 +89,8 @@ def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"adapter_config.json: rank must be an integer >= 1, got {rank!r}")
     for name in ("scale", "alpha"):
         value = parameters.get(name, 1.0)
-        if not is_number(value, int, float):
-            problems.append(f"adapter_config.json: {name} must be a number, got {value!r}")
+        if not is_finite(value):
+            problems.append(f"adapter_config.json: {name} must be a number, got {value!r:.40}")
     if not is_number(dropout, int, float) or not 0 <= dropout < 1:
         problems.append(f"adapter_config.json: dropout must be in [0, 1), got {dropout!r}")
     return parameters, problems
@@ -136,6 +133,12 @@ def _without_empty_pairs(weights: Tensors) -> Tensors:
         if b is not None and not b.any():
             empty |= {name, lora_b_name(part[0])}
     return {name: value for name, value in weights.items() if name not in empty}
+
+
+def scale_of(parameters: Mapping[str, Any], rank: int) -> float:
+    """What B A is multiplied by; before 2025-04 that was scale * alpha / rank."""
+    older = float(parameters["alpha"]) / rank if "alpha" in parameters else 1.0
+    return float(parameters["scale"]) * older
 
 
 def why_not_mlx(adapter: Adapter) -> str | None:

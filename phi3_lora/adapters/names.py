@@ -11,7 +11,7 @@ from collections.abc import Sequence
 PEFT_PREFIX = "base_model.model."
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^model\.layers\.(0|[1-9]\d{0,3})\.(.+)$")
 _KINDS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -83,3 +83,18 @@ def short_targets(modules: Sequence[str], num_layers: int | None) -> list[str]:
     if all(count == num_layers for count in inside.values()):
         return sorted(by_ending)
     return list(modules)
+
+
+_IN_LAYER = frozenset(
+    {
+        *("self_attn.qkv_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *("self_attn.o_proj", "mlp.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
+        *("mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
+    }
+)
+
+
+def is_of_phi3(module: str) -> bool:
+    """Whether Phi-3, or a copy of it with q, k, v and gate, up apart, has a module of this name."""
+    place = split_layer(module)
+    return module in (EMBEDDING, HEAD, "model.norm") if place is None else place[1] in _IN_LAYER

@@ -55,7 +55,8 @@ def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
     # PEFT adds the base's own matrix where the embedding or the head is adapted.
     copies = [name for name in stored if name.endswith(_BASE_COPY)]
     weights = {name: value for name, value in stored.items() if name not in copies}
-    problems = [*_config_problems(config), *_name_problems(weights, config)]
+    problems = _config_problems(config)
+    problems = problems or _name_problems(weights, config)
     if problems:
         raise AdapterError(listing(f"{path} cannot be used:", problems))
     adapter = Adapter(
@@ -95,11 +96,14 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"peft_type must be LORA, got {config['peft_type']!r}")
     if not is_number(config.get("r"), int) or config["r"] < 1:
         problems.append(f"r must be an integer >= 1, got {config.get('r')!r}")
-    if not is_number(config.get("lora_alpha"), int, float):
+    if not is_finite(config.get("lora_alpha")):
         problems.append(f"lora_alpha must be a number, got {config.get('lora_alpha')!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not _is_pattern(config.get(name) or {}):
-            problems.append(f"{name} must map names to numbers > 0")
+    for name, kind in (("rank_pattern", "whole numbers"), ("alpha_pattern", "numbers")):
+        if not _is_pattern(config.get(name) or {}, is_whole=name == "rank_pattern"):
+            problems.append(f"{name} must map names to {kind} > 0, got {config[name]!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, (str, list)) or not all(isinstance(name, str) for name in saved):
+        problems.append(f"modules_to_save must be a list of names, got {saved!r}")
     return [f"adapter_config.json: {problem}" for problem in problems]
 
 
@@ -129,9 +133,10 @@ def _name_problems(weights: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     return problems
 
 
-def _is_pattern(value: Any) -> bool:
+def _is_pattern(value: Any, *, is_whole: bool) -> bool:
     return isinstance(value, dict) and all(
-        is_number(number, int, float) and 0 < number < math.inf for number in value.values()
+        is_finite(number) and number > 0 and (isinstance(number, int) or not is_whole)
+        for number in value.values()
     )
 
 
@@ -176,6 +181,14 @@ def by_pattern(pattern: Mapping[str, float], module: str, default: float) -> flo
 def is_number(value: Any, *kinds: type) -> bool:
     """Whether a value read from JSON is of these kinds; true and false are no numbers."""
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a float holds."""
+    try:
+        return is_number(value, int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +16,9 @@ from phi3_lora.adapters.folder import CONFIG_NAME, find_layouts, read_adapter, r
 from phi3_lora.adapters.fused import RowNorms, fuse
 from phi3_lora.adapters.gguf_layout import read_gguf_adapter
 from phi3_lora.adapters.loralib_layout import Untold, from_loralib
-from phi3_lora.adapters.mlx_layout import from_mlx_tensors
+from phi3_lora.adapters.mlx_layout import from_mlx_tensors, scale_of
 from phi3_lora.adapters.names import lora_b_name
+from phi3_lora.adapters.peft_layout import is_finite
 from phi3_lora.adapters.torch_file import read_torch_file
 from phi3_lora.backend import Tensors
 from phi3_lora.errors import AdapterError, listing
@@ -45,6 +48,8 @@ def read_source(
         layouts = "+".join(sorted(find_layouts(path)))
         return read_adapter(path, config, row_norms=row_norms), layouts
     layout = _file_layout(file)
+    if untold.alpha is not None and not 0 < untold.alpha < math.inf:
+        raise AdapterError(f"--alpha must be a number > 0, got {untold.alpha}")
     if layout == "gguf":
         adapter = read_gguf_adapter(file)
     elif layout == "npz":
@@ -54,7 +59,7 @@ def read_source(
     problems = adapter_problems(adapter)
     if problems:
         raise AdapterError(listing(f"the adapter in {file} is damaged:", problems))
-    return fuse(adapter, config), layout
+    return fuse(adapter, config, row_norms), layout
 
 
 def other_layout(path: Path) -> Path | None:
@@ -102,27 +107,34 @@ def _read_npz(path: Path, untold: Untold) -> Adapter:
         raise AdapterError(f"{path}: lora_a and lora_b do not come in pairs ({lonely[:3]})")
     plain = Adapter(weights=tensors, r=1, lora_alpha=1.0)
     pairs = {module: plain.pair(module) for module in modules}
-    scale = _npz_scale(path)
-    if scale is None and untold.alpha is None:
+    parameters = _npz_parameters(path)
+    if parameters is not None and untold.alpha is not None:
+        raise AdapterError(f"{path}: its {CONFIG_NAME} tells the scale: leave out --alpha")
+    if parameters is None and untold.alpha is None:
         ranks = sorted({len(a) for a, _ in pairs.values()})
         raise AdapterError(
             f"{path}: an .npz stores no scale; pass --alpha, scale times rank (mlx-examples' own "
             f"scale was 20, which is --alpha {20 * ranks[-1]} at rank {ranks[-1]})"
         )
     scalings = {
-        m: scale if scale is not None else (untold.alpha or 0.0) / len(a)
+        m: (untold.alpha or 0.0) / len(a) if parameters is None else scale_of(parameters, len(a))
         for m, (a, _) in pairs.items()
     }
     return with_scalings(pairs, scalings)
 
 
-def _npz_scale(path: Path) -> float | None:
-    """The scale that an adapter_config.json beside the file tells."""
+def _npz_parameters(path: Path) -> dict[str, Any] | None:
+    """lora_parameters of an adapter_config.json beside the file, if there is one."""
     if not (path.parent / CONFIG_NAME).exists():
         return None
     parameters = read_adapter_config(path.parent).get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    return float(scale) if isinstance(scale, (int, float)) else None
+    given = parameters if isinstance(parameters, dict) else {}
+    numbers = (given.get("scale"), given.get("alpha", 1.0))
+    if not all(map(is_finite, numbers)):
+        raise AdapterError(
+            f"{path.parent / CONFIG_NAME}: lora_parameters needs a scale that is a number"
+        )
+    return given
 
 
 def _read_arrays(path: Path) -> Tensors:

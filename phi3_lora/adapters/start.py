@@ -120,7 +120,10 @@ def _factors(weight: Float32, r: int, scaling: float, init: str, seed: int, part
 def trained_masks(
     spec: LoraSpec, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, NDArray[np.bool_]]:
-    """Where a tensor trains, for those that do not train as a whole: A (R, 1), B (out, R)."""
+    """Where a tensor trains, for those that do not train as a whole.
+
+    A (R, 1), B (out, R), a magnitude (out,).
+    """
     masks = {}
     for module, layer in spec.layers.items():
         trained = layer.r if layer.num_trained is None else layer.num_trained
@@ -131,6 +134,8 @@ def trained_masks(
             for _, rows, ranks in _blocks(layer, module, shapes[module][0]):
                 mask[slice(*rows), slice(*ranks)] = True
             masks[lora_b_name(module)] = mask
+            if spec.use_dora and layer.blocks:
+                masks[magnitude_name(module)] = np.asarray(mask.any(axis=1))
     return masks
 
 
@@ -149,7 +154,10 @@ def num_trained(
     total = sum(math.prod(tensor_shapes[f"{module}.weight"]) for module in spec.saved)
     for module, layer in spec.layers.items():
         out_features, in_features = shapes[module]
-        for _, rows, ranks in _blocks(layer, module, out_features):
-            total += (ranks[1] - ranks[0]) * (in_features + rows[1] - rows[0])
-        total += out_features if spec.use_dora else 0
+        blocks = _blocks(layer, module, out_features)
+        ranks = {r for block in blocks for r in range(*block.ranks)}
+        rows = {row for block in blocks for row in range(*block.rows)}
+        total += len(ranks) * in_features
+        total += sum((b.ranks[1] - b.ranks[0]) * (b.rows[1] - b.rows[0]) for b in blocks)
+        total += len(rows) if spec.use_dora else 0
     return total

@@ -89,8 +89,16 @@ def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:
     )
     if not config.exclude_modules:
         return chosen
-    excluded = set(match_names("exclude_modules", config.exclude_modules, chosen))
-    left = [module for module in chosen if module not in excluded]
+    own_parts = [part for module in chosen for part in part_slices(module, model)]
+    excluded = set(match_names("exclude_modules", config.exclude_modules, [*chosen, *own_parts]))
+    left = []
+    for module in chosen:
+        kept = list(part_slices(module, model))
+        kept = [part for part in kept if part not in excluded]
+        is_cut = len(kept) < len(part_slices(module, model))
+        if module not in excluded:
+            # Without one of its parts, what is left of a fused weight is its other parts.
+            left += kept if is_cut else [module]
     if not left:
         raise ConfigError("exclude_modules leaves nothing of target_modules to adapt")
     return left
@@ -111,7 +119,12 @@ def _layers_to_transform(config: LoraConfig, model: ModelConfig) -> set[int]:
 
 
 def match_names(
-    option: str, names: Names, available: Sequence[str], *, all_linear: Sequence[str] = ()
+    option: str,
+    names: Names,
+    available: Sequence[str],
+    *,
+    all_linear: Sequence[str] = (),
+    matches: Callable[[str, str], bool] = ends_with,
 ) -> list[str]:
     """Full paths that names mean, in the order of available.
 
@@ -123,12 +136,13 @@ def match_names(
         ConfigError: when a name matches nothing; the message lists what exists.
     """
     given = [names] if isinstance(names, str) else list(names)
-    if given == ["all-linear"]:
-        return list(all_linear)
     chosen: set[str] = set()
     unmatched = []
     for name in given:
-        found = {m for m in available if ends_with(m, name)}
+        if name == "all-linear" and all_linear:
+            chosen |= set(all_linear)
+            continue
+        found = {m for m in available if matches(m, name)}
         if not found and isinstance(names, str):
             found = set(filter(_full_match(option, name), available))
         chosen |= found
@@ -217,7 +231,13 @@ def _saved(
     if not config.modules_to_save:
         return ()
     available = [name.removesuffix(".weight") for name in model.tensor_shapes()]
-    saved = match_names("modules_to_save", config.modules_to_save, available)
+    # PEFT takes any end of a path here: norm is every norm.
+    saved = match_names(
+        "modules_to_save",
+        config.modules_to_save,
+        available,
+        matches=lambda m, name: m.endswith(name),
+    )
     _check_tied(model, saved)
     both = [module for module in saved if module in layers]
     if both:

@@ -23,11 +23,18 @@ from phi3_lora.backend import Float32, Tensors
 from phi3_lora.errors import AdapterError
 from phi3_lora.tensor_files import to_float32
 
-_STORAGES = {
+_STORAGES: dict[str, tuple[str, Any]] = {
     "FloatStorage": ("F32", np.float32),
     "HalfStorage": ("F16", np.float16),
     "BFloat16Storage": ("BF16", np.uint16),
     "DoubleStorage": ("F64", np.float64),
+    # A whole state dict may hold buffers of these.
+    "LongStorage": ("I64", np.int64),
+    "IntStorage": ("I32", np.int32),
+    "ShortStorage": ("I16", np.int16),
+    "CharStorage": ("I8", np.int8),
+    "ByteStorage": ("U8", np.uint8),
+    "BoolStorage": ("BOOL", np.bool_),
 }
 
 _MOST_SHARED = 8
@@ -87,7 +94,8 @@ class _Reader(pickle.Unpickler):
         if self._times[key] > _MOST_SHARED:
             raise ValueError(f"storage {key} is used by more than {_MOST_SHARED} tensors")
         dtype, numpy_type = _STORAGES[kind]
-        content = np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), numpy_type)
+        raw = self._archive.read(f"{self._root}/data/{key}")
+        content: NDArray[Any] = np.frombuffer(raw, numpy_type)
         if len(content) < count:
             raise ValueError(f"storage {key} is shorter than it says")
         return _Storage(dtype, content)

@@ -293,7 +293,8 @@ def _type_name(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if "dict" in text:
-        return f"a mapping from names to {'names' if 'dict[str, str]' in text else 'numbers'}"
+        kinds = {str: "names", int: "whole numbers", float: "numbers"}
+        return f"a mapping from names to {kinds[typing.get_args(hint)[1]]}"
     if "tuple[int" in text:
         return "an integer or a list of integers"
     return "a string or a list of strings" if "tuple" in text else text

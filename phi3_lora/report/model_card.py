@@ -73,8 +73,8 @@ def model_card(
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# LoRA adapter\n\n"
         f"Trained with phi3-lora.\n\n| | |\n|---|---|\n{table}\n\n"
-        "`adapter_model.safetensors` loads in PEFT, `adapters.safetensors` in mlx-lm; both read "
-        f"`adapter_config.json`.\n{differences}"
+        "Of the weights, `adapter_model.safetensors` is PEFT's file and `adapters.safetensors` "
+        f"mlx-lm's; both tools read `adapter_config.json`.\n{differences}"
     )
 
 

@@ -12,7 +12,7 @@ from phi3_lora.adapters.start import num_trained
 from phi3_lora.adapters.targets import in_model_order
 from phi3_lora.adapters.targets import resolve as resolve_lora
 from phi3_lora.backend import LoraSpec
-from phi3_lora.config.schema import RunConfig
+from phi3_lora.config.schema import LoraConfig, RunConfig
 from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
 from phi3_lora.errors import ConfigError
 from phi3_lora.family import recognise
@@ -139,6 +139,11 @@ def _lora(
     """What is trained: as configured, or as the adapter that the run starts from has it."""
     if start is not None:
         observer.note(f"rank, alpha and targets are those of {config.adapter}")
+        own = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
+        stray = [n for n, v in own.items() if getattr(config.peft_config, n) != v]
+        stray = [f"peft_config.{name}" for name in stray if name != "lora_dropout"]
+        if stray:
+            observer.note(f"{', '.join(stray)} has no effect: the adapter brings its own")
         for note in start.notes:
             observer.note(note)
         # A given adapter brings its own shape; only dropout is the run's.

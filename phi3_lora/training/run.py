@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter, with_spec
+from phi3_lora.adapters.compress import settled
 from phi3_lora.adapters.deltas import changes_nothing
 from phi3_lora.adapters.fingerprint import encode_fingerprint, probe_batch, take_fingerprint
 from phi3_lora.adapters.folder import FINGERPRINT_NAME, TEMPLATE_NAME, write_adapter_folder
@@ -259,7 +260,8 @@ class _Run:
         self.observer.saved(path)
 
     def _save_adapter(self, name: str, progress: Progress, evaluation: Evaluation | None) -> None:
-        prepared, adapter = self.prepared, self._adapter()
+        prepared = self.prepared
+        adapter = settled(self._adapter(), prepared.lora)
         identity = self.belongings["model_identity"]
         card = model_card(
             adapter,

@@ -52,7 +52,9 @@ OPTIONS = {
         *("--outtype", "--dequantize", *OUTPUT),
     ],
     "push": ["--private", "--revision", "--message", *OUTPUT],
-    "inspect": ["--plot", *OUTPUT],
+    "inspect": [
+        *("--plot", "--model", "--alpha", "--prefix", "--enable", "--parts", *OUTPUT),
+    ],
     "doctor": OUTPUT,
 }
 DATA_OPTIONS = {
@@ -159,6 +161,9 @@ def test_version_names_the_package(capsys: Capture) -> None:
         (["convert", "a", "b", "--to", "mlx", "--for", "vllm"], "leave out --to mlx"),
         (["convert", "a", "b", "--for", "ollama"], "--for ollama needs --model"),
         ([*MERGE, "--to", "adapter", "--dtype", "float16"], "leave them out"),
+        ([*MERGE, "--to", "adapter", "--outtype", "f16"], "leave them out"),
+        ([*MERGE, "--weight", "nan"], "--weight must be a number"),
+        (["convert", "a", "b", "--to", "both", "--for", "llama.cpp"], "leave out --to both"),
         ([*MERGE, "--to", "gguf", "--dtype", "float16"], "with --to gguf use --outtype"),
         ([*MERGE, "--outtype", "f16"], "with --to hf use --dtype"),
     ],
@@ -198,7 +203,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys: Capture) -> N
 def test_fault_of_ours_exits_1(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(folder: Path) -> None:
+    def fail(*arguments: object) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("phi3_lora.adapters.inspection.inspect_adapter", fail)
@@ -258,6 +263,7 @@ def test_convert_prints_one_object(capsys: Capture, tmp_path: Path, to: str) -> 
         "tensors": 16,
         "lossless": True,
         "max_weight_difference": 0.0,
+        "notes": [],
     }
     found = read_adapter(tmp_path / "b").weights
     assert all((found[name] == value).all() for name, value in adapter.weights.items())

@@ -48,6 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
         ({"layers_to_transform": (1,)}, LINEAR[4:]),
         ({"target_modules": ("o_proj",), "layers_to_transform": (0,)}, [LINEAR[1]]),
         ({"exclude_modules": ("qkv_proj", "o_proj")}, [m for m in LINEAR if "mlp" in m]),
+        ({"exclude_modules": ("k_proj",)}, LINEAR),
+        ({"target_modules": ("all-linear", "lm_head")}, [*LINEAR, "lm_head"]),
         ({"exclude_modules": r".*layers\.0\..*"}, LINEAR[4:]),
         (
             {"target_modules": ("embed_tokens", "o_proj", "lm_head")},
@@ -126,6 +128,17 @@ def test_parts_of_a_fused_weight_lie_side_by_side_in_the_true_sizes(model: Model
     assert count == 2 * (4 * (64 + 64) + 2 * (64 + 32) + 4 * (64 + 96))
 
 
+def test_a_part_that_is_excluded_leaves_the_others(model: ModelConfig) -> None:
+    spec = resolve(LoraConfig(exclude_modules=("k_proj",)), model).spec
+    assert [block.part[-6:] for block in spec.layers[QKV].blocks] == ["q_proj", "v_proj"]
+    assert not spec.layers["model.layers.0.mlp.gate_up_proj"].blocks
+
+
+def test_modules_to_save_takes_any_end_of_a_path_as_peft_does(model: ModelConfig) -> None:
+    spec = resolve(LoraConfig(modules_to_save=("norm", "lm_head")), model).spec
+    assert len(spec.saved) == 2 * 2 + 2
+
+
 def test_a_part_beside_its_whole_is_told(model: ModelConfig) -> None:
     found = resolve(LoraConfig(target_modules=("q_proj", "qkv_proj")), model)
     assert not found.spec.layers[QKV].blocks
@@ -184,8 +197,9 @@ def test_values_of_other_tools_configurations_are_taken(
     [
         ("layers_to_transform=one", "an integer or a list of integers"),
         ("layers_to_transform=[1.5]", "an integer or a list of integers"),
-        ("rank_pattern={o_proj: two}", "a mapping from names to numbers"),
-        ("rank_pattern=[1]", "a mapping from names to numbers"),
+        ("rank_pattern={o_proj: two}", "a mapping from names to whole numbers"),
+        ("rank_pattern={o_proj: 2.5}", "a mapping from names to whole numbers"),
+        ("rank_pattern=[1]", "a mapping from names to whole numbers"),
         ("rank_pattern={o_proj: 0}", "must hold numbers > 0"),
         ("init_lora_weights=gaussian", "true, pissa, pissa_niter_N or olora"),
         ("init_lora_weights=false", "true, pissa, pissa_niter_N or olora"),
