@@ -122,9 +122,10 @@ def test_examples_run_and_print_what_the_page_shows(
 
 def test_readme_commands_run(folder: Path, capsys: Capture) -> None:
     """With the built-in model on the CPU; a second first run gets a folder of its own."""
-    row = '{"prompt": "Hello", "completion": "Good day."}\n'
+    words = ("Hello", "What now", "Where to", "Why not")
+    rows = [f'{{"prompt": "{word}?", "completion": "Good day, {word}."}}\n' for word in words]
     for name in ("chats.jsonl", "test.jsonl"):
-        (folder / name).write_text(row * 4)
+        (folder / name).write_text("".join(rows))
     text = "".join(block for _, block in blocks(ROOT / "README.md"))
     found = [c for c in commands(text) if c.startswith("phi3-lora ")]
     assert len(found) >= 8
