@@ -98,6 +98,12 @@ class Markers:
                 self._closes[literal] = known
         return known
 
+    def may_begin_at_end(self, literal: str) -> bool:
+        """Whether a marker may begin at the end of a text that does not hold the whole of it."""
+        return any(
+            literal.endswith(text[:size]) for text in self.texts for size in range(1, len(text))
+        )
+
     def eaten(self, text: str, contents: Sequence[Span]) -> int:
         """Characters of white space at the edges of contents that the markers beside them eat."""
         total, floor = 0, 0
@@ -143,7 +149,7 @@ class Markers:
         """
         found: list[Segment] = []
         begin = 0
-        for start, end, marker in self._written(text, contents):
+        for start, end, marker in self.written(text, contents):
             kept = len(text[begin:start].rstrip(_SPACES)) if marker.eats_before else start - begin
             found.append(Segment(begin, begin + kept, None))
             found.append(Segment(start, end, marker))
@@ -152,8 +158,8 @@ class Markers:
         cut = [part for segment in found for part in _cut(segment, borders)]
         return [segment for segment in cut if segment.start < segment.end]
 
-    def _written(self, text: str, contents: Sequence[Span]) -> Iterator[tuple[int, int, Marker]]:
-        """The markers between the contents."""
+    def written(self, text: str, contents: Sequence[Span]) -> Iterator[tuple[int, int, Marker]]:
+        """The markers between the contents, with the characters of each."""
         edges = [0, *(at for span in contents for at in span), len(text)]
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             for match in self._pattern.finditer(text, start, end):

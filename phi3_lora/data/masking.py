@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lora.backend import Bool, Int32
 from phi3_lora.data.markers import Span
@@ -18,6 +19,19 @@ class LossSpans(NamedTuple):
     everywhere: bool
     """Whether every token counts but those of the spans, or none but those."""
     spans: list[Span]
+
+
+class Between(NamedTuple):
+    """The loss of a rendered conversation in the markers that its template wrote."""
+
+    everywhere: bool
+    """Whether every token counts but those of the ranges, or none but those."""
+    marker_ids: Int32
+    """(M,) all markers, in order."""
+    opening: Int32
+    """(R,) the marker after which each range begins."""
+    closing: Int32
+    """(R,) the marker with which it ends."""
 
 
 def messages_in_loss(row: Conversation, loss_on: str = "assistant") -> tuple[bool, ...]:
@@ -87,3 +101,50 @@ def supervised_tokens(
         touches = (places[:, 1] > start) & (places[:, 0] < end)
         supervised[touches & (~marker | (places[:, 0] >= start))] = not loss.everywhere
     return supervised
+
+
+def supervised_between(
+    tokens: Int32, ends: NDArray[np.int64], losses: Sequence[Between], is_marker: Bool
+) -> tuple[Bool, list[int]]:
+    """As supervised_tokens, for many documents at once, without the characters of their tokens.
+
+    Args:
+        tokens: (T,) ids of all documents, end to end.
+        ends: (D,) the place after each document's last id.
+        losses: of each.
+        is_marker: (vocabulary,) whether an id is a special token's.
+
+    Returns:
+        (T,) what is to be learnt; and which documents hold other markers than their template
+        wrote, so that nothing is known of them.
+    """
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends])[:-1]
+    places = np.flatnonzero(is_marker[tokens])
+    first = np.searchsorted(places, starts)
+    counts = np.searchsorted(places, ends) - first
+    written = _joined([loss.marker_ids for loss in losses])
+    is_counted = np.array_equal(counts, [len(loss.marker_ids) for loss in losses])
+    strange: list[int] = []
+    if not (is_counted and np.array_equal(tokens[places], written)):
+        strange = [
+            i
+            for i, (loss, at, count) in enumerate(zip(losses, first, counts, strict=True))
+            if not np.array_equal(tokens[places[at : at + count]], loss.marker_ids)
+        ]
+    left_out = set(strange)
+    known = [loss for i, loss in enumerate(losses) if i not in left_out]
+    num_ranges = np.array([len(loss.opening) for loss in known], dtype=np.int64)
+    before = np.repeat(np.delete(first, strange), num_ranges)
+    changes = np.zeros(len(tokens) + 1, dtype=np.int8)
+    changes[places[before + _joined([loss.opening for loss in known])] + 1] += 1
+    changes[places[before + _joined([loss.closing for loss in known])] + 1] -= 1
+    everywhere = np.repeat(
+        np.array([loss.everywhere for loss in losses], dtype=bool), ends - starts
+    )
+    supervised = (np.cumsum(changes[:-1], dtype=np.int8) > 0) != everywhere
+    supervised[starts] = False
+    return supervised, strange
+
+
+def _joined(parts: Sequence[Int32]) -> Int32:
+    return np.concatenate([np.zeros(0, dtype=np.int32), *parts])

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phi3_lora.data.markers import Span
+from phi3_lora.data.opaque import literals_around, only_places
 from phi3_lora.data.records import Message
 from phi3_lora.errors import ConfigError, DataError, ModelError
 
@@ -78,6 +79,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
+            self._only_places = only_places(environment.parse(source))
         except jinja2.TemplateError as cause:
             raise ModelError(f"the chat template is not valid jinja2: {cause}") from None
         self.source = source
@@ -99,6 +101,21 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, *_REFUSALS) as cause:
             raise DataError(f"the chat template refuses the conversation: {cause}") from None
+
+    def literals(self, roles: Sequence[str]) -> list[str] | None:
+        """The text around the contents of messages of these roles, if it is always the same.
+
+        Returns:
+            One more text than there are messages; None where a content might have a say in it.
+        """
+        held = self.source + "".join(self._special_tokens.values())
+        mark = next((c for c in map(chr, _PRIVATE_USE) if c not in held), None)
+        if not self._only_places or mark is None:
+            return None
+        try:
+            return literals_around(self.render, roles, mark)
+        except DataError:
+            return None
 
     def content_spans(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False

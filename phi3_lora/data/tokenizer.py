@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from phi3_lora.backend import Bool, Int32
 from phi3_lora.data.markers import Markers, Span
-from phi3_lora.data.masking import supervised_tokens
+from phi3_lora.data.masking import supervised_between, supervised_tokens
 from phi3_lora.data.records import Conversation, Message
 from phi3_lora.data.rendering import Remarks, Rendered, Renderer
+from phi3_lora.data.shapes import Quick, Shapes
 from phi3_lora.data.template import (
     ChatTemplate,
     read_template_file,
@@ -25,6 +28,7 @@ from phi3_lora.errors import ConfigError, DataError, ModelError, listing
 from phi3_lora.model_folder import read_json
 
 _ROWS_AT_ONCE = 1000
+_NO_REMARKS = Remarks()
 Ids = tuple[Sequence[int], Sequence[Span]]
 """Ids of a text, and the characters of each."""
 
@@ -102,7 +106,10 @@ class ChatTokenizer:
         self._renderer = Renderer(
             template, Markers({i: (t.content, t) for i, t in markers.items()})
         )
+        self._shapes = Shapes(self._renderer)
         self._marker_ids = np.array(self._renderer.markers.ids, dtype=np.int32)
+        self._is_marker = np.zeros(_num_ids(self._tokenizer), dtype=bool)
+        self._is_marker[self._marker_ids] = True
         end = self._renderer.end_of_turn
         self.end_of_turn_id = None if end is None else self._tokenizer.token_to_id(end)
         self.notes = self._renderer.notes()
@@ -154,29 +161,59 @@ class ChatTokenizer:
         """
         documents: list[Document | None] = []
         problems: list[str] = []
-        # In parts: ids and offsets as Python objects take 50 times a document's arrays.
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            rendered: list[Rendered | None] = []
-            part = rows[first : first + _ROWS_AT_ONCE]
-            for row in part:
-                try:
-                    rendered.append(self._renderer.conversation(row, loss_on))
-                except DataError as cause:
-                    rendered.append(None)
-                    problems.append(f"{row.source}: {cause}")
-            documents += self._encode_part(rendered, [row.source for row in part])
+        waiting: _Part | None = None
+        # The library encodes one part on all cores while Python works on those beside it. In
+        # parts: ids and offsets as Python objects take 50 times a document's arrays.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for first in range(0, len(rows), _ROWS_AT_ONCE):
+                part = self._begin(rows[first : first + _ROWS_AT_ONCE], loss_on, problems, pool)
+                documents += self._finish(waiting, loss_on) if waiting else []
+                waiting = part
+            documents += self._finish(waiting, loss_on) if waiting else []
         return documents, problems
 
-    def _encode_part(
-        self, rendered: Sequence[Rendered | None], sources: Sequence[str]
-    ) -> list[Document | None]:
-        texts = {i: r.text for i, r in enumerate(rendered) if r and not _needs_parts(r)}
+    def _begin(
+        self,
+        rows: Sequence[Conversation],
+        loss_on: str,
+        problems: list[str],
+        pool: ThreadPoolExecutor,
+    ) -> _Part:
+        known: dict[int, Quick] = {}
+        rendered: dict[int, Rendered] = {}
+        for i, row in enumerate(rows):
+            quick = self._shapes.quick(row, loss_on)
+            if quick is not None:
+                known[i] = quick
+                continue
+            try:
+                rendered[i] = self._renderer.conversation(row, loss_on)
+            except DataError as cause:
+                problems.append(f"{row.source}: {cause}")
+                continue
+            self._shapes.learn(row, loss_on, rendered[i])
+        texts = [quick.text for quick in known.values()]
+        encode = self._tokenizer.encode_batch_fast
+        return _Part(rows, known, rendered, pool.submit(encode, texts, add_special_tokens=False))
+
+    def _finish(self, part: _Part, loss_on: str) -> list[Document | None]:
+        rows, known, rendered, encoding = part
+        found = _known_documents(rows, known, encoding.result(), self._is_marker)
+        for i in known.keys() - found.keys():
+            rendered[i] = self._renderer.conversation(rows[i], loss_on)
+        found |= self._encode_rendered(rendered, rows)
+        return [found.get(i) for i in range(len(rows))]
+
+    def _encode_rendered(
+        self, rendered: Mapping[int, Rendered], rows: Sequence[Conversation]
+    ) -> dict[int, Document]:
+        texts = {i: r.text for i, r in rendered.items() if not _needs_parts(r)}
         batch = self._tokenizer.encode_batch(list(texts.values()), add_special_tokens=False)
         encoded: dict[int, Ids] = {i: (e.ids, e.offsets) for i, e in zip(texts, batch, strict=True)}
-        return [
-            r and self._document(encoded.get(i) or self._encode(r), r, source)
-            for i, (r, source) in enumerate(zip(rendered, sources, strict=True))
-        ]
+        return {
+            i: self._document(encoded.get(i) or self._encode(r), r, rows[i].source)
+            for i, r in rendered.items()
+        }
 
     def _encode(self, rendered: Rendered) -> Ids:
         if rendered.is_plain:
@@ -219,6 +256,42 @@ class ChatTokenizer:
         return Document(tokens, supervised, source, rendered.remarks)
 
 
+class _Part(NamedTuple):
+    """Rows that are being encoded."""
+
+    rows: Sequence[Conversation]
+    known: dict[int, Quick]
+    """Place in rows -> its text, where that is known without running the template."""
+    rendered: dict[int, Rendered]
+    """Place in rows -> its text, where the template was run."""
+    encoding: Future[list[Encoding]]
+    """Of known."""
+
+
+def _known_documents(
+    rows: Sequence[Conversation],
+    known: Mapping[int, Quick],
+    encoded: Sequence[Encoding],
+    is_marker: Bool,
+) -> dict[int, Document]:
+    """Documents of rows whose loss lies between markers, but for those with other markers."""
+    ids = [encoding.ids for encoding in encoded]
+    tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32)
+    ends = np.cumsum([len(some) for some in ids], dtype=np.int64)
+    losses = [quick.loss for quick in known.values()]
+    supervised, strange = supervised_between(tokens, ends, losses, is_marker)
+    found: dict[int, Document] = {}
+    start = 0
+    for place, ((i, quick), end) in enumerate(zip(known.items(), ends.tolist(), strict=True)):
+        if place not in strange:
+            remarks = Remarks(num_eaten=quick.num_eaten) if quick.num_eaten else _NO_REMARKS
+            # Copies: a document that is dropped must not be held by those beside it.
+            mine = tokens[start:end].copy(), supervised[start:end].copy()
+            found[i] = Document(*mine, rows[i].source, remarks)
+        start = end
+    return found
+
+
 def _needs_parts(rendered: Rendered) -> bool:
     """Whether a text cannot be encoded at once, as the tokenizer itself would."""
     return rendered.is_plain or rendered.remarks.has_marker_text or bool(rendered.borders)
@@ -233,12 +306,17 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise ModelError(f"{path} is damaged: {cause}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = _num_ids(tokenizer) - 1
     if largest >= vocab_size:
         raise ModelError(
             f"{path.parent}: the tokenizer has id {largest}, the model only {vocab_size} ids"
         )
     return tokenizer
+
+
+def _num_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _reading_as_text(tokenizer: Tokenizer, markers: Collection[int]) -> Tokenizer:
