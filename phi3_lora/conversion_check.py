@@ -56,15 +56,19 @@ def compare_answers(
         base: with its weights.
         adapters: the source of the conversion, and its result as read back.
         target: where the result lies.
-        backends: that can run here; the first one compares, and each is asked for its stock tool.
+        backends: that can run here, at least one; each compares, and is asked for its stock tool.
         note: told of readers that are left out.
     """
     source, result = adapters
     documents = probe_documents(base.tokenizer)[:_DOCUMENTS]
-    first = next(iter(backends))
-    before, after = (_ours(base, first, a, documents, note) for a in (source, result))
-    std = float(before.std())
-    found = [Answers(f"phi3-lora, {first}", _gap(after, before) / std, _GATE)]
+    found = []
+    before: Float32 | None = None
+    for name in backends:
+        answers = [_ours(base, name, a, documents, note) for a in (source, result)]
+        before = answers[0] if before is None else before
+        std = float(before.std())
+        found += [Answers(f"phi3-lora, {name}", _gap(a, before) / std, _GATE) for a in answers[1:]]
+    assert before is not None
     layouts = set(find_layouts(target)) if target.is_dir() else set()
     for name, backend in backends.items():
         if backend.stock_layout not in layouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -43,6 +44,8 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     except Exception as fault:
         if show_traceback:
             traceback.print_exc()
+        if isinstance(fault, OSError) and fault.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _say(f"error: {fault.strerror}: {fault.filename!r:.120}", 2)
         return _say(
             f"internal error: {type(fault).__name__}: {fault}\nThis is a fault of phi3-lora. Run "
             "again with --debug and report the traceback.",

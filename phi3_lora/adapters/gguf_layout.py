@@ -9,6 +9,7 @@ embedding, whose lora_a is not transposed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -78,7 +79,18 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
         raise AdapterError(f"llama.cpp cannot hold this adapter: {reason}: merge it instead")
     adapter = uniform_adapter(adapter)
     part = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(part, "phi3")
+    with explained(path):
+        try:
+            _write(gguf, part, adapter)
+            os.replace(part, path)
+            fsync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _write(gguf: Any, path: Path, adapter: Adapter) -> None:
+    writer = gguf.GGUFWriter(path, "phi3")
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -92,12 +104,8 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        with explained(path):
-            os.replace(part, path)
-            fsync_folder(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        writer.close()
 
 
 def read_gguf_adapter(path: Path) -> Adapter:

@@ -146,6 +146,8 @@ def _read_arrays(path: Path) -> Tensors:
             raise AdapterError(f"{path} unpacks to {size:,} bytes: that is no adapter")
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
+        if not all(isinstance(value, np.ndarray) for value in found.values()):
+            raise ValueError("it holds something else than arrays")
     except (ValueError, OSError, KeyError, zipfile.BadZipFile, EOFError) as cause:
         raise AdapterError(f"{path} is no whole .npz of numbers: {cause}") from None
     odd = [name for name, value in found.items() if value.dtype.kind != "f"]

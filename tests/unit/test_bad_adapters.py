@@ -53,11 +53,17 @@ def write_raw(folder: Path, content: bytes) -> None:
     (folder / PEFT_FILE).write_bytes(content)
 
 
-def write_index(folder: Path) -> None:
-    """Shards outside the folder, and above it."""
+def write_cut(folder: Path, kept: int) -> None:
+    write_adapter_folder(folder, adapter(), to="peft")
+    path = folder / PEFT_FILE
+    path.write_bytes(path.read_bytes()[:kept])
+
+
+def write_index(folder: Path, where: str = "../{}") -> None:
+    """Shards outside the folder."""
     write_adapter_folder(folder, adapter(), to="peft")
     (folder / PEFT_FILE).rename(folder.parent / PEFT_FILE)
-    names = {name: f"../{PEFT_FILE}" for name in adapter().weights}
+    names = {name: where.format(PEFT_FILE) for name in adapter().weights}
     (folder / f"{PEFT_FILE}.index.json").write_text(json.dumps({"weight_map": names}))
 
 
@@ -151,6 +157,22 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a config that is none": (lambda p: write_config(p, "[" * 100_000), "adapter_config.json"),
     "an alpha that is none": (lambda p: write_config(p, None, lora_alpha="16"), "lora_alpha must"),
     "an alpha of 0": (lambda p: write_config(p, None, lora_alpha=0), "scale must be a number > 0"),
+    "infinite": (
+        lambda p: write_peft(p, lambda t: t[B].__setitem__((0, 0), np.inf)),
+        f"{B}: holds NaN or infinity",
+    ),
+    "one byte short": (lambda p: write_cut(p, -1), "is not a safetensors file: truncated"),
+    "half a file": (lambda p: write_cut(p, 3_000), "is not a safetensors file: truncated"),
+    "no bytes": (lambda p: write_cut(p, 0), "is not a whole safetensors file (0 bytes)"),
+    "a header of 2**60 bytes": (
+        lambda p: write_raw(p, (2**60).to_bytes(8, "little") + b"{}" * 100),
+        "is not a whole safetensors file",
+    ),
+    "an HTML page": (
+        lambda p: write_raw(p, b"<!DOCTYPE html><html><body>404</body></html>"),
+        "is not a whole safetensors file",
+    ),
+    "an absolute path": (lambda p: write_index(p, "/etc/{}"), "names files outside its folder"),
     "a header that is too deep": (
         lambda p: write_raw(p, (100_000).to_bytes(8, "little") + b"[" * 100_000),
         "is not a safetensors file",
@@ -183,11 +205,40 @@ def test_a_bad_source_is_one_error_and_nothing_is_written(
     before = sorted(tmp_path.iterdir())
     code, out, err = run(
         *(capsys, "convert", tmp_path / "source", tmp_path / "target", "--to", "both"),
-        *("--alpha", "8", "--model", model),
+        *("--model", model, *(("--alpha", "8") if (tmp_path / "source").is_file() else ())),
     )
     assert (code, out) == (2, "") and phrase in err, err
     assert err.startswith("error: ") or "\nerror: " in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["with spaces in it", "größe-模型", "CON", "a" * 200, "-x", "a.gguf"]
+)
+@pytest.mark.parametrize("to", ["both", "gguf"])
+def test_any_name_of_a_target_is_written(tmp_path: Path, name: str, to: str) -> None:
+    write_adapter_folder(tmp_path / "a", adapter())
+    target = tmp_path / "deep" / name
+    assert convert(Job(source=tmp_path / "a", target=target, to=to)).max_relative_difference == 0.0
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]
+
+
+def test_a_name_that_no_disk_takes_is_one_error(capsys: Capture, tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path / "a", adapter())
+    for to in ("both", "gguf"):
+        code, _, err = run(capsys, "convert", tmp_path / "a", tmp_path / ("a" * 300), "--to", to)
+        assert code == 2 and err.startswith("error: ")
+
+
+def test_a_source_may_be_a_link_and_an_archive_is_never_unpacked(tmp_path: Path) -> None:
+    write_adapter_folder(tmp_path / "a", adapter())
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert convert(Job(source=tmp_path / "link", target=tmp_path / "b", to="peft")).lossless
+    with zipfile.ZipFile(tmp_path / "slip.npz", "w") as archive:
+        archive.writestr("../../owned.npy", b"x")
+    with pytest.raises(AdapterError, match="no whole .npz"):
+        convert(Job(source=tmp_path / "slip.npz", target=tmp_path / "c", to="peft"))
+    assert not (tmp_path.parent / "owned.npy").exists()
 
 
 def test_a_target_that_is_there_stays_as_it_was(capsys: Capture, tmp_path: Path) -> None:
