@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -75,12 +75,12 @@ def push(
             offline, or private does not hold.
         StorageError: when the hub refuses or is out of reach.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
     token = _checked(repo, message)
     upload = files_to_push(folder, repo)
     for text in upload.notes:
         note(text)
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
     api = HfApi(token=token, library_name="phi3-lora", library_version=version("phi3-lora"))
     with _explained(repo):
         # None and not False: an organisation may make its repositories private by default.
@@ -103,14 +103,18 @@ def push(
             revision=revision,
         )
         arrived = set(api.list_repo_files(repo, revision=done.oid))
-    left_out = [name for name in upload.files if name not in arrived]
+    _check_arrived(repo, upload.files, arrived)
+    url = "/".join([api.endpoint, repo, *(["tree", revision] if revision else [])])
+    return Pushed(url, done.oid, tuple(upload.files), removed)
+
+
+def _check_arrived(repo: str, sent: Iterable[str], arrived: set[str]) -> None:
+    left_out = [name for name in sent if name not in arrived]
     if left_out:
         raise StorageError(
             f"{repo} did not take {', '.join(left_out)}: its .gitignore names them; change it and "
             "push again"
         )
-    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
-    return Pushed(url, done.oid, tuple(upload.files), removed)
 
 
 def _checked(repo: str, message: str | None) -> str:

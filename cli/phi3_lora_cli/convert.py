@@ -49,19 +49,13 @@ def command(
     Example:
       phi3-lora convert mlx_adapter peft_adapter --to peft --verify
     """
-    from phi3_lora.adapters.consumers import CONSUMERS
     from phi3_lora.adapters.convert import Job, convert
     from phi3_lora.adapters.folder import check_unused
     from phi3_lora.adapters.loralib_layout import Untold
     from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import look_at_model
 
-    layout = to or (CONSUMERS[consumer].layout if consumer else None)
-    if layout is None:
-        raise click.UsageError("say where to: --to LAYOUT or --for TOOL")
-    reads = CONSUMERS[consumer].layout if consumer else layout
-    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
-        raise click.UsageError(f"--for {consumer} reads {reads}: leave out --to {layout}")
+    layout = _layout(to, consumer)
     base = None if model is None else look_at_model(model, with_weights=verify)
     if consumer == "ollama" and base is None:
         raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
@@ -88,6 +82,18 @@ def command(
     else:
         _tell(result, target, found)
     return 0 if found.get("equal", True) else 3
+
+
+def _layout(to: str | None, consumer: str | None) -> str:
+    from phi3_lora.adapters.consumers import CONSUMERS
+
+    layout = to or (CONSUMERS[consumer].layout if consumer else None)
+    if layout is None:
+        raise click.UsageError("say where to: --to LAYOUT or --for TOOL")
+    reads = CONSUMERS[consumer].layout if consumer else layout
+    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
+        raise click.UsageError(f"--for {consumer} reads {reads}: leave out --to {layout}")
+    return layout
 
 
 def _write_modelfile(folder: Path, base: Any) -> None:

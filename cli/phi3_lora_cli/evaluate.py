@@ -62,29 +62,12 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
-    from phi3_lora.backend import Sampling
-    from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-    from phi3_lora.data.records import read_rows
-    from phi3_lora.evaluation import answer_conversations, evaluate
-    from phi3_lora.hub import resolve_adapter_dir
+    from phi3_lora.evaluation import evaluate
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
-    folder = None if adapter is None else resolve_adapter_dir(adapter)
     base = look_at_model(model, revision, quantize=quantize)
-    weights = None if folder is None else load_adapter(str(folder), base)
-    on_bad_row = on_bad_row or "error"
-    found = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
-    rows = found.conversations[:limit]
-    dataset = build_dataset(
-        rows,
-        base.tokenizer,
-        max_length=max_length,
-        name=data,
-        context=base.config.max_position_embeddings,
-        on_bad_row=on_bad_row,
-    )
-    for text in [*found.notes, *dataset.notes]:
-        note(text)
+    weights = None if adapter is None else load_adapter(adapter, base)
+    rows, dataset = _rows(base, data, limit, max_length, on_bad_row or "error")
     scored = {document.source for document in dataset.documents}
     opened = open_engine(
         base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
@@ -94,16 +77,12 @@ def command(
     result: dict[str, Any] = scores.to_dict()
     answers = []
     if generate:
-        sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
-        rows = [row for row in rows if row.source in scored]
-        with _progress(len(rows), "answering") as advance:
-            answers = answer_conversations(opened.engine, base.tokenizer, rows, sampling, advance)
+        asked = [row for row in rows if row.source in scored]
+        answers = _answers(opened.engine, base, asked, max_new_tokens)
         result["exact_match"] = sum(a.is_exact for a in answers) / max(1, len(answers))
         result["num_answers"] = len(answers)
     opened.engine.close()
-    for answer in answers[:samples]:
-        click.echo(f"prompt    {answer.prompt}\nexpected  {answer.expected}", err=True)
-        click.echo(f"answer    {answer.given}\n", err=True)
+    _show(answers[:samples])
     if as_json:
         print_json(result)
     else:
@@ -127,6 +106,41 @@ class _progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+
+
+def _rows(base: Any, data: str, limit: int | None, max_length: int, on_bad_row: str) -> Any:
+    """The conversations to score, and their documents."""
+    from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
+    from phi3_lora.data.records import read_rows
+
+    found = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
+    rows = found.conversations[:limit]
+    dataset = build_dataset(
+        rows,
+        base.tokenizer,
+        max_length=max_length,
+        name=data,
+        context=base.config.max_position_embeddings,
+        on_bad_row=on_bad_row,
+    )
+    for text in [*found.notes, *dataset.notes]:
+        note(text)
+    return rows, dataset
+
+
+def _answers(engine: Any, base: Any, rows: Any, max_new_tokens: int) -> Any:
+    from phi3_lora.backend import Sampling
+    from phi3_lora.evaluation import answer_conversations
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
+    with _progress(len(rows), "answering") as advance:
+        return answer_conversations(engine, base.tokenizer, rows, sampling, advance)
+
+
+def _show(answers: Any) -> None:
+    for answer in answers:
+        click.echo(f"prompt    {answer.prompt}\nexpected  {answer.expected}", err=True)
+        click.echo(f"answer    {answer.given}\n", err=True)
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -39,24 +39,8 @@ def model_card(
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
     if "/" in config.model and not config.model.startswith((".", "/", "~")):
         head["base_model"] = config.model
-    training = config.training_config
-    rows = {
-        "Base model": f"`{config.model}`",
-        "Quantised": f"`{config.quantize}`",
-        "Base identity (sha256)": f"`{identity}`",
-        "Training data": f"{_sources(config)}: {facts['num_documents']:,} documents, "
-        f"{facts['loss_tokens']:,} supervised tokens",
-        "Plan hash (sha256)": f"`{facts['plan_hash']}`",
-        "Steps": f"{progress.step:,} of {facts['total_steps']:,}, "
-        f"{facts['documents_per_step']} documents a step",
-        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}"
-        + ("" if adapter.is_uniform else " (most modules; others in adapter_config.json)"),
-        "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
-        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
-        "Seed": str(training.seed),
-        "Trained on": f"{environment['backend']}, {environment['device']}, {environment['dtype']}",
-        "Versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
-    }
+    rows = _rows(adapter, config, facts, identity, environment)
+    rows["Steps"] = f"{progress.step:,} of {facts['total_steps']:,}"
     if progress.last_loss is not None:
         rows["Training loss"] = f"{progress.last_loss:.4f} nats per supervised token"
     if evaluation is not None:
@@ -76,6 +60,33 @@ def model_card(
         "Of the weights, `adapter_model.safetensors` is PEFT's file and `adapters.safetensors` "
         f"mlx-lm's; both tools read `adapter_config.json`.\n{differences}"
     )
+
+
+def _rows(
+    adapter: Adapter,
+    config: RunConfig,
+    facts: dict[str, Any],
+    identity: str,
+    environment: dict[str, Any],
+) -> dict[str, str]:
+    """What is known before the first step."""
+    training = config.training_config
+    return {
+        "Base model": f"`{config.model}`",
+        "Quantised": f"`{config.quantize}`",
+        "Base identity (sha256)": f"`{identity}`",
+        "Training data": f"{_sources(config)}: {facts['num_documents']:,} documents, "
+        f"{facts['loss_tokens']:,} supervised tokens",
+        "Documents a step": f"{facts['documents_per_step']}",
+        "Plan hash (sha256)": f"`{facts['plan_hash']}`",
+        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}"
+        + ("" if adapter.is_uniform else " (most modules; others in adapter_config.json)"),
+        "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
+        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "Seed": str(training.seed),
+        "Trained on": f"{environment['backend']}, {environment['device']}, {environment['dtype']}",
+        "Versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
+    }
 
 
 def _sources(config: RunConfig) -> str:
