@@ -58,9 +58,16 @@ class TrainingInterrupted(Phi3LoraError):
         self.exit_code = exit_code
 
 
-def listing(title: str, problems: Sequence[str]) -> str:
-    """One message for many problems: the title, at most MAX_SHOWN of them, and how many more."""
+def listing(title: str, problems: Sequence[str], *, total: int | None = None) -> str:
+    """One message for many problems: the title, at most MAX_SHOWN of them, and how many more.
+
+    Args:
+        title: the first line.
+        problems: all of them, or at least the first MAX_SHOWN.
+        total: how many there are; the default is as many as are given.
+    """
+    total = len(problems) if total is None else total
     lines = [title, *(f"  {problem}" for problem in problems[:MAX_SHOWN])]
-    if len(problems) > MAX_SHOWN:
-        lines.append(f"  ... and {len(problems) - MAX_SHOWN:,} more")
+    if total > MAX_SHOWN:
+        lines.append(f"  ... and {total - MAX_SHOWN:,} more")
     return "\n".join(lines)

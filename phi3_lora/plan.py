@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lora.data.dataset import documents_digest
+from phi3_lora.data.store import document_lengths
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.seeding import permutation
 
@@ -28,6 +32,20 @@ class Step:
     """Epochs finished after this step."""
     documents: tuple[int, ...]
     """Indices into the data set."""
+
+
+class _Rows(NamedTuple):
+    """An epoch's rows: single documents, or several that are packed."""
+
+    documents: NDArray[np.int64]
+    """(D,) row after row."""
+    starts: NDArray[np.int64]
+    """(R + 1,) row r is documents[starts[r]:starts[r + 1]]."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return len(self.starts) - 1
 
 
 class Plan:
@@ -55,14 +73,14 @@ class Plan:
             packing: whether a row takes as many whole documents as fit into max_length.
             max_length: tokens a row, for packing.
         """
-        self._lengths = [len(d.tokens) for d in documents]
+        self._lengths = document_lengths(documents)
         self._rows_per_step = rows_per_step
         self._seed = seed
         self._packing = packing
         self._max_length = max_length
         self._digest = documents_digest(documents)
-        self._cached: tuple[int, list[tuple[int, ...]]] = (-1, [])
-        self.steps_per_epoch = len(self._epoch(0))
+        self._cached = (-1, _Rows(np.arange(0), np.arange(1)))
+        self.steps_per_epoch = math.ceil(self._epoch(0).num_rows / rows_per_step)
         self.total_steps = (
             max_steps if max_steps > 0 else math.ceil(num_epochs * self.steps_per_epoch)
         )
@@ -71,47 +89,23 @@ class Plan:
         """The number-th step, from 1."""
         # Packing depends on lengths alone, so every epoch has the same number of steps.
         epoch, within = divmod(number - 1, self.steps_per_epoch)
-        groups = self._epoch(epoch)
-        return Step(number, epoch + (within + 1) / len(groups), groups[within])
+        rows = self._epoch(epoch)
+        first = within * self._rows_per_step
+        # The last, shorter step is kept.
+        last = min(first + self._rows_per_step, rows.num_rows)
+        documents = rows.documents[rows.starts[first] : rows.starts[last]]
+        epochs = epoch + (within + 1) / self.steps_per_epoch
+        return Step(number, epochs, tuple(documents.tolist()))
 
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        """The steps of an epoch; the last, shorter one is kept."""
+    def _epoch(self, epoch: int) -> _Rows:
         if self._cached[0] != epoch:
             order = permutation(self._seed, "epoch", epoch, size=len(self._lengths))
-            rows = self._pack(order) if self._packing else [(int(i),) for i in order]
-            size = self._rows_per_step
-            groups = [
-                tuple(i for row in rows[start : start + size] for i in row)
-                for start in range(0, len(rows), size)
-            ]
-            self._cached = (epoch, groups)
-        return self._cached[1]
-
-    def _pack(self, order: np.ndarray) -> list[tuple[int, ...]]:
-        """Whole documents into rows by best fit, longest first; ties in the epoch's order.
-
-        The rows are then put in the order of their first document in the epoch's order, so that
-        steps do not run from long to short.
-
-        Source: best-fit decreasing, Johnson (1973), Near-optimal bin packing algorithms.
-        """
-        place = {int(document): i for i, document in enumerate(order)}
-        longest_first = sorted(place, key=lambda d: (-self._lengths[d], place[d]))
-        rows: list[list[int]] = []
-        # (free tokens, row), sorted: the first entry that is large enough is the tightest.
-        free: list[tuple[int, int]] = []
-        for document in longest_first:
-            length = self._lengths[document]
-            found = bisect.bisect_left(free, (length, -1))
-            if found < len(free):
-                room, row = free.pop(found)
+            if self._packing:
+                rows = _packed(order, self._lengths, self._max_length)
             else:
-                room, row = self._max_length, len(rows)
-                rows.append([])
-            rows[row].append(document)
-            bisect.insort(free, (room - length, row))
-        ordered = [tuple(sorted(row, key=place.__getitem__)) for row in rows]
-        return sorted(ordered, key=lambda row: place[row[0]])
+                rows = _Rows(order, np.arange(len(order) + 1))
+            self._cached = (epoch, rows)
+        return self._cached[1]
 
     def steps(self, after: int = 0) -> Iterator[Step]:
         """The steps that follow the after-th one."""
@@ -122,9 +116,47 @@ class Plan:
         """sha256 over every (step, document) pair and over the documents' ids and masks."""
         digest = hashlib.sha256(self._digest.encode())
         for step in self.steps():
-            for document in step.documents:
-                digest.update(f"{step.number} {document};".encode())
+            pairs = [f"{step.number} {document};" for document in step.documents]
+            digest.update("".join(pairs).encode())
         return digest.hexdigest()
+
+
+def _packed(order: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> _Rows:
+    """Whole documents into rows by best fit, longest first; ties in the epoch's order.
+
+    The rows are then put in the order of their first document in the epoch's order, so that
+    steps do not run from long to short.
+
+    Source: best-fit decreasing, Johnson (1973), Near-optimal bin packing algorithms.
+    """
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    row_of = np.empty_like(order)
+    # Free tokens -> the rows that have as many, the first one on top; and those numbers, sorted.
+    open_rows: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    num_rows = 0
+    for document in np.lexsort((place, -lengths)).tolist():
+        length = int(lengths[document])
+        # The smallest room that is large enough is the tightest.
+        at = bisect.bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = heapq.heappop(open_rows[room])
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
+        else:
+            room, row = max_length, num_rows
+            num_rows += 1
+        row_of[document] = row
+        if room - length not in open_rows:
+            bisect.insort(rooms, room - length)
+        heapq.heappush(open_rows.setdefault(room - length, []), row)
+    first = np.full(num_rows, len(order))
+    np.minimum.at(first, row_of, place)
+    documents = np.lexsort((place, first[row_of]))
+    starts = np.flatnonzero(np.diff(row_of[documents], prepend=-1, append=-1))
+    return _Rows(documents, starts)
 
 
 def rank_share(documents: Sequence[int], rank: int, world_size: int) -> tuple[int, ...]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from phi3_lora.cache_folder import cache_root, found_or_made
 from phi3_lora.errors import ModelError, StorageError
 from phi3_lora.grid import GRID_VERSION
 from phi3_lora.model_folder import read_model_config
 from phi3_lora.models import ModelConfig
 from phi3_lora.quantized_folder import write_quantized_folder
-from phi3_lora.storage import explained
 from phi3_lora.tensor_files import TensorInfo
 from phi3_lora.weights import check_weights
 
@@ -31,9 +28,8 @@ class Checked(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """Where quantised bases lie: phi3-lora in XDG_CACHE_HOME, or in ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "phi3-lora" / "quantized"
+    """Where quantised bases lie."""
+    return cache_root() / "quantized"
 
 
 def quantized_copy(
@@ -52,24 +48,20 @@ def quantized_copy(
         StorageError: when the cache cannot be written.
     """
     target = cache_dir() / f"{_key(source)}-{bits}bit"
-    found = _checked(target)
-    if found is not None:
-        return found
+
+    def make() -> None:
+        tensors = check_weights(source, config)
+        note(f"quantising {source} to {bits} bits, once, into {target}")
+        write_quantized_folder(source, config, tensors, target, bits=bits, for_transformers=False)
+
+    waiting = "waiting for another process that is quantising the same base"
     try:
-        with _locked(target, note):
-            if _checked(target) is None:
-                tensors = check_weights(source, config)
-                note(f"quantising {source} to {bits} bits, once, into {target}")
-                write_quantized_folder(
-                    source, config, tensors, target, bits=bits, for_transformers=False
-                )
+        found, _ = found_or_made(target, lambda: _checked(target), make, waiting=waiting, note=note)
     except StorageError as cause:
         raise StorageError(
-            f"{cause}; the quantised base is kept there: set XDG_CACHE_HOME to a folder with room, "
-            "or write it yourself with phi3-lora quantize --output"
+            f"{cause}, or write the quantised base yourself with phi3-lora quantize --output"
         ) from cause
-    config = read_model_config(target)
-    return Checked(target, config, check_weights(target, config))
+    return found or _read(target)
 
 
 def _key(source: Path) -> str:
@@ -81,25 +73,14 @@ def _key(source: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def _read(target: Path) -> Checked:
+    config = read_model_config(target)
+    return Checked(target, config, check_weights(target, config))
+
+
 def _checked(target: Path) -> Checked | None:
     """A cached base, or None if there is none or it is damaged."""
     try:
-        config = read_model_config(target)
-        return Checked(target, config, check_weights(target, config))
+        return _read(target)
     except ModelError:
         return None
-
-
-@contextlib.contextmanager
-def _locked(target: Path, note: Callable[[str], None]) -> Iterator[None]:
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(target.with_name(target.name + ".lock"), "w")  # noqa: SIM115
-    with lock:
-        with explained(target):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                note("waiting for another process that is quantising the same base")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from phi3_lora.backend import Batch, Bool
-from phi3_lora.data.lengths import fit_to, refuse_longer
+from phi3_lora.backend import Batch, Bool, Int32
+from phi3_lora.cache_folder import Note
+from phi3_lora.data.encoding import Encoding, InMemory, encode_in_parts
 from phi3_lora.data.mixing import copies
-from phi3_lora.data.records import Conversation, Rows, read_rows
+from phi3_lora.data.records import Conversation
+from phi3_lora.data.selection import Dataset, Selection
 from phi3_lora.data.sources import Source, check_exists, is_on_hub, with_split
+from phi3_lora.data.store import DocumentStore
+from phi3_lora.data.token_cache import encoded_sources
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
-from phi3_lora.errors import DataError, listing
+from phi3_lora.errors import DataError
 from phi3_lora.seeding import permutation
+
+__all__ = [
+    "DataFiles",
+    "Dataset",
+    "build_dataset",
+    "documents_digest",
+    "load_splits",
+    "make_batch",
+    "resolve_data",
+    "resolve_scoring_file",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +42,6 @@ class DataFiles:
     train: tuple[Source, ...]
     valid: tuple[Source, ...]
     """Empty where there is nothing to validate on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Documents of one split."""
-
-    documents: list[Document]
-    notes: list[str] = field(default_factory=list)
-    """What was left out and why, for the user."""
-
-    @property
-    def loss_tokens(self) -> int:
-        """Supervised tokens of all documents."""
-        return sum(d.loss_tokens for d in self.documents)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        return sum(len(d.tokens) for d in self.documents)
 
 
 def resolve_data(
@@ -121,72 +117,20 @@ def build_dataset(
         DataError: when nothing is left to learn from; when rows are too long or cannot be
             rendered, and that is to be an error.
     """
-    limit = f"max_length {max_length:,} tokens"
+    encoding, limit = _encoding(
+        max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
+    )
+    parts = encode_in_parts(rows, tokenizer, encoding)
+    encoded = InMemory([*itertools.chain.from_iterable(parts)])
+    index = np.arange(len(encoded.rows))
+    return Selection(encoded, encoding, limit, tokenizer.notes).dataset(index, name)
+
+
+def _encoding(max_length: int, context: int | None, **choices: str) -> tuple[Encoding, str]:
+    """How rows become documents, and what to call their limit."""
     if context is not None and context < max_length:
-        max_length, limit = context, f"the model's context of {context:,} tokens"
-    pairs, notes = _encoded(rows, tokenizer, loss_on, on_bad_row, name)
-    if too_long == "error":
-        refuse_longer([d for _, d in pairs], max_length, f"{name}: longer than {limit}")
-    fit = fit_to(pairs, tokenizer, limit=max_length, too_long=too_long, loss_on=loss_on)
-    kept = [d for d in fit.documents if d.loss_tokens > 0]
-    silent = [d for d in fit.documents if d.loss_tokens == 0]
-    counts = (
-        ("shortened", fit.shortened, f"longer than {limit} by whole turns", f"{too_long}; "),
-        ("dropped", fit.dropped, f"longer than {limit}", f"longest {_longest(fit.dropped):,}; "),
-        ("dropped", silent, "without a supervised token", ""),
-    )
-    for verb, found, what, detail in counts:
-        if found:
-            notes.append(
-                f"{name}: {verb} {len(found):,} of {len(pairs):,} rows {what} "
-                f"({detail}first {found[0].source})"
-            )
-    notes += _remarks(kept, name)
-    if not kept:
-        raise DataError(listing(f"{name}: no row is left to learn from", notes))
-    return Dataset(kept, notes)
-
-
-def _longest(documents: Sequence[Document]) -> int:
-    return max((len(d.tokens) for d in documents), default=0)
-
-
-def _encoded(
-    rows: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
-    loss_on: str,
-    on_bad_row: str,
-    name: str,
-) -> tuple[list[tuple[Conversation, Document]], list[str]]:
-    """Each row that can be rendered with its document, and notes on the others."""
-    notes = list(tokenizer.notes)
-    if on_bad_row == "error":
-        documents = tokenizer.encode_conversations(rows, loss_on=loss_on)
-        return list(zip(rows, documents, strict=True)), notes
-    found, problems = tokenizer.encode_rows(rows, loss_on=loss_on)
-    if problems:
-        title = f"{name}: skipped {len(problems):,} row(s) that cannot be rendered:"
-        notes.append(listing(title, problems))
-    return [(r, d) for r, d in zip(rows, found, strict=True) if d is not None], notes
-
-
-def _remarks(documents: Sequence[Document], name: str) -> list[str]:
-    """What was noticed in rows that are kept, each kind counted."""
-    marked = [d for d in documents if d.remarks.has_marker_text]
-    eaten = [d for d in documents if d.remarks.num_eaten]
-    systemless = [d for d in documents if d.remarks.lacks_system]
-    characters = sum(d.remarks.num_eaten for d in eaten)
-    texts = (
-        (marked, "hold markers as text, kept as text", ""),
-        (eaten, "lose white space that markers beside a message eat", f"{characters:,} in all; "),
-        (systemless, "lose their system message: the chat template has no place for it", ""),
-    )
-    return [
-        f"{name}: {len(found):,} of {len(documents):,} rows {text} "
-        f"({detail}first {found[0].source})"
-        for found, text, detail in texts
-        if found
-    ]
+        return Encoding(limit=context, **choices), f"the model's context of {context:,} tokens"
+    return Encoding(limit=max_length, **choices), f"max_length {max_length:,} tokens"
 
 
 def load_splits(
@@ -200,38 +144,39 @@ def load_splits(
     loss_on: str = "assistant",
     too_long: str = "drop",
     on_bad_row: str = "error",
+    note: Note = lambda text: None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training and validation documents.
 
     Validation sources win over valid_fraction, which takes that share of the training rows,
     chosen by the seed. The weights of sources say how often an epoch takes what is left of them.
-    The rest is as build_dataset and read_rows have it.
+    Large files are tokenised once, into a cache, and note is told where. The rest is as
+    build_dataset and read_rows have it.
+
+    Raises:
+        StorageError: when the cache cannot be written.
     """
-    build = functools.partial(
-        build_dataset,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        context=context,
-        loss_on=loss_on,
-        too_long=too_long,
-        on_bad_row=on_bad_row,
+    encoding, limit = _encoding(
+        max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
     )
-    rows = read_rows(files.train, on_bad_row=on_bad_row)
-    is_valid = np.zeros(len(rows.conversations), dtype=bool)
-    valid_rows = Rows()
+    rows = encoded_sources(files.train, tokenizer, encoding, note)
+    is_valid = np.zeros(len(rows.rows), dtype=bool)
+    valid_rows, valid_index = rows, np.arange(0)
     if files.valid:
-        valid_rows = read_rows(files.valid, on_bad_row=on_bad_row)
+        valid_rows = encoded_sources(files.valid, tokenizer, encoding, note)
+        valid_index = np.arange(len(valid_rows.rows))
     elif valid_fraction > 0:
         is_valid = _chosen_share(len(is_valid), valid_fraction, seed)
-        valid_rows.conversations = [rows.conversations[i] for i in np.flatnonzero(is_valid)]
+        valid_index = np.flatnonzero(is_valid)
     times = copies([source.weight for source in files.train], rows.counts, is_valid, seed)
-    taken = [row for row, n in zip(rows.conversations, times, strict=True) for _ in range(n)]
-    train = _with_notes(build(taken, name="training data"), rows.notes)
-    if not valid_rows.conversations:
+    index = np.repeat(np.arange(len(times)), times)
+    train = Selection(rows, encoding, limit, tokenizer.notes).dataset(index, "training data")
+    train = _with_notes(train, rows.notes)
+    if not len(valid_index):
         return train, None
-    return train, _with_notes(
-        build(valid_rows.conversations, name="validation data"), valid_rows.notes
-    )
+    selection = Selection(valid_rows, encoding, limit, tokenizer.notes)
+    valid = selection.dataset(valid_index, "validation data")
+    return train, _with_notes(valid, valid_rows.notes if files.valid else [])
 
 
 def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:
@@ -267,8 +212,16 @@ def make_batch(documents: Sequence[Document]) -> Batch:
 def documents_digest(documents: Sequence[Document]) -> str:
     """sha256 over all token ids and masks, in order."""
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(len(document.tokens).to_bytes(8, "little"))
-        digest.update(document.tokens.astype("<i4").tobytes())
-        digest.update(np.packbits(document.supervised).tobytes())
+    for tokens, supervised in _arrays(documents):
+        digest.update(len(tokens).to_bytes(8, "little"))
+        digest.update(tokens.astype("<i4", copy=False).tobytes())
+        digest.update(np.packbits(supervised).tobytes())
     return digest.hexdigest()
+
+
+def _arrays(documents: Sequence[Document]) -> Iterator[tuple[Int32, Bool]]:
+    if isinstance(documents, DocumentStore):
+        yield from (documents.store.arrays(row) for row in documents.rows.tolist())
+        return
+    for document in documents:
+        yield document.tokens, document.supervised

@@ -6,79 +6,14 @@ A turn is a user's message with all that follows it up to the next one. No messa
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from phi3_lora.data.masking import messages_in_loss
 from phi3_lora.data.records import Conversation
-from phi3_lora.data.tokenizer import ChatTokenizer, Document
-from phi3_lora.errors import DataError, listing
+from phi3_lora.data.tokenizer import Document
 
 Encode = Callable[[Sequence[Conversation]], list[Document]]
 LEFT, RIGHT = "truncate_left", "truncate_right"
-
-
-class Fit(NamedTuple):
-    """Rows after the limit was applied."""
-
-    documents: list[Document]
-    """What fits, in the order of the rows."""
-    shortened: list[Document]
-    """Those among them that lost turns."""
-    dropped: list[Document]
-    """What does not fit, as long as it was."""
-
-
-def fit_to(
-    pairs: Sequence[tuple[Conversation, Document]],
-    tokenizer: ChatTokenizer,
-    *,
-    limit: int,
-    too_long: str,
-    loss_on: str,
-) -> Fit:
-    """Drop or shorten what is too long.
-
-    Args:
-        pairs: each row with its document.
-        tokenizer: that made the documents.
-        limit: tokens that a document may have.
-        too_long: drop, truncate_left or truncate_right.
-        loss_on: assistant, last or all.
-    """
-    longer = [i for i, (_, document) in enumerate(pairs) if len(document.tokens) > limit]
-    shorter: dict[int, Document] = {}
-    if too_long in (LEFT, RIGHT):
-        encode = functools.partial(tokenizer.encode_conversations, loss_on=loss_on)
-        rows = [pairs[i][0] for i in longer]
-        found = shorten(rows, encode, limit=limit, side=too_long, loss_on=loss_on)
-        shorter = {i: d for i, d in zip(longer, found, strict=True) if d is not None}
-    gone = set(longer) - set(shorter)
-    return Fit(
-        [shorter.get(i, d) for i, (_, d) in enumerate(pairs) if i not in gone],
-        list(shorter.values()),
-        [pairs[i][1] for i in sorted(gone)],
-    )
-
-
-def refuse_longer(documents: Sequence[Document], limit: int, title: str) -> None:
-    """Check that no document is too long.
-
-    Raises:
-        DataError: with the count and the first of those that are.
-    """
-    longer = [d for d in documents if len(d.tokens) > limit]
-    if longer:
-        problems = [f"{d.source}: {len(d.tokens):,} tokens" for d in longer]
-        raise DataError(
-            listing(
-                f"{title}: {len(longer):,} of {len(documents):,} rows. Shorten them, raise the "
-                "limit (--max-length), or set data.too_long to drop, truncate_left or "
-                "truncate_right:",
-                problems,
-            )
-        )
 
 
 def shorten(

@@ -73,19 +73,36 @@ def read_rows(named: Named, *, on_bad_row: str = "error") -> Rows:
         DataError: when there is no usable row, a file is missing or damaged, or a row is bad; all
             bad rows are counted and the first ones are listed with file:line.
     """
-    rows, num_bad = Rows(), 0
+    rows = Rows()
+    rows.conversations = list(usable_rows(named, rows, on_bad_row=on_bad_row))
+    return rows
+
+
+def usable_rows(named: Named, rows: Rows, *, on_bad_row: str) -> Iterator[Conversation]:
+    """The conversations of sources, one at a time; for data that does not fit into memory.
+
+    Args:
+        named: as iterate_rows.
+        rows: gets counts and notes, after the last row.
+        on_bad_row: as read_rows; with error the rows after a bad one are only counted.
+
+    Raises:
+        DataError: as read_rows, after the last row.
+    """
+    num_bad, num_good = 0, 0
     bad: list[BadRow] = []
     sources = as_sources(named)
     for source in sources:
-        before = len(rows.conversations)
+        before = num_good
         for row in iterate_rows(source, rows.notes):
-            if isinstance(row, Conversation):
-                rows.conversations.append(row)
+            if isinstance(row, BadRow):
+                num_bad += 1
+                bad += [row] if num_bad <= MAX_SHOWN else []
                 continue
-            num_bad += 1
-            if len(bad) < MAX_SHOWN:
-                bad.append(row)
-        rows.counts.append(len(rows.conversations) - before)
+            num_good += 1
+            if not num_bad or on_bad_row == "skip":
+                yield row
+        rows.counts.append(num_good - before)
     names = ", ".join(map(str, sources))
     if num_bad and on_bad_row == "error":
         title = (
@@ -94,12 +111,10 @@ def read_rows(named: Named, *, on_bad_row: str = "error") -> Rows:
         )
         raise DataError(bad_rows_listed(title, bad, num_bad))
     if num_bad:
-        total = num_bad + len(rows.conversations)
-        title = f"skipped {num_bad:,} bad row(s) of {total:,} in {names}:"
+        title = f"skipped {num_bad:,} bad row(s) of {num_bad + num_good:,} in {names}:"
         rows.notes.append(bad_rows_listed(title, bad, num_bad))
-    if not rows.conversations:
+    if not num_good:
         raise DataError("\n".join([_without_rows(names, num_bad), *rows.notes]))
-    return rows
 
 
 def as_sources(named: Named) -> Sequence[Source]:

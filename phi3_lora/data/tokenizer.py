@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +121,13 @@ class ChatTokenizer:
     def template(self) -> ChatTemplate:
         """The chat template in use."""
         return self._renderer.template
+
+    @property
+    def identity(self) -> str:
+        """sha256 over all that tokens depend on: tokenizer.json, the template and the library."""
+        parts = [self._tokenizer.to_str(), self.template.source, version("tokenizers")]
+        held = json.dumps([*parts, self._strings], sort_keys=True)
+        return hashlib.sha256(held.encode()).hexdigest()
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; special tokens in it are ordinary text."""

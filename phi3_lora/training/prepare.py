@@ -117,6 +117,7 @@ def prepare(
         loss_on=data.loss_on,
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
+        note=observer.note,
     )
     # What is said of the template is the same for both.
     for note in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):

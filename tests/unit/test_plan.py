@@ -117,3 +117,19 @@ def test_ranks_cover_a_step_once(world_size: int) -> None:
     documents = (4, 9, 1, 7)
     shares = [rank_share(documents, rank, world_size) for rank in range(world_size)]
     assert sorted(i for share in shares for i in share) == sorted(documents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "6ebceef2b2b10b3864eae95fbdaa192aa20817d8c83a1d720aae69b2bb6fe74b"),
+        (
+            {"packing": True, "max_length": 32},
+            "75a56aed737bc19cde1ba8a0a7d26c77e255ec6fc579aacb016fedb36e25c973",
+        ),
+    ],
+)
+def test_plans_of_runs_that_were_started_before_stay(
+    changes: dict[str, Any], expected: str
+) -> None:
+    assert make_plan(**changes).hash() == expected
