@@ -236,7 +236,7 @@ def test_a_source_may_be_a_link_and_an_archive_is_never_unpacked(tmp_path: Path)
     assert convert(Job(source=tmp_path / "link", target=tmp_path / "b", to="peft")).lossless
     with zipfile.ZipFile(tmp_path / "slip.npz", "w") as archive:
         archive.writestr("../../owned.npy", b"x")
-    with pytest.raises(AdapterError, match="no whole .npz"):
+    with pytest.raises(AdapterError, match=r"no whole \.npz"):
         convert(Job(source=tmp_path / "slip.npz", target=tmp_path / "c", to="peft"))
     assert not (tmp_path.parent / "owned.npy").exists()
 
