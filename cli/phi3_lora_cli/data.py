@@ -1,82 +1,23 @@
-"""phi3-lora data: check, preview and split."""
+"""phi3-lora data: check, preview and split; clean has a file of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any
 
 import click
 
+from phi3_lora_cli.data_clean import clean
 from phi3_lora_cli.data_output import print_report, say_split
+from phi3_lora_cli.data_settings import NO_MODEL, base_of, data_options, settings
 from phi3_lora_cli.options import note, output_options, print_json
 
-if TYPE_CHECKING:
-    from phi3_lora.config.schema import RunConfig
-    from phi3_lora.data.checking import Base
-    from phi3_lora.data.dataset import DataFiles
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_NO_MODEL = "(no model)"
-"""In place of the model, which a run needs and a look at data does not."""
 _near_option = click.option(
     "--near-duplicates/--no-near-duplicates",
     "near",
     default=None,
     help="Whether to look for rows that are nearly alike. Default: yes.",
 )
-
-
-def _data_options(function: F) -> F:
-    """DATA, -c and --set."""
-    found: Callable[..., Any] = function
-    for decorate in (
-        click.option(
-            "--set", "assignments", multiple=True, metavar="DATA.KEY=VALUE", help="As for train."
-        ),
-        click.option(
-            "-c", "--config", "config_file", type=click.Path(path_type=Path), help="As for train."
-        ),
-        click.argument("data", metavar="DATA", required=False),
-    ):
-        found = decorate(found)
-    return cast(F, found)
-
-
-def _settings(
-    config_file: Path | None, assignments: tuple[str, ...], **flags: str | None
-) -> tuple[RunConfig, DataFiles]:
-    """What train would make of the same settings: the configuration and the sources."""
-    from phi3_lora.config.load import load_settings
-    from phi3_lora.data.dataset import resolve_data
-    from phi3_lora.errors import ConfigError
-
-    if flags["data_train"] is None and config_file is None and not assignments:
-        raise ConfigError("no data: name DATA, or a --config FILE that names it")
-    named = {name.replace("data_", "data."): value for name, value in flags.items()}
-    config = load_settings(
-        base={"model": _NO_MODEL, "output_dir": "unused"},
-        config_file=config_file,
-        assignments=assignments,
-        flags=named,
-    ).config
-    data = config.data
-    return config, resolve_data(data.source or "", data.valid, more=data.sources)
-
-
-def _base(config: RunConfig) -> Base:
-    """The base model's tokenizer and context, with the settings' own template and loss."""
-    from phi3_lora.data.checking import Base
-    from phi3_lora.loading import look_at_model
-
-    data = config.data
-    model = look_at_model(
-        config.model, config.revision, with_weights=False, chat_template=data.chat_template
-    )
-    for text in model.tokenizer.notes:
-        note(text)
-    return Base(model.tokenizer, model.config.max_position_embeddings, data.loss_on)
 
 
 @click.group()
@@ -90,7 +31,7 @@ def command() -> None:
 
 
 @command.command()
-@_data_options
+@data_options
 @click.option("--valid", metavar="DATA", help="To validate on; checked too, and for leaks.")
 @click.option("--model", metavar="ID|DIR|demo", help="Lengths in tokens, and what is in the loss.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
@@ -132,10 +73,10 @@ def check(
     limits = Cleaning(
         min_chars=min_chars, max_chars=max_chars, patterns=patterns, language=language
     )
-    config, files = _settings(
+    config, files = settings(
         config_file, assignments, data_train=data, data_valid=valid, model=model, revision=revision
     )
-    base = None if config.model == _NO_MODEL else _base(config)
+    base = None if config.model == NO_MODEL else base_of(config)
     look_for_near = _look_for_near(near)
     told: list[str] = []
     train = list(iterate_rows(files.train, told))
@@ -161,7 +102,7 @@ def _look_for_near(near: bool | None) -> bool:
 
 
 @command.command()
-@_data_options
+@data_options
 @click.option("--model", metavar="ID|DIR|demo", help="Whose tokens and chat template.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--limit", type=click.IntRange(min=1), default=5, help="Rows shown. Default: 5.")
@@ -191,12 +132,12 @@ def preview(
     from phi3_lora.errors import ConfigError
     from phi3_lora.report.preview import loss_mask, print_preview, write_preview
 
-    config, files = _settings(
+    config, files = settings(
         config_file, assignments, data_train=data, model=model, revision=revision
     )
-    if config.model == _NO_MODEL:
+    if config.model == NO_MODEL:
         raise ConfigError("no model: pass --model, or model in --config FILE")
-    tokenizer, _, loss_on = _base(config)
+    tokenizer, _, loss_on = base_of(config)
     documents = tokenizer.encode_conversations(first_rows(files.train, limit), loss_on=loss_on)
     result: dict[str, Any] = {
         "documents": [
@@ -219,7 +160,7 @@ def preview(
 
 
 @command.command()
-@_data_options
+@data_options
 @click.option("--output", required=True, metavar="DIR", help="A new folder.")
 @click.option(
     "--valid-fraction",
@@ -257,7 +198,7 @@ def split(
 
     folder = Path(output).expanduser()
     check_unused(folder)
-    _, files = _settings(config_file, assignments, data_train=data)
+    _, files = settings(config_file, assignments, data_train=data)
     rows = read_split_rows(files.train)
     # A split that is not free of leaks must be asked for.
     found = split_rows(
@@ -270,3 +211,6 @@ def split(
     )
     write_split(rows, found, folder)
     say_split(found, folder, valid_fraction, as_json=as_json)
+
+
+command.add_command(clean)

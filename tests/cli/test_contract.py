@@ -68,6 +68,11 @@ DATA_OPTIONS = {
         *("-c", "--config", "--set", "--output", "--valid-fraction", "--group-by"),
         *("--stratify-by", "--near-duplicates", "--no-near-duplicates", "--seed", *OUTPUT),
     ],
+    "clean": [
+        *("-c", "--config", "--set", "--output", "--unicode", "--white-space", "--empty"),
+        *("--duplicates", "--near-duplicates", "--min-chars", "--max-chars", "--min-tokens"),
+        *("--max-tokens", "--pattern", "--language", "--model", "--revision", *OUTPUT),
+    ],
 }
 MERGE = ["merge", "--model", "demo", "--adapter", "a", "--output", "b"]
 Capture = pytest.CaptureFixture[str]

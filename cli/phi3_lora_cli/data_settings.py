@@ -1,0 +1,72 @@
+"""What the data commands share: where the data is, and what train would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from phi3_lora_cli.options import note
+
+if TYPE_CHECKING:
+    from phi3_lora.config.schema import RunConfig
+    from phi3_lora.data.checking import Base
+    from phi3_lora.data.dataset import DataFiles
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+NO_MODEL = "(no model)"
+"""In place of the model, which a run needs and a look at data does not."""
+
+
+def data_options(function: F) -> F:
+    """DATA, -c and --set."""
+    found: Callable[..., Any] = function
+    for decorate in (
+        click.option(
+            "--set", "assignments", multiple=True, metavar="DATA.KEY=VALUE", help="As for train."
+        ),
+        click.option(
+            "-c", "--config", "config_file", type=click.Path(path_type=Path), help="As for train."
+        ),
+        click.argument("data", metavar="DATA", required=False),
+    ):
+        found = decorate(found)
+    return cast(F, found)
+
+
+def settings(
+    config_file: Path | None, assignments: tuple[str, ...], **flags: str | None
+) -> tuple[RunConfig, DataFiles]:
+    """What train would make of the same settings: the configuration and the sources."""
+    from phi3_lora.config.load import load_settings
+    from phi3_lora.data.dataset import resolve_data
+    from phi3_lora.errors import ConfigError
+
+    if flags["data_train"] is None and config_file is None and not assignments:
+        raise ConfigError("no data: name DATA, or a --config FILE that names it")
+    named = {name.replace("data_", "data."): value for name, value in flags.items()}
+    config = load_settings(
+        base={"model": NO_MODEL, "output_dir": "unused"},
+        config_file=config_file,
+        assignments=assignments,
+        flags=named,
+    ).config
+    data = config.data
+    return config, resolve_data(data.source or "", data.valid, more=data.sources)
+
+
+def base_of(config: RunConfig) -> Base:
+    """The base model's tokenizer and context, with the settings' own template and loss."""
+    from phi3_lora.data.checking import Base
+    from phi3_lora.loading import look_at_model
+
+    data = config.data
+    model = look_at_model(
+        config.model, config.revision, with_weights=False, chat_template=data.chat_template
+    )
+    for text in model.tokenizer.notes:
+        note(text)
+    return Base(model.tokenizer, model.config.max_position_embeddings, data.loss_on)
