@@ -241,4 +241,4 @@ def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 def is_unfused(names: Mapping[str, object]) -> bool:
     """Whether PEFT tensor names hold parts of fused projections."""
-    return any(f".{part}.lora_A" in name for name in names for part in _FUSED_OF)
+    return any(name.endswith(f".{part}.lora_A.weight") for name in names for part in _FUSED_OF)

@@ -42,7 +42,8 @@ _BASE_COPY = ".base_layer.weight"
 
 def is_peft(names: Mapping[str, Any]) -> bool:
     """Whether tensor names are PEFT's."""
-    return any(".lora_A.weight" in name or ".lora_embedding_A" in name for name in names)
+    # The moments of an optimizer bear these names with something after them.
+    return any(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in names)
 
 
 def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
