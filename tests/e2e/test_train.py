@@ -113,7 +113,7 @@ def test_wrong_input_is_exit_2_with_a_message_and_nothing_written(
         "no such model folder": ["--model", "/nowhere", "--data", data],
         "no such data file": ["--model", model, "--data", "/nowhere.jsonl"],
         "bad.jsonl:2: not JSON": ["--model", model, "--data", str(bad)],
-        "matches no layer": ["--model", model, "--data", data, "--targets", "q_proj"],
+        "matches no layer": ["--model", model, "--data", data, "--targets", "w_proj"],
         "did you mean learning_rate": [
             *("--model", model, "--data", data, "--set", "training_config.learning_rat=1"),
         ],

@@ -73,8 +73,8 @@ def test_a_pattern_that_lies_is_an_error(tmp_path: Path) -> None:
     for pattern, phrase in (
         ({"o_proj": 3}, "does not hold rank 3, which adapter_config.json says"),
         ({"(": 3}, "no regular expression"),
-        ({"o_proj": "x"}, "must map names to numbers"),
-        (["o_proj"], "must map names to numbers"),
+        ({"o_proj": "x"}, "must map names to whole numbers"),
+        (["o_proj"], "must map names to whole numbers"),
     ):
         config = json.loads(path.read_text()) | {"rank_pattern": pattern}
         path.write_text(json.dumps(config))
