@@ -8,14 +8,17 @@ from typing import Any
 from phi3_lora.errors import Phi3LoraError
 
 
-def optional_package(name: str, *, extra: str, task: str, error: type[Phi3LoraError]) -> Any:
+def optional_package(
+    name: str, *, extra: str, need: str, error: type[Phi3LoraError], otherwise: str = ""
+) -> Any:
     """A package of one of our extras.
 
     Args:
         name: as it is imported.
         extra: of ours that brings it.
-        task: what needs it, as the message begins.
+        need: what needs it, as the message begins.
         error: what to raise.
+        otherwise: how the message ends, where there is a way without it.
 
     Raises:
         error: when it is not installed, with the line that installs it.
@@ -23,7 +26,7 @@ def optional_package(name: str, *, extra: str, task: str, error: type[Phi3LoraEr
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise error(f"{task} needs {name}: pip install 'phi3-lora[{extra}]'") from None
+        raise error(f"{need}: pip install 'phi3-lora[{extra}]'{otherwise}") from None
 
 
 def gguf_package(error: type[Phi3LoraError]) -> Any:
@@ -32,4 +35,4 @@ def gguf_package(error: type[Phi3LoraError]) -> Any:
     Raises:
         error: when it is not installed.
     """
-    return optional_package("gguf", extra="gguf", task="a GGUF file", error=error)
+    return optional_package("gguf", extra="gguf", need="a GGUF file needs gguf", error=error)

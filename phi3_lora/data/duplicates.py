@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import importlib.util
 import re
 import unicodedata
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from phi3_lora.data.conversation import Conversation
 from phi3_lora.errors import ConfigError
+from phi3_lora.optional import optional_package
 
 SIMILARITY = 0.8
 """Jaccard similarity of the sets of word triples from which rows are near duplicates."""
@@ -107,13 +107,13 @@ def can_find_near() -> bool:
 
 
 def _datasketch() -> Any:
-    try:
-        return importlib.import_module("datasketch")
-    except ImportError:
-        raise ConfigError(
-            "near duplicates need datasketch: pip install 'phi3-lora[data]', or pass "
-            "--no-near-duplicates"
-        ) from None
+    return optional_package(
+        "datasketch",
+        extra="data",
+        need="near duplicates need datasketch",
+        error=ConfigError,
+        otherwise=", or pass --no-near-duplicates",
+    )
 
 
 class NearIndex:

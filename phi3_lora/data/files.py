@@ -20,6 +20,7 @@ from phi3_lora.data.conversation import RawRow, RowError
 from phi3_lora.data.formats import COLUMNS
 from phi3_lora.data.json_text import json_text_rows, parse_json
 from phi3_lora.errors import DataError
+from phi3_lora.optional import optional_package
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Files that a folder's data may be in; a text file must be named itself."""
@@ -86,12 +87,12 @@ class _ZstdReader(io.RawIOBase):
     """The text of a .zst file; the library's own reader takes a cut file for a whole one."""
 
     def __init__(self, source: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ModuleNotFoundError:
-            raise DataError(
-                ".zst files need the package zstandard: pip install 'phi3-lora[data]'"
-            ) from None
+        zstandard = optional_package(
+            "zstandard",
+            extra="data",
+            need=".zst files need the package zstandard",
+            error=DataError,
+        )
         self._error = zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
         self._source = source
@@ -229,16 +230,14 @@ def _delimiter(header: str, kind: str) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise DataError(
-            "Parquet files need the package pyarrow: pip install 'phi3-lora[data]'"
-        ) from None
+    need = "Parquet files need the package pyarrow"
+    pyarrow, parquet = (
+        optional_package(name, extra="data", need=need, error=DataError)
+        for name in ("pyarrow", "pyarrow.parquet")
+    )
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1

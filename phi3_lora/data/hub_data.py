@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from phi3_lora.data.conversation import RawRow
 from phi3_lora.errors import DataError
+from phi3_lora.optional import optional_package
 
 T = TypeVar("T")
 
@@ -101,13 +102,8 @@ def _with_names(row: Mapping[str, Any], labels: Mapping[str, list[str]]) -> dict
 
 
 def _library(name: str) -> Any:
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise DataError(
-            f"the data set {name} needs the package datasets: pip install 'phi3-lora[data]'"
-        ) from None
-    return datasets
+    need = f"the data set {name} needs the package datasets"
+    return optional_package("datasets", extra="data", need=need, error=DataError)
 
 
 def _told(name: str, call: Callable[[], T]) -> T:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from phi3_lora.errors import ConfigError
+from phi3_lora.optional import optional_package
 
 _LEAST_CONFIDENCE = 0.5
 """py3langid scales its confidence by length: short texts, code and formulas stay below."""
@@ -43,10 +43,10 @@ class LanguageFilter:
 
 
 def _py3langid() -> Any:
-    try:
-        return importlib.import_module("py3langid.langid")
-    except ImportError:
-        raise ConfigError(
-            "telling languages needs py3langid: pip install 'phi3-lora[data]', or leave out "
-            "--language"
-        ) from None
+    return optional_package(
+        "py3langid.langid",
+        extra="data",
+        need="telling languages needs py3langid",
+        error=ConfigError,
+        otherwise=", or leave out --language",
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError, ConfigError, listing
+from phi3_lora.optional import optional_package
 from phi3_lora.storage import replace_file
 
 _SUFFIXES = (".png", ".html")
@@ -44,13 +45,13 @@ def check_name(path: Path) -> None:
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"a heat map is a .png or an .html, got {path} (--plot)")
     if path.suffix.lower() == ".png":
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                "a .png needs matplotlib: pip install 'phi3-lora[plots]', or give a name that ends "
-                "in .html, which needs nothing"
-            ) from None
+        optional_package(
+            "matplotlib",
+            extra="plots",
+            need="a .png needs matplotlib",
+            error=ConfigError,
+            otherwise=", or give a name that ends in .html, which needs nothing",
+        )
 
 
 def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
