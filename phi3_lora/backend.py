@@ -63,6 +63,11 @@ def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
+def lora_alpha_of(scaling: float, r: int, *, use_rslora: bool) -> float:
+    """The lora_alpha that gives a scaling: the inverse of lora_scaling."""
+    return scaling * (math.sqrt(r) if use_rslora else r)
+
+
 class Block(NamedTuple):
     """A part of a fused projection that is adapted on its own: where its B lies in the whole B."""
 

@@ -248,7 +248,7 @@ class _Merger:
         """The sum of all deltas in the rows of base, of which start is the first."""
         found: Any = 0.0
         for adapter, weight in self._parts:
-            if module in adapter.modules or module in adapter.saved:
+            if adapter.has(module):
                 found = found + weight * change_of_rows(adapter, module, base, start)
         return np.asarray(found)
 

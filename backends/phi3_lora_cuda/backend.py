@@ -25,6 +25,8 @@ class CudaBackend:
 
     name = "cuda"
     quantizations = frozenset({"nf4"})
+    stock_tool = "PEFT"
+    stock_layout = "peft"
 
     def check(self, device: str = "auto") -> None:
         """Make sure that the device exists.
@@ -45,9 +47,6 @@ class CudaBackend:
         use_gpu = request.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if use_gpu else "cpu")
         return CudaEngine(load_model(request, device), request, device)
-
-    stock_tool = "PEFT"
-    stock_layout = "peft"
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
         """Logits (T, vocabulary) of one document by transformers with PEFT.

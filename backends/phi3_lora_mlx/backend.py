@@ -29,6 +29,8 @@ class MlxBackend:
 
     name = "mlx"
     quantizations = frozenset({"mlx-affine"})
+    stock_tool = "mlx-lm"
+    stock_layout = "mlx"
 
     def check(self, device: str = "auto") -> None:
         """Make sure that the device exists.
@@ -48,9 +50,6 @@ class MlxBackend:
         on_gpu = request.device != "cpu" and has_gpu()
         mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
         return MlxEngine(load_model(request, on_gpu=on_gpu), request, on_gpu=on_gpu)
-
-    stock_tool = "mlx-lm"
-    stock_layout = "mlx"
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
         """Logits (T, vocabulary) of one document by mlx-lm.

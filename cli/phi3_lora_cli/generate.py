@@ -46,16 +46,14 @@ def command(
     """
     from phi3_lora.backend import Sampling
     from phi3_lora.data.records import Message
-    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    folder = None if adapter is None else resolve_adapter_dir(adapter)
     base = look_at_model(model, revision, quantize=quantize)
-    weights = None if folder is None else load_adapter(str(folder), base)
+    weights = None if adapter is None else load_adapter(adapter, base)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer.encode_prompt(messages)

@@ -46,14 +46,12 @@ def command(
     """
     from phi3_lora.backend import LoraSpec
     from phi3_lora.errors import BackendUnavailableError
-    from phi3_lora.hub import resolve_adapter_dir
     from phi3_lora.loading import load_adapter, look_at_model, prepare_weights
     from phi3_lora.parity import Trial, cross_laws, measure, own_laws, random_start
     from phi3_lora.registry import available_backends
 
-    folder = None if adapter is None else resolve_adapter_dir(adapter)
     base = look_at_model(model, revision, quantize=quantize)
-    weights = None if folder is None else load_adapter(str(folder), base)
+    weights = None if adapter is None else load_adapter(adapter, base)
     shapes = base.config.linear_shapes()
     spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
     start = random_start(spec, shapes) if weights is None else weights.weights

@@ -70,6 +70,15 @@ class Adapter:
         return tuple(part[0] for part in parts if part is not None and part[1] == "weight")
 
     @property
+    def saved_weights(self) -> Tensors:
+        """Those whole weights, under their names here."""
+        return {saved_name(module): self.weights[saved_name(module)] for module in self.saved}
+
+    def has(self, module: str) -> bool:
+        """Whether it changes a module, by A and B or by a whole weight."""
+        return lora_a_name(module) in self.weights or saved_name(module) in self.weights
+
+    @property
     def use_dora(self) -> bool:
         """Whether its modules have magnitudes."""
         return any(name.endswith(".lora_magnitude_vector") for name in self.weights)
@@ -83,10 +92,13 @@ class Adapter:
         """Columns of a module's B."""
         return len(self.weights[lora_a_name(module)])
 
+    def alpha_of(self, module: str) -> float:
+        """lora_alpha of a module."""
+        return self.alphas.get(module, self.lora_alpha)
+
     def scaling_of(self, module: str) -> float:
         """What B A of a module is multiplied by."""
-        alpha = self.alphas.get(module, self.lora_alpha)
-        return lora_scaling(alpha, self.rank(module), use_rslora=self.use_rslora)
+        return lora_scaling(self.alpha_of(module), self.rank(module), use_rslora=self.use_rslora)
 
     def pair(self, module: str) -> tuple[Float32, Float32]:
         """A (r, in) and B (out, r) of a module."""
@@ -95,10 +107,7 @@ class Adapter:
     @property
     def spec(self) -> LoraSpec:
         """What a backend needs."""
-        layers = {
-            m: LoraLayer(r=self.rank(m), lora_alpha=self.alphas.get(m, self.lora_alpha))
-            for m in self.modules
-        }
+        layers = {m: LoraLayer(r=self.rank(m), lora_alpha=self.alpha_of(m)) for m in self.modules}
         return LoraSpec(
             layers=layers,
             use_rslora=self.use_rslora,
@@ -122,6 +131,22 @@ def with_spec(weights: Tensors, spec: LoraSpec, **facts: Any) -> Adapter:
     return dataclasses.replace(
         Adapter(weights=weights, r=r, lora_alpha=alpha, use_rslora=spec.use_rslora, alphas=alphas),
         **facts,
+    )
+
+
+def with_factors(
+    adapter: Adapter, weights: Tensors, alphas: Mapping[str, float], *, use_rslora: bool
+) -> Adapter:
+    """The same adapter with other tensors, of ranks and of a lora_alpha for each module."""
+    layers = {m: LoraLayer(r=len(weights[lora_a_name(m)]), lora_alpha=a) for m, a in alphas.items()}
+    new = with_spec(weights, LoraSpec(layers=layers, use_rslora=use_rslora))
+    return dataclasses.replace(
+        adapter,
+        weights=weights,
+        r=new.r,
+        lora_alpha=new.lora_alpha,
+        use_rslora=use_rslora,
+        alphas=new.alphas,
     )
 
 
@@ -163,7 +188,8 @@ def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float3
     ratio = adapter.scaling_of(module) / adapter.scaling
     # The ratio of two roundings of one number is no scale of its own.
     if abs(ratio - 1.0) > 1e-12:
-        if _cancels(a, b) and math.frexp(ratio)[0] != 0.5:
+        # A power of two rounds nothing.
+        if math.frexp(ratio)[0] != 0.5 and _cancels(a, b):
             a, b = balanced_factors(a, b)
         b = (b.astype(np.float64) * ratio).astype(np.float32)
     missing = r - len(a)

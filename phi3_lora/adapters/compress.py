@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.adapter import Adapter, with_factors
 from phi3_lora.adapters.decompositions import balanced_factors, product_norm
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.backend import Block, LoraSpec
+from phi3_lora.backend import Block, LoraSpec, lora_alpha_of
 from phi3_lora.errors import AdapterError
 
 
@@ -32,30 +31,21 @@ def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
         raise AdapterError(
             "--rank: with DoRA a smaller rank changes every row's norm: leave it out"
         )
-    weights, alphas, lost = dict(adapter.weights), dict(adapter.alphas), {}
+    weights, lost = dict(adapter.weights), {}
+    alphas = {module: adapter.alpha_of(module) for module in adapter.modules}
     for module in adapter.modules:
-        scaling = adapter.scaling_of(module)
         if adapter.rank(module) <= r:
             continue
         a, b = adapter.pair(module)
         new_a, new_b = balanced_factors(a, b, r)
         weights[lora_a_name(module)], weights[lora_b_name(module)] = new_a, new_b
-        alphas[module] = scaling * (math.sqrt(r) if adapter.use_rslora else r)
+        scaling = adapter.scaling_of(module)
+        alphas[module] = lora_alpha_of(scaling, r, use_rslora=adapter.use_rslora)
         whole = product_norm(b.astype(np.float64), a.astype(np.float64))
         both = np.concatenate([b, -new_b], axis=1).astype(np.float64)
         gone = product_norm(both, np.concatenate([a, new_a]).astype(np.float64))
         lost[module] = gone / whole if whole else 0.0
-    default = adapter.lora_alpha if adapter.r <= r else _alpha(adapter, r)
-    alphas = {m: alphas.get(m, adapter.lora_alpha) for m in adapter.modules}
-    alphas = {m: alpha for m, alpha in alphas.items() if alpha != default}
-    cut = dataclasses.replace(
-        adapter, weights=weights, r=min(adapter.r, r), lora_alpha=default, alphas=alphas
-    )
-    return cut, lost
-
-
-def _alpha(adapter: Adapter, r: int) -> float:
-    return adapter.scaling * (math.sqrt(r) if adapter.use_rslora else r)
+    return with_factors(adapter, weights, alphas, use_rslora=adapter.use_rslora), lost
 
 
 def settled(adapter: Adapter, spec: LoraSpec) -> Adapter:

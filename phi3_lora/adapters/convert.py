@@ -169,8 +169,7 @@ def _read_back(job: Job, adapter: Adapter) -> Adapter:
     told = Untold()
     if job.to == "loralib":
         # What loralib leaves out is known here.
-        plain = uniform_adapter(adapter)
-        told = Untold(plain.scaling * plain.r, job.untold.prefix)
+        told = Untold(adapter.scaling * adapter.r, job.untold.prefix)
     try:
         return read_source(job.target, job.config, told, job.row_norms)[0]
     except AdapterError:
@@ -195,7 +194,8 @@ def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
     if job.consumer is not None:
         adapter, more = adapted_for(job.consumer, adapter, job.config)
         notes += more
-    return adapter, notes
+    # loralib has one alpha for all layers of one rank.
+    return uniform_adapter(adapter) if job.to == "loralib" else adapter, notes
 
 
 def _card_line(job: Job, adapter: Adapter) -> str:
@@ -248,10 +248,9 @@ def _write(job: Job, adapter: Adapter) -> list[str]:
         return []
     if job.to == "loralib":
         replace_file(target, encode_torch_file(to_loralib(adapter, job.untold.prefix)))
-        plain = uniform_adapter(adapter)
         return [
-            f"loralib stores neither rank nor alpha: r is {plain.r}, lora_alpha "
-            f"{plain.scaling * plain.r:.9g}"
+            f"loralib stores neither rank nor alpha: r is {adapter.r}, lora_alpha "
+            f"{adapter.scaling * adapter.r:.9g}"
         ]
     # What it answered where it was trained holds in every layout.
     names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if job.source.is_dir() else ()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.adapter import Adapter, with_factors
 from phi3_lora.adapters.decompositions import product_norm
 from phi3_lora.adapters.names import (
     EMBEDDING,
@@ -83,8 +83,8 @@ def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
         else:
             gap, size = _gap_and_size(first, second, module)
             found[module] = 0.0 if gap == 0.0 else gap / size if size else math.inf
-        names = magnitude_name(module)
-        one, other = first.weights.get(names), second.weights.get(names)
+        name = magnitude_name(module)
+        one, other = first.weights.get(name), second.weights.get(name)
         if (one is None) != (other is None):
             found[module] = math.inf
         elif one is not None and other is not None:
@@ -147,11 +147,10 @@ def concatenated(parts: Sequence[Weighted]) -> Adapter:
         if adapter.use_dora or adapter.saved:
             what = "DoRA" if adapter.use_dora else "whole weights"
             raise AdapterError(f"adapters with {what} have no sum that is an adapter: merge them")
-    first = parts[0].adapter
     modules = dict.fromkeys(module for adapter, _ in parts for module in adapter.modules)
     weights, alphas = {}, {}
     for module in modules:
-        chosen = [p for p in parts if module in p.adapter.modules]
+        chosen = [p for p in parts if p.adapter.has(module)]
         scaling = chosen[0].adapter.scaling_of(module)
         pairs = [
             (p.adapter.pair(module), p.weight * p.adapter.scaling_of(module) / scaling)
@@ -164,14 +163,5 @@ def concatenated(parts: Sequence[Weighted]) -> Adapter:
         b = np.concatenate(scaled, axis=1)
         weights[lora_a_name(module)], weights[lora_b_name(module)] = a, b
         alphas[module] = scaling * len(a)
-    r = max(len(weights[lora_a_name(module)]) for module in modules)
-    most = first.scaling * r
-    return dataclasses.replace(
-        first,
-        weights=weights,
-        r=r,
-        lora_alpha=most,
-        use_rslora=False,
-        alphas={m: alpha for m, alpha in alphas.items() if alpha != most},
-        base_identity=None,
-    )
+    first = dataclasses.replace(parts[0].adapter, base_identity=None)
+    return with_factors(first, weights, alphas, use_rslora=False)

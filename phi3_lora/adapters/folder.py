@@ -175,17 +175,6 @@ def _as_uniform(adapter: Adapter, name: str, r: int) -> Float32:
     return adapter.weights[name]
 
 
-def adapter_config(adapter: Adapter, layouts: tuple[str, ...]) -> dict[str, Any]:
-    """adapter_config.json for the layouts written."""
-    config: dict[str, Any] = {}
-    if "peft" in layouts:
-        config |= peft_layout.peft_config(adapter)
-    if "mlx" in layouts:
-        config |= mlx_layout.mlx_config(mlx_layout.for_mlx(adapter))
-        config.setdefault("model", adapter.base_model)
-    return config
-
-
 def check_unused(folder: Path) -> None:
     """Make sure that a folder is new or empty.
 
@@ -265,12 +254,15 @@ def write_adapter_folder(
         notes.append(f"no {mlx_layout.WEIGHTS_NAME}: mlx-lm cannot hold this adapter: {reason}")
 
     def fill(part: Path) -> None:
+        config: dict[str, Any] = {}
         if "peft" in layouts:
             write_streamed(part / peft_layout.WEIGHTS_NAME, peft_layout.peft_tensors(adapter))
+            config |= peft_layout.peft_config(adapter)
         if "mlx" in layouts:
-            tensors = mlx_layout.mlx_tensors(mlx_layout.for_mlx(adapter))
-            write_streamed(part / mlx_layout.WEIGHTS_NAME, tensors)
-        text = json.dumps(adapter_config(adapter, layouts), indent=2) + "\n"
+            tail = mlx_layout.for_mlx(adapter)
+            write_streamed(part / mlx_layout.WEIGHTS_NAME, mlx_layout.mlx_tensors(tail))
+            config |= mlx_layout.mlx_config(tail)
+        text = json.dumps(config, indent=2) + "\n"
         write_bytes(part / CONFIG_NAME, text.encode())
         for name, content in (files or {}).items():
             write_bytes(part / name, content)

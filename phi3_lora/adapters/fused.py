@@ -7,15 +7,14 @@ are exact: a fused B is cut by rows; separate factors are stacked and laid out b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lora.adapters.adapter import Adapter, module_of, with_spec
+from phi3_lora.adapters.adapter import Adapter, with_factors
 from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name
-from phi3_lora.backend import Block, Float32, LoraLayer, LoraSpec, Tensors
+from phi3_lora.backend import Block, Float32, LoraSpec, Tensors, lora_alpha_of
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models import ModelConfig
 
@@ -66,11 +65,11 @@ def fuse(
     if all(found == [module] for module, found in members.items()):
         return adapter
     problems: list[str] = []
-    weights = {n: v for n, v in adapter.weights.items() if module_of(n) in adapter.saved}
+    weights = adapter.saved_weights
     alphas: dict[str, float] = {}
     for module, found in members.items():
         if found == [module]:
-            new, alpha = _own(adapter, module), adapter.alphas.get(module, adapter.lora_alpha)
+            new, alpha = _own(adapter, module), adapter.alpha_of(module)
         elif module in found:
             problems.append(f"{module}: adapted as a whole and in parts")
             continue
@@ -84,11 +83,7 @@ def fuse(
         alphas[module] = alpha
     if problems:
         raise AdapterError(listing("the parts cannot be fused:", problems))
-    layers = {m: LoraLayer(r=len(weights[lora_a_name(m)]), lora_alpha=alphas[m]) for m in members}
-    fused = with_spec(weights, LoraSpec(layers=layers, use_rslora=adapter.use_rslora))
-    return dataclasses.replace(
-        adapter, weights=weights, r=fused.r, lora_alpha=fused.lora_alpha, alphas=fused.alphas
-    )
+    return with_factors(adapter, weights, alphas, use_rslora=adapter.use_rslora)
 
 
 def _own(adapter: Adapter, module: str) -> Tensors:
@@ -133,10 +128,9 @@ class _Stack:
         new = {lora_a_name(self.module): a, lora_b_name(self.module): b}
         if adapter.use_dora:
             new[magnitude_name(self.module)] = self._magnitude(row_norms)
-        alpha = adapter.alphas.get(first, adapter.lora_alpha)
         if r == ranks[0]:
-            return new, alpha
-        return new, scaling * (math.sqrt(r) if adapter.use_rslora else r)
+            return new, adapter.alpha_of(first)
+        return new, lora_alpha_of(scaling, r, use_rslora=adapter.use_rslora)
 
     def _magnitude(self, row_norms: RowNorms | None) -> Float32:
         """Of all parts; that of a part that is not adapted is the norm of its rows in the base."""
@@ -180,7 +174,7 @@ def _rows(
 
 def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
     """The same deltas on q, k, v and gate, up; rank and scale stay."""
-    weights = {n: v for n, v in adapter.weights.items() if module_of(n) in adapter.saved}
+    weights = adapter.saved_weights
     alphas: dict[str, float] = {}
     for module in adapter.modules:
         parts = part_slices(module, config)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.adapter import Adapter, with_scalings
 from phi3_lora.adapters.fused import FUSED_PARTS, part_rows
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.backend import Float32, Tensors
@@ -162,13 +162,16 @@ def _part_rows(
 def to_loralib(adapter: Adapter, prefix: str = "") -> Tensors:
     """The tensors of lora_state_dict of a model with loralib's Linear and Embedding layers.
 
+    Args:
+        adapter: of one rank and scale (uniform_adapter).
+        prefix: before each name.
+
     Raises:
         AdapterError: when loralib cannot hold the adapter.
     """
     if adapter.use_dora or adapter.saved:
         what = "DoRA" if adapter.use_dora else "whole weights"
         raise AdapterError(f"loralib has no {what}: merge the adapter, or convert it to peft")
-    adapter = uniform_adapter(adapter)
     tensors = {}
     for module in adapter.modules:
         tensors[f"{prefix}{module}.lora_A"] = adapter.weights[lora_a_name(module)]

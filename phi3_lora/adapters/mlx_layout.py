@@ -188,6 +188,7 @@ def mlx_config(adapter: Adapter) -> dict[str, Any]:
     places = [place for place in map(split_layer, adapter.modules) if place is not None]
     outside = [module for module in adapter.modules if split_layer(module) is None]
     return {
+        "model": adapter.base_model,
         "fine_tune_type": "dora" if adapter.use_dora else "lora",
         "num_layers": len({layer for layer, _ in places}),
         "lora_parameters": {

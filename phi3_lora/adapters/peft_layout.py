@@ -212,7 +212,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": list(adapter.saved) or None,
         "rank_pattern": _pattern({m: adapter.rank(m) for m in modules}, adapter.r),
         "alpha_pattern": _pattern(
-            {m: _whole(adapter.alphas.get(m, adapter.lora_alpha)) for m in modules},
+            {m: _whole(adapter.alpha_of(m)) for m in modules},
             _whole(adapter.lora_alpha),
         ),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -36,13 +37,9 @@ def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
     _check_tied(model, chosen)
     layers: dict[str, LoraLayer] = {}
     for module in model.adaptable_shapes():
-        parts = [name for name in part_slices(module, model) if name in chosen]
-        if module in chosen:
-            layers[module] = _layer(config, [Block(module, (0, 0), (0, 0))])
-        elif parts:
-            rows = part_slices(module, model)
-            blocks = [Block(p, (rows[p].start, rows[p].stop), (0, 0)) for p in parts]
-            layers[module] = _layer(config, blocks)
+        rows = {part: r for part, r in part_slices(module, model).items() if part in chosen}
+        if module in chosen or rows:
+            layers[module] = _layer(config, module, rows)
     saved = _saved(config, model, layers)
     _check_patterns(config, chosen)
     if config.use_dora and EMBEDDING in layers:
@@ -93,12 +90,11 @@ def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:
     excluded = set(match_names("exclude_modules", config.exclude_modules, [*chosen, *own_parts]))
     left = []
     for module in chosen:
-        kept = list(part_slices(module, model))
-        kept = [part for part in kept if part not in excluded]
-        is_cut = len(kept) < len(part_slices(module, model))
+        parts = list(part_slices(module, model))
+        kept = [part for part in parts if part not in excluded]
         if module not in excluded:
             # Without one of its parts, what is left of a fused weight is its other parts.
-            left += kept if is_cut else [module]
+            left += [module] if kept == parts else kept
     if not left:
         raise ConfigError("exclude_modules leaves nothing of target_modules to adapt")
     return left
@@ -180,11 +176,12 @@ def _without_parts_of_wholes(chosen: list[str], notes: list[str]) -> list[str]:
     return [module for module in chosen if module not in covered]
 
 
-def _layer(config: LoraConfig, parts: list[Block]) -> LoraLayer:
-    """One layer for a module as a whole, or for parts of it side by side."""
+def _layer(config: LoraConfig, module: str, rows: Mapping[str, slice]) -> LoraLayer:
+    """One layer for a module as a whole, or for the parts that rows names, side by side."""
+    names = list(rows) or [module]
     try:
-        ranks = [int(by_pattern(config.rank_pattern, p.part, config.r)) for p in parts]
-        alphas = [by_pattern(config.alpha_pattern, p.part, config.lora_alpha) for p in parts]
+        ranks = [int(by_pattern(config.rank_pattern, name, config.r)) for name in names]
+        alphas = [by_pattern(config.alpha_pattern, name, config.lora_alpha) for name in names]
     except AdapterError as cause:
         raise ConfigError(f"peft_config: {cause}") from None
     scalings = [
@@ -193,24 +190,24 @@ def _layer(config: LoraConfig, parts: list[Block]) -> LoraLayer:
     ]
     if max(scalings) - min(scalings) > 1e-12 * max(scalings):
         raise ConfigError(
-            f"rank_pattern and alpha_pattern give {_endings(p.part for p in parts)}, parts of one "
+            f"rank_pattern and alpha_pattern give {_endings(names)}, parts of one "
             f"fused projection, the scales {', '.join(f'{s:g}' for s in scalings)}: choose alphas "
             "that make them equal"
         )
-    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
-    is_split = parts[0].rows != (0, 0)
+    ends = list(itertools.accumulate(ranks))
     blocks = tuple(
-        Block(part.part, part.rows, (end - r, end))
-        for part, r, end in zip(parts, ranks, ends, strict=True)
+        Block(part, (rows[part].start, rows[part].stop), (end - r, end))
+        for part, r, end in zip(names, ranks, ends, strict=True)
+        if rows
     )
-    decomposed = config.init_lora_weights is not True and parts[0].part != EMBEDDING
+    decomposed = config.init_lora_weights is not True and module != EMBEDDING
     r = sum(ranks) * (2 if decomposed else 1)
     grown = r / ranks[0]
     return LoraLayer(
         r=r,
         lora_alpha=alphas[0] * (grown**0.5 if config.use_rslora else grown),
         num_trained=sum(ranks) if decomposed else None,
-        blocks=blocks if is_split else (),
+        blocks=blocks,
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.folder import CONFIG_NAME, adapter_config
-from phi3_lora.adapters.peft_layout import WEIGHTS_NAME
+from phi3_lora.adapters.folder import CONFIG_NAME
+from phi3_lora.adapters.peft_layout import WEIGHTS_NAME, peft_config
 from phi3_lora.backend import Tensors
 from phi3_lora.errors import CheckpointError, listing
 from phi3_lora.storage import replace_folder, write_bytes
@@ -71,7 +71,7 @@ class CheckpointFolder:
         """
         contents = {
             WEIGHTS_NAME: encode(adapter.weights),
-            CONFIG_NAME: json.dumps(adapter_config(adapter, ("peft",)), indent=2).encode(),
+            CONFIG_NAME: json.dumps(peft_config(adapter), indent=2).encode(),
             OPTIMIZER_NAME: encode(optimizer),
             STATE_NAME: json.dumps(state, indent=2).encode(),
         }
