@@ -67,6 +67,11 @@ def replace_file(path: Path, data: bytes) -> None:
             raise
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is new or empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a new folder and move it into place, whole; an older one of that name is replaced.
 

@@ -29,10 +29,11 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
     from phi3_lora.hub import resolve_model_dir
     from phi3_lora.model_folder import read_model_config
     from phi3_lora.quantized_folder import write_quantized_folder
+    from phi3_lora.storage import is_unused
     from phi3_lora.weights import check_weights
 
     target = Path(output).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_unused(target):
         raise ModelError(f"{target} already holds something: choose another --output")
     source = resolve_model_dir(model, revision)
     config = read_model_config(source)

@@ -19,7 +19,7 @@ from phi3_lora.backend import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.model_folder import read_json
 from phi3_lora.models import ModelConfig
-from phi3_lora.storage import replace_folder, write_bytes
+from phi3_lora.storage import is_unused, replace_folder, write_bytes
 from phi3_lora.tensor_files import read_header, read_index, write_streamed
 
 CONFIG_NAME = "adapter_config.json"
@@ -181,7 +181,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         AdapterError: when it is not.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         raise AdapterError(f"{folder} is in use: choose a new or empty folder")
 
 

@@ -18,7 +18,7 @@ from phi3_lora.data.formats import RowReader
 from phi3_lora.data.sources import Source, parts_of
 from phi3_lora.errors import DataError, listing
 from phi3_lora.seeding import permutation
-from phi3_lora.storage import replace_folder, write_bytes
+from phi3_lora.storage import is_unused, replace_folder, write_bytes
 
 TRAIN_NAME, VALID_NAME = "train.jsonl", "valid.jsonl"
 
@@ -259,5 +259,5 @@ def check_unused(folder: Path) -> None:
     Raises:
         DataError: when it is not.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         raise DataError(f"{folder} is in use: choose a new or empty folder (--output)")
