@@ -5,21 +5,23 @@ Neither the backend nor the number of ranks has a say; the hash of the plan is l
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from phi3_lora.data.dataset import documents_digest
-from phi3_lora.data.store import document_lengths
+from phi3_lora.data.store import document_lengths, num_loss_tokens
 from phi3_lora.data.tokenizer import Document
-from phi3_lora.seeding import permutation
+from phi3_lora.packing import Rows, shuffled_rows
+
+T = TypeVar("T")
+
+Position = dict[str, Any]
+"""What a checkpoint keeps so that a plan goes on where it was; plain values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,41 @@ class Step:
     """From 1."""
     epoch: float
     """Epochs finished after this step."""
-    documents: tuple[int, ...]
-    """Indices into the data set."""
+    ends_epoch: bool
+    indices: tuple[int, ...]
+    """Numbers of its documents: places in the data set; of a stream, in the order they came."""
+    documents: Sequence[Document] = field(compare=False, repr=False)
+    position: Position | None = None
+    """Where the plan goes on after it, for plans that need to know."""
 
 
-class _Rows(NamedTuple):
-    """An epoch's rows: single documents, or several that are packed."""
-
-    documents: NDArray[np.int64]
-    """(D,) row after row."""
-    starts: NDArray[np.int64]
-    """(R + 1,) row r is documents[starts[r]:starts[r + 1]]."""
+class StepPlan(Protocol):
+    """The steps of a run."""
 
     @property
-    def num_rows(self) -> int:
-        """Rows."""
-        return len(self.starts) - 1
+    def total_steps(self) -> int:
+        """Optimizer steps."""
+
+    def steps(self, after: int = 0, position: Position | None = None) -> Iterator[Step]:
+        """The steps that follow the after-th one.
+
+        Args:
+            after: a step's number.
+            position: what that step has as its position.
+
+        Raises:
+            DataError: when data that is read on the way cannot be used.
+            CheckpointError: when the data is not what it was at that position.
+        """
+
+    def hash(self) -> str:
+        """What tells this plan from others before its first step."""
+
+    def facts(self) -> dict[str, Any]:
+        """Figures by name; None where they are not known before the run."""
+
+    def notes(self, position: Position | None) -> list[str]:
+        """What is to be said, after the step of this position, of rows read on the way."""
 
 
 class Plan:
@@ -73,92 +94,78 @@ class Plan:
             packing: whether a row takes as many whole documents as fit into max_length.
             max_length: tokens a row, for packing.
         """
+        self._documents = documents
         self._lengths = document_lengths(documents)
         self._rows_per_step = rows_per_step
         self._seed = seed
-        self._packing = packing
-        self._max_length = max_length
-        self._digest = documents_digest(documents)
-        self._cached = (-1, _Rows(np.arange(0), np.arange(1)))
+        self._row_tokens = max_length if packing else None
+        self._cached = (-1, Rows(np.arange(0), np.arange(1)))
         self.steps_per_epoch = math.ceil(self._epoch(0).num_rows / rows_per_step)
         self.total_steps = (
             max_steps if max_steps > 0 else math.ceil(num_epochs * self.steps_per_epoch)
         )
 
+    def steps(self, after: int = 0, position: Position | None = None) -> Iterator[Step]:
+        """The steps that follow the after-th one; no position is needed."""
+        for number in range(after + 1, self.total_steps + 1):
+            yield self.step(number)
+
     def step(self, number: int) -> Step:
         """The number-th step, from 1."""
+        epoch, within = divmod(number - 1, self.steps_per_epoch)
+        indices = self._indices(number)
+        return Step(
+            number,
+            epoch + (within + 1) / self.steps_per_epoch,
+            within + 1 == self.steps_per_epoch,
+            indices,
+            [self._documents[i] for i in indices],
+        )
+
+    def _indices(self, number: int) -> tuple[int, ...]:
         # Packing depends on lengths alone, so every epoch has the same number of steps.
         epoch, within = divmod(number - 1, self.steps_per_epoch)
         rows = self._epoch(epoch)
         first = within * self._rows_per_step
         # The last, shorter step is kept.
         last = min(first + self._rows_per_step, rows.num_rows)
-        documents = rows.documents[rows.starts[first] : rows.starts[last]]
-        epochs = epoch + (within + 1) / self.steps_per_epoch
-        return Step(number, epochs, tuple(documents.tolist()))
+        return tuple(rows.documents[rows.starts[first] : rows.starts[last]].tolist())
 
-    def _epoch(self, epoch: int) -> _Rows:
+    def _epoch(self, epoch: int) -> Rows:
         if self._cached[0] != epoch:
-            order = permutation(self._seed, "epoch", epoch, size=len(self._lengths))
-            if self._packing:
-                rows = _packed(order, self._lengths, self._max_length)
-            else:
-                rows = _Rows(order, np.arange(len(order) + 1))
+            rows = shuffled_rows(
+                self._lengths, seed=self._seed, part=(epoch,), row_tokens=self._row_tokens
+            )
             self._cached = (epoch, rows)
         return self._cached[1]
 
-    def steps(self, after: int = 0) -> Iterator[Step]:
-        """The steps that follow the after-th one."""
-        for number in range(after + 1, self.total_steps + 1):
-            yield self.step(number)
-
     def hash(self) -> str:
         """sha256 over every (step, document) pair and over the documents' ids and masks."""
-        digest = hashlib.sha256(self._digest.encode())
-        for step in self.steps():
-            pairs = [f"{step.number} {document};" for document in step.documents]
-            digest.update("".join(pairs).encode())
+        digest = hashlib.sha256(documents_digest(self._documents).encode())
+        for number in range(1, self.total_steps + 1):
+            digest.update(step_pairs(number, self._indices(number)))
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """Figures by name."""
+        return {
+            "num_documents": len(self._documents),
+            "num_tokens": int(self._lengths.sum()),
+            "loss_tokens": num_loss_tokens(self._documents),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+        }
 
-def _packed(order: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> _Rows:
-    """Whole documents into rows by best fit, longest first; ties in the epoch's order.
-
-    The rows are then put in the order of their first document in the epoch's order, so that
-    steps do not run from long to short.
-
-    Source: best-fit decreasing, Johnson (1973), Near-optimal bin packing algorithms.
-    """
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    row_of = np.empty_like(order)
-    # Free tokens -> the rows that have as many, the first one on top; and those numbers, sorted.
-    open_rows: dict[int, list[int]] = {}
-    rooms: list[int] = []
-    num_rows = 0
-    for document in np.lexsort((place, -lengths)).tolist():
-        length = int(lengths[document])
-        # The smallest room that is large enough is the tightest.
-        at = bisect.bisect_left(rooms, length)
-        if at < len(rooms):
-            room = rooms[at]
-            row = heapq.heappop(open_rows[room])
-            if not open_rows[room]:
-                del open_rows[room], rooms[at]
-        else:
-            room, row = max_length, num_rows
-            num_rows += 1
-        row_of[document] = row
-        if room - length not in open_rows:
-            bisect.insort(rooms, room - length)
-        heapq.heappush(open_rows.setdefault(room - length, []), row)
-    first = np.full(num_rows, len(order))
-    np.minimum.at(first, row_of, place)
-    documents = np.lexsort((place, first[row_of]))
-    starts = np.flatnonzero(np.diff(row_of[documents], prepend=-1, append=-1))
-    return _Rows(documents, starts)
+    def notes(self, position: Position | None) -> list[str]:
+        """Nothing: all was said when the data was read."""
+        return []
 
 
-def rank_share(documents: Sequence[int], rank: int, world_size: int) -> tuple[int, ...]:
+def step_pairs(number: int, indices: Sequence[int]) -> bytes:
+    """The (step, document) pairs of a step, as they are hashed."""
+    return "".join([f"{number} {index};" for index in indices]).encode()
+
+
+def rank_share(documents: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
     """The documents of a step that one process computes; together all ranks cover each once."""
-    return tuple(documents[rank::world_size])
+    return documents[rank::world_size]

@@ -209,10 +209,6 @@ class TrainingConfig:
         """Steps of warm-up in a run of this length."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
 
-    def when(self, strategy: str, every_steps: int, steps_per_epoch: int) -> int:
-        """Steps between two events of a strategy; 0 is never."""
-        return {"no": 0, "steps": every_steps, "epoch": steps_per_epoch}[strategy]
-
 
 _MOST_STEPS = 100_000_000
 _SMALLEST: dict[str, float] = {

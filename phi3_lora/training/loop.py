@@ -14,7 +14,7 @@ from phi3_lora.data.dataset import make_batch
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import TrainingError
 from phi3_lora.evaluation import Evaluation, evaluate
-from phi3_lora.plan import Plan, Step, rank_share
+from phi3_lora.plan import Position, Step, StepPlan, rank_share
 from phi3_lora.schedule import learning_rate
 from phi3_lora.training.metrics import Window
 from phi3_lora.training.signals import StopRequest
@@ -30,6 +30,8 @@ class Progress:
     last_loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
+    position: Position | None = None
+    """The plan's, after this step."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, exact in JSON."""
@@ -40,13 +42,15 @@ class Progress:
             "last_loss": self.last_loss,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "position": self.position,
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Progress:
         """The inverse of to_dict; other keys are ignored."""
         names = ("step", "best_eval_loss", "last_loss", "tokens", "seconds")
-        return cls(window=Window(**state["window"]), **{name: state[name] for name in names})
+        known = {name: state[name] for name in names}
+        return cls(window=Window(**state["window"]), position=state.get("position"), **known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,7 @@ class Task:
     """What is to be learnt and how."""
 
     config: TrainingConfig
-    plan: Plan
-    documents: Sequence[Document]
+    plan: StepPlan
     eval_documents: Sequence[Document] = ()
 
     def lr(self, step: int) -> float:
@@ -82,10 +85,12 @@ class Task:
             total_steps=total,
         )
 
-    def is_due(self, step: int, strategy: str, every_steps: int) -> bool:
+    def is_due(self, step: Step, strategy: str, every_steps: int) -> bool:
         """Whether an event of this strategy falls on a step; the last step counts unless `no`."""
-        every = self.config.when(strategy, every_steps, self.plan.steps_per_epoch)
-        return every > 0 and (step % every == 0 or step == self.plan.total_steps)
+        if strategy == "no":
+            return False
+        is_time = step.ends_epoch if strategy == "epoch" else step.number % every_steps == 0
+        return is_time or step.number == self.plan.total_steps
 
 
 def fit(
@@ -97,7 +102,7 @@ def fit(
         TrainingError: when the loss is not finite; nothing is saved after that.
     """
     config = task.config
-    for step in task.plan.steps(after=progress.step):
+    for step in task.plan.steps(after=progress.step, position=progress.position):
         loss, grad_norm = _take_step(engine, task, step, progress)
         hooks.on_step(progress, loss)
         number, is_last = step.number, step.number == task.plan.total_steps
@@ -113,9 +118,9 @@ def fit(
             progress.window = Window()
             hooks.on_metrics(line)
         every = config.eval_steps or config.logging_steps
-        if task.eval_documents and task.is_due(number, config.eval_strategy, every):
+        if task.eval_documents and task.is_due(step, config.eval_strategy, every):
             _evaluate(engine, task, hooks, progress)
-        if stop or is_last or task.is_due(number, config.save_strategy, config.save_steps):
+        if stop or is_last or task.is_due(step, config.save_strategy, config.save_steps):
             hooks.on_checkpoint(progress)
         if stop:
             break
@@ -125,26 +130,25 @@ def fit(
 def _take_step(engine: Engine, task: Task, step: Step, progress: Progress) -> tuple[float, float]:
     """One optimizer step on this rank's share of the step's documents."""
     began = time.perf_counter()
-    chosen = [task.documents[i] for i in step.documents]
-    loss_tokens = sum(d.loss_tokens for d in chosen)
-    mine = rank_share(step.documents, engine.rank, engine.world_size)
+    loss_tokens = sum(d.loss_tokens for d in step.documents)
     result = engine.train_step(
-        make_batch([task.documents[i] for i in mine]),
+        make_batch(rank_share(step.documents, engine.rank, engine.world_size)),
         loss_tokens=loss_tokens,
         lr=task.lr(step.number),
         step=step.number,
     )
     loss, grad_norm = float(result.loss), float(result.grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        sources = ", ".join(d.source for d in chosen[:4])
+        sources = ", ".join(d.source for d in step.documents[:4])
         raise TrainingError(
             f"step {step.number}: the loss is {loss}, the gradient norm {grad_norm}; lower the "
             f"learning rate (now {task.config.learning_rate:g}) or look at the rows of this step: "
             f"{sources}"
         )
     seconds = time.perf_counter() - began
-    tokens = sum(len(d.tokens) for d in chosen)
+    tokens = sum(len(d.tokens) for d in step.documents)
     progress.step = step.number
+    progress.position = step.position
     progress.tokens += tokens
     progress.seconds += seconds
     progress.window.add(

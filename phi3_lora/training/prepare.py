@@ -17,7 +17,7 @@ from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
 from phi3_lora.errors import ConfigError
 from phi3_lora.family import recognise
 from phi3_lora.loading import BaseModel, load_adapter, look_at_model
-from phi3_lora.plan import Plan
+from phi3_lora.plan import Plan, StepPlan
 from phi3_lora.report.observer import Observer
 from phi3_lora.training.loop import Task
 from phi3_lora.weights import num_parameters
@@ -32,16 +32,15 @@ class Prepared:
     lora: LoraSpec
     start: Adapter | None
     """The adapter to start from, if not from scratch."""
-    train: Dataset
     valid: Dataset | None
-    plan: Plan
+    plan: StepPlan
     plan_hash: str
 
     @property
     def task(self) -> Task:
         """What the loop needs."""
         valid = self.valid.documents if self.valid else ()
-        return Task(self.config.training_config, self.plan, self.train.documents, valid)
+        return Task(self.config.training_config, self.plan, valid)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -61,13 +60,9 @@ class Prepared:
                 self.lora, self.shapes, self.base.config.tensor_shapes()
             ),
             "num_modules": len(self.lora.modules) + len(self.lora.saved),
-            "num_documents": len(self.train.documents),
             "num_eval_documents": len(self.valid.documents) if self.valid else 0,
-            "num_tokens": self.train.num_tokens,
-            "loss_tokens": self.train.loss_tokens,
             "documents_per_step": self.config.training_config.documents_per_step,
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "total_steps": self.plan.total_steps,
+            **self.plan.facts(),
             "plan_hash": self.plan_hash,
         }
 
@@ -131,7 +126,7 @@ def prepare(
         packing=training.packing,
         max_length=training.max_length,
     )
-    return Prepared(config, base, lora, start, train, valid, plan, plan.hash())
+    return Prepared(config, base, lora, start, valid, plan, plan.hash())
 
 
 def _lora(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from phi3_lora.config.schema import TrainingConfig
 from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import TrainingError
 from phi3_lora.plan import Plan, rank_share
 from phi3_lora.training.loop import Hooks, Progress, Task, fit
@@ -30,7 +32,7 @@ def make_task(*, valid: bool = False, **changes: Any) -> Task:
         seed=0,
     )
     held_out = random_documents([6, 8], seed=2, vocab_size=32) if valid else []
-    return Task(config, plan, documents, held_out)
+    return Task(config, plan, held_out)
 
 
 def run(engine: ToyEngine, task: Task, progress: Progress | None = None, **hooks: Any) -> Progress:
@@ -55,9 +57,7 @@ def test_logged_loss_is_the_token_weighted_mean_of_its_window() -> None:
         on_metrics=lines.append,
         on_step=lambda progress, loss: losses.append(loss),
     )
-    counts = [
-        sum(task.documents[i].loss_tokens for i in step.documents) for step in task.plan.steps()
-    ]
+    counts = [sum(d.loss_tokens for d in step.documents) for step in task.plan.steps()]
     assert [line["step"] for line in lines] == [4, 8, 9]
     for line, window in zip(lines, (slice(0, 4), slice(4, 8), slice(8, 9)), strict=True):
         assert line["loss_tokens"] == sum(counts[window])
@@ -103,7 +103,7 @@ def test_nan_loss_names_the_step_and_its_rows() -> None:
     with pytest.raises(TrainingError, match=r"step 3: the loss is nan") as problem:
         run(engine, task, on_checkpoint=lambda p: saved.append(p.step))
     assert saved == [1, 2]
-    assert task.documents[task.plan.step(3).documents[0]].source in str(problem.value)
+    assert task.plan.step(3).documents[0].source in str(problem.value)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -112,11 +112,10 @@ def test_ranks_gradients_sum_to_one_ranks(world_size: int) -> None:
     step = task.plan.step(1)
     engine = ToyEngine()
     run(engine, make_task(max_steps=2))
-    total = sum(task.documents[i].loss_tokens for i in step.documents)
+    total = sum(d.loss_tokens for d in step.documents)
 
-    def gradients(chosen: tuple[int, ...]) -> dict[str, Any]:
-        batch = make_batch([task.documents[i] for i in chosen])
-        return engine.gradients(batch, loss_tokens=total)
+    def gradients(chosen: Sequence[Document]) -> dict[str, Any]:
+        return engine.gradients(make_batch(chosen), loss_tokens=total)
 
     whole = gradients(step.documents)
     shares = [gradients(rank_share(step.documents, r, world_size)) for r in range(world_size)]
@@ -128,7 +127,7 @@ def test_ranks_gradients_sum_to_one_ranks(world_size: int) -> None:
 def test_toy_gradient_is_the_finite_difference() -> None:
     engine, task = ToyEngine(), make_task(max_steps=2)
     run(engine, task)
-    batch = make_batch(task.documents[:3])
+    batch = make_batch(random_documents(LENGTHS, seed=1, vocab_size=32)[:3])
     weights = engine.read_adapter()
     losses = []
     step = np.float32(2.0**-8)

@@ -55,12 +55,12 @@ def test_hash_ignores_where_the_data_lies() -> None:
 def test_last_short_step_is_kept() -> None:
     plan = make_plan()
     assert plan.steps_per_epoch == 11 and plan.total_steps == 22
-    assert [len(step.documents) for step in plan.steps()] == ([4] * 10 + [1]) * 2
+    assert [len(step.indices) for step in plan.steps()] == ([4] * 10 + [1]) * 2
 
 
 def test_each_epoch_takes_every_document_once_in_its_own_order() -> None:
     steps = list(make_plan().steps())
-    epochs = [[d for s in half for d in s.documents] for half in (steps[:11], steps[11:])]
+    epochs = [[d for s in half for d in s.indices] for half in (steps[:11], steps[11:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(LENGTHS)))
     assert epochs[0] != epochs[1]
     assert steps[10].epoch == 1.0 and steps[-1].epoch == 2.0
@@ -83,7 +83,7 @@ def test_steps_after_a_step_are_the_rest() -> None:
 @pytest.mark.parametrize("max_length", [32, 64])
 def test_packing_takes_every_document_once_in_rows_that_fit(max_length: int) -> None:
     plan = make_plan(rows_per_step=1, num_epochs=3, packing=True, max_length=max_length)
-    rows = [step.documents for step in plan.steps()]
+    rows = [step.indices for step in plan.steps()]
     count = plan.steps_per_epoch
     assert len(rows) == 3 * count
     assert all(sum(LENGTHS[i] for i in row) <= max_length for row in rows)
@@ -95,9 +95,9 @@ def test_packing_takes_every_document_once_in_rows_that_fit(max_length: int) -> 
 
 def test_packed_step_holds_the_rows_of_single_row_steps() -> None:
     packed: dict[str, Any] = {"packing": True, "max_length": 32, "num_epochs": 1}
-    rows = [s.documents for s in make_plan(rows_per_step=1, **packed).steps()]
+    rows = [s.indices for s in make_plan(rows_per_step=1, **packed).steps()]
     first = make_plan(rows_per_step=3, **packed).step(1)
-    assert first.documents == tuple(i for row in rows[:3] for i in row)
+    assert first.indices == tuple(i for row in rows[:3] for i in row)
 
 
 def test_batch_and_accumulation_make_the_same_plan() -> None:
