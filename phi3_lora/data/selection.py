@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_lora.data import tally as tallies
 from phi3_lora.data.encoding import (
     HAS_MARKER_TEXT,
     LACKS_SYSTEM,
@@ -18,6 +19,7 @@ from phi3_lora.data.encoding import (
     Encoding,
 )
 from phi3_lora.data.store import document_lengths, num_loss_tokens
+from phi3_lora.data.tally import Tally
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
@@ -63,53 +65,65 @@ class Selection:
             name: what to call them in notes.
 
         Raises:
-            DataError: when nothing is left to learn from; when rows are too long or cannot be
-                rendered, and that is to be an error.
+            DataError: when nothing is left to learn from; as choose.
         """
-        notes = [*self.notes]
-        unrendered, index = self._split(index, UNRENDERED)
-        if len(unrendered):
-            notes.append(self._not_rendered(unrendered, name))
-        total = len(index)
-        if self.encoding.too_long == "error":
-            self._refuse_longer(index, f"{name}: longer than {self.limit}")
-        shortened, _ = self._split(index, SHORTENED)
-        dropped, index = self._split(index, TOO_LONG)
-        is_heard = self.encoded.rows["loss_tokens"][index] > 0
-        silent, index = index[~is_heard], index[is_heard]
-        longest = int(self.encoded.rows["length"][dropped].max(initial=0))
-        how = f"{self.encoding.too_long}; "
-        counts = (
-            ("shortened", shortened, f"longer than {self.limit} by whole turns", how),
-            ("dropped", dropped, f"longer than {self.limit}", f"longest {longest:,}; "),
-            ("dropped", silent, "without a supervised token", ""),
-        )
-        notes += [
-            f"{name}: {verb} {len(found):,} of {total:,} rows {what} "
-            f"({detail}first {self._first(found)})"
-            for verb, found, what, detail in counts
-            if len(found)
-        ]
-        notes += self._remarks(index, name)
+        index, tally = self.choose(index, name)
+        notes = [*self.notes, *self.told(tally, name)]
         if not len(index):
             raise DataError(listing(f"{name}: no row is left to learn from", notes))
         return Dataset(self.encoded.documents(index), notes)
 
-    def _first(self, index: Index) -> str:
-        return self.encoded.source(int(index[0]))
+    def told(self, tally: Tally, name: str) -> list[str]:
+        """What is to be said of rows that were counted."""
+        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
+
+    def choose(self, index: Index, name: str) -> tuple[Index, Tally]:
+        """Those of some rows that there is something to learn from, and what became of all.
+
+        Args:
+            index: the rows; one may come more than once.
+            name: what to call them in messages.
+
+        Raises:
+            DataError: when rows are too long or cannot be rendered, and that is to be an error.
+        """
+        num_rows = len(index)
+        unrendered, index = self._split(index, UNRENDERED)
+        problems = [self.encoded.problem(int(i)) for i in unrendered[:MAX_SHOWN]]
+        if problems and self.encoding.on_bad_row == "error":
+            title = f"{len(unrendered):,} row(s) cannot be rendered:"
+            raise DataError(listing(title, problems, total=len(unrendered)))
+        if self.encoding.too_long == "error":
+            self._refuse_longer(index, f"{name}: longer than {self.limit}")
+        shortened, _ = self._split(index, SHORTENED)
+        dropped, index = self._split(index, TOO_LONG)
+        rows = self.encoded.rows
+        is_heard = rows["loss_tokens"][index] > 0
+        silent, index = index[~is_heard], index[is_heard]
+        num_eaten = rows["num_eaten"][index]
+        tally = Tally(
+            num_rows,
+            int(rows["length"][dropped].max(initial=0)),
+            int(num_eaten.sum(dtype=np.int64)),
+        )
+        found = {
+            tallies.SHORTENED: shortened,
+            tallies.DROPPED: dropped,
+            tallies.SILENT: silent,
+            tallies.MARKED: self._split(index, HAS_MARKER_TEXT)[0],
+            tallies.EATEN: index[num_eaten > 0],
+            tallies.SYSTEMLESS: self._split(index, LACKS_SYSTEM)[0],
+        }
+        tally = tally.plus(tallies.UNRENDERED, len(unrendered), problems)
+        for kind, some in found.items():
+            first = [self.encoded.source(int(i)) for i in some[:1]]
+            tally = tally.plus(kind, len(some), first)
+        return index, tally
 
     def _split(self, index: Index, flag: int) -> tuple[Index, Index]:
         """Rows with a flag, and the others."""
         has = (self.encoded.rows["flags"][index] & flag) != 0
         return index[has], index[~has]
-
-    def _not_rendered(self, index: Index, name: str) -> str:
-        texts = [self.encoded.problem(int(i)) for i in index[:MAX_SHOWN]]
-        if self.encoding.on_bad_row == "error":
-            title = f"{len(index):,} row(s) cannot be rendered:"
-            raise DataError(listing(title, texts, total=len(index)))
-        title = f"{name}: skipped {len(index):,} row(s) that cannot be rendered:"
-        return listing(title, texts, total=len(index))
 
     def _refuse_longer(self, index: Index, title: str) -> None:
         longer, _ = self._split(index, TOO_LONG)
@@ -128,25 +142,3 @@ class Selection:
                 total=len(longer),
             )
         )
-
-    def _remarks(self, index: Index, name: str) -> list[str]:
-        """What was noticed in rows that are kept, each kind counted."""
-        num_eaten = self.encoded.rows["num_eaten"][index]
-        characters = int(num_eaten.sum(dtype=np.int64))
-        marked, _ = self._split(index, HAS_MARKER_TEXT)
-        systemless, _ = self._split(index, LACKS_SYSTEM)
-        texts = (
-            (marked, "hold markers as text, kept as text", ""),
-            (
-                index[num_eaten > 0],
-                "lose white space that markers beside a message eat",
-                f"{characters:,} in all; ",
-            ),
-            (systemless, "lose their system message: the chat template has no place for it", ""),
-        )
-        return [
-            f"{name}: {len(found):,} of {len(index):,} rows {text} "
-            f"({detail}first {self._first(found)})"
-            for found, text, detail in texts
-            if len(found)
-        ]

@@ -1,0 +1,93 @@
+"""What became of rows, counted; the counts of parts add up to those of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from phi3_lora.errors import MAX_SHOWN, listing
+
+BAD, UNRENDERED = "bad", "unrendered"
+SHORTENED, DROPPED, SILENT = "shortened", "dropped", "silent"
+MARKED, EATEN, SYSTEMLESS = "marked", "eaten", "systemless"
+_LISTED = (BAD, UNRENDERED)
+"""Kinds of which the first MAX_SHOWN are named; of the others, the first one."""
+_LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of rows."""
+
+    num_rows: int = 0
+    """All of them."""
+    longest: int = 0
+    """Tokens of the longest row that does not fit."""
+    num_eaten: int = 0
+    """Characters of white space that markers beside a message eat, in rows that are kept."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Kind -> rows of it."""
+    first: dict[str, list[str]] = field(default_factory=dict)
+    """Kind -> file:line of the first one, or of those that are left out what is wrong, too."""
+
+    def __add__(self, later: Tally) -> Tally:
+        counts, first = dict(self.counts), dict(self.first)
+        for kind, count in later.counts.items():
+            shown = MAX_SHOWN if kind in _LISTED else 1
+            counts[kind] = counts.get(kind, 0) + count
+            first[kind] = [*first.get(kind, []), *later.first[kind]][:shown]
+        return Tally(
+            self.num_rows + later.num_rows,
+            max(self.longest, later.longest),
+            self.num_eaten + later.num_eaten,
+            counts,
+            first,
+        )
+
+    def plus(self, kind: str, count: int, first: Sequence[str]) -> Tally:
+        """With so many more rows of a kind; num_rows stays."""
+        return self + Tally(counts={kind: count}, first={kind: [*first]}) if count else self
+
+    def notes(self, name: str, *, limit: str, too_long: str) -> list[str]:
+        """One text for each kind that there is, for the user.
+
+        Args:
+            name: what to call the rows.
+            limit: what the limit of tokens is called.
+            too_long: what became of longer rows: drop, truncate_left or truncate_right.
+        """
+        notes = [
+            listing(
+                f"{name}: skipped {self.counts[kind]:,} {what}:",
+                self.first[kind],
+                total=self.counts[kind],
+            )
+            for kind, what in _LEFT_OUT.items()
+            if kind in self.counts
+        ]
+        rendered = self.num_rows - sum(self.counts.get(kind, 0) for kind in _LISTED)
+        kept = rendered - sum(self.counts.get(kind, 0) for kind in (DROPPED, SILENT))
+        longer = f"longer than {limit}"
+        texts = (
+            (SHORTENED, rendered, f"shortened {{}} rows {longer} by whole turns", f"{too_long}; "),
+            (DROPPED, rendered, f"dropped {{}} rows {longer}", f"longest {self.longest:,}; "),
+            (SILENT, rendered, "dropped {} rows without a supervised token", ""),
+            (MARKED, kept, "{} rows hold markers as text, kept as text", ""),
+            (
+                EATEN,
+                kept,
+                "{} rows lose white space that markers beside a message eat",
+                f"{self.num_eaten:,} in all; ",
+            ),
+            (
+                SYSTEMLESS,
+                kept,
+                "{} rows lose their system message: the chat template has no place for it",
+                "",
+            ),
+        )
+        for kind, total, text, detail in texts:
+            if kind in self.counts:
+                what = text.format(f"{self.counts[kind]:,} of {total:,}")
+                notes.append(f"{name}: {what} ({detail}first {self.first[kind][0]})")
+        return notes
