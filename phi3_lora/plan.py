@@ -59,8 +59,8 @@ class StepPlan(Protocol):
             CheckpointError: when the data is not what it was at that position.
         """
 
-    def hash(self) -> str:
-        """What tells this plan from others before its first step."""
+    def hash(self, position: Position | None = None) -> str:
+        """sha256 that tells this plan from others; of a position, of the steps up to it."""
 
     def facts(self) -> dict[str, Any]:
         """Figures by name; None where they are not known before the run."""
@@ -139,7 +139,7 @@ class Plan:
             self._cached = (epoch, rows)
         return self._cached[1]
 
-    def hash(self) -> str:
+    def hash(self, position: Position | None = None) -> str:
         """sha256 over every (step, document) pair and over the documents' ids and masks."""
         digest = hashlib.sha256(documents_digest(self._documents).encode())
         for number in range(1, self.total_steps + 1):

@@ -55,7 +55,7 @@ def settings(
         flags=named,
     ).config
     data = config.data
-    return config, resolve_data(data.source or "", data.valid, more=data.sources)
+    return config, resolve_data(data.source or "", data.valid, more=data.more)
 
 
 def base_of(config: RunConfig) -> Base:

@@ -256,7 +256,9 @@ class DataConfig:
     subset: str | None = None
     """The configuration of a hub data set that has several."""
     streaming: bool = False
-    """Read a hub data set as it arrives, without a copy on the disk."""
+    """Train on rows as they are read, without a pass over them first; needs max_steps."""
+    buffer_size: int = 10_000
+    """Rows that are read and shuffled at a time when streaming."""
     on_bad_row: str = "error"
     """What a row that cannot be used does: error, or skip, which counts and names it."""
     loss_on: str = "assistant"
@@ -279,8 +281,9 @@ class DataConfig:
         )
         check_format(self.format)
         check_columns(self.columns)
-        of_train = ("format", "columns", "split", "subset", "streaming")
-        stray = [name for name in of_train if getattr(self, name) not in ("auto", {}, None, False)]
+        _require(self.buffer_size >= 1, f"data.buffer_size must be >= 1, got {self.buffer_size}")
+        of_train = ("format", "columns", "split", "subset")
+        stray = [name for name in of_train if getattr(self, name) not in ("auto", {}, None)]
         _require(
             bool(self.train) or not stray,
             f"data.{', data.'.join(stray)} without data.train: set it in the entries of "
@@ -300,6 +303,13 @@ class DataConfig:
             columns=self.columns,
             streaming=self.streaming,
         )
+
+    @property
+    def more(self) -> tuple[Source, ...]:
+        """The entries of sources, streaming where the run does."""
+        if not self.streaming:
+            return self.sources
+        return tuple(dataclasses.replace(source, streaming=True) for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,18 +16,21 @@ from phi3_lora.data.encoding import Encoding, InMemory, encode_in_parts
 from phi3_lora.data.mixing import copies
 from phi3_lora.data.records import Conversation
 from phi3_lora.data.selection import Dataset, Selection
-from phi3_lora.data.sources import Source, check_exists, is_on_hub, with_split
+from phi3_lora.data.sources import Source, check_exists, with_split
 from phi3_lora.data.store import DocumentStore
 from phi3_lora.data.token_cache import encoded_sources
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
 from phi3_lora.errors import DataError
 from phi3_lora.seeding import permutation
 
+_VALID = "validation data"
 __all__ = [
     "DataFiles",
     "Dataset",
     "build_dataset",
     "documents_digest",
+    "encoding_of",
+    "load_split",
     "load_splits",
     "make_batch",
     "resolve_data",
@@ -71,7 +74,6 @@ def resolve_data(
             path=valid,
             split=None,
             subset=None,
-            streaming=like.streaming and is_on_hub(Source(path=valid)),
         )
         check_exists(chosen)
         return DataFiles(train, (chosen,))
@@ -117,7 +119,7 @@ def build_dataset(
         DataError: when nothing is left to learn from; when rows are too long or cannot be
             rendered, and that is to be an error.
     """
-    encoding, limit = _encoding(
+    encoding, limit = encoding_of(
         max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
     )
     parts = encode_in_parts(rows, tokenizer, encoding)
@@ -126,8 +128,8 @@ def build_dataset(
     return Selection(encoded, encoding, limit, tokenizer.notes).dataset(index, name)
 
 
-def _encoding(max_length: int, context: int | None, **choices: str) -> tuple[Encoding, str]:
-    """How rows become documents, and what to call their limit."""
+def encoding_of(max_length: int, context: int | None, **choices: str) -> tuple[Encoding, str]:
+    """How rows become documents (Encoding, its choices by name), and what to call their limit."""
     if context is not None and context < max_length:
         return Encoding(limit=context, **choices), f"the model's context of {context:,} tokens"
     return Encoding(limit=max_length, **choices), f"max_length {max_length:,} tokens"
@@ -156,27 +158,50 @@ def load_splits(
     Raises:
         StorageError: when the cache cannot be written.
     """
-    encoding, limit = _encoding(
+    encoding, limit = encoding_of(
         max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
     )
     rows = encoded_sources(files.train, tokenizer, encoding, note)
     is_valid = np.zeros(len(rows.rows), dtype=bool)
-    valid_rows, valid_index = rows, np.arange(0)
+    valid = None
     if files.valid:
-        valid_rows = encoded_sources(files.valid, tokenizer, encoding, note)
-        valid_index = np.arange(len(valid_rows.rows))
+        valid = load_split(files.valid, tokenizer, encoding, limit, note=note)
     elif valid_fraction > 0:
         is_valid = _chosen_share(len(is_valid), valid_fraction, seed)
-        valid_index = np.flatnonzero(is_valid)
+        selection = Selection(rows, encoding, limit, tokenizer.notes)
+        valid = selection.dataset(np.flatnonzero(is_valid), _VALID)
     times = copies([source.weight for source in files.train], rows.counts, is_valid, seed)
     index = np.repeat(np.arange(len(times)), times)
     train = Selection(rows, encoding, limit, tokenizer.notes).dataset(index, "training data")
-    train = _with_notes(train, rows.notes)
-    if not len(valid_index):
-        return train, None
-    selection = Selection(valid_rows, encoding, limit, tokenizer.notes)
-    valid = selection.dataset(valid_index, "validation data")
-    return train, _with_notes(valid, valid_rows.notes if files.valid else [])
+    return _with_notes(train, rows.notes), valid
+
+
+def load_split(
+    sources: Sequence[Source],
+    tokenizer: ChatTokenizer,
+    encoding: Encoding,
+    limit: str,
+    *,
+    name: str = _VALID,
+    note: Note = lambda text: None,
+) -> Dataset:
+    """All documents of sources.
+
+    Args:
+        sources: what to read; weights do not count.
+        tokenizer: the base model's.
+        encoding: how rows become documents.
+        limit: what the limit of tokens is called.
+        name: what to call the rows in notes.
+        note: told where the tokens of large files lie.
+
+    Raises:
+        DataError: as load_splits.
+        StorageError: when the cache cannot be written.
+    """
+    rows = encoded_sources(sources, tokenizer, encoding, note)
+    selection = Selection(rows, encoding, limit, tokenizer.notes)
+    return _with_notes(selection.dataset(np.arange(len(rows.rows)), name), rows.notes)
 
 
 def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:

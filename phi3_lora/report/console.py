@@ -39,15 +39,8 @@ class ConsoleObserver:
             f"model {facts['model']}{shape}: {facts['num_parameters'] / 1e6:,.1f} M parameters, "
             f"{facts['num_trainable_parameters']:,} trainable in {facts['num_modules']} modules"
         )
-        self._say(
-            f"data: {facts['num_documents']:,} documents, {facts['num_tokens']:,} tokens, "
-            f"{facts['loss_tokens']:,} in the loss; {facts['num_eval_documents']:,} to validate on"
-        )
-        self._say(
-            f"plan: {facts['total_steps']:,} steps of {facts['documents_per_step']} documents "
-            f"({facts['steps_per_epoch']:,} an epoch) on any number of ranks, "
-            f"hash {facts['plan_hash'][:12]}"
-        )
+        self._say(_data_line(facts))
+        self._say(_plan_line(facts))
         self._say(f"backend {facts['backend']} on {facts['device']}, {facts['dtype']}")
         if step:
             self._say(f"resuming after step {step:,}")
@@ -108,3 +101,25 @@ class ConsoleObserver:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _data_line(facts: dict[str, Any]) -> str:
+    streamed = facts.get("streamed")
+    known = streamed or facts
+    text = (
+        f"{known['num_documents']:,} documents, {known['num_tokens']:,} tokens, "
+        f"{known['loss_tokens']:,} in the loss"
+    )
+    if streamed:
+        text = f"streamed, {streamed['buffer_size']:,} rows at a time; the first give {text}"
+    return f"data: {text}; {facts['num_eval_documents']:,} to validate on"
+
+
+def _plan_line(facts: dict[str, Any]) -> str:
+    epoch = facts["steps_per_epoch"]
+    return (
+        f"plan: {facts['total_steps']:,} steps of {facts['documents_per_step']} documents"
+        + (f" ({epoch:,} an epoch)" if epoch else "")
+        + f" on any number of ranks, hash {facts['plan_hash'][:12]}"
+        + ("" if epoch else ", then one of the steps taken in each line of metrics")
+    )

@@ -39,7 +39,8 @@ def model_card(
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
     if "/" in config.model and not config.model.startswith((".", "/", "~")):
         head["base_model"] = config.model
-    rows = _rows(adapter, config, facts, identity, environment)
+    amount = _amount(facts, progress)
+    rows = _rows(adapter, config, facts, identity, environment, amount)
     rows["Steps"] = f"{progress.step:,} of {facts['total_steps']:,}"
     if progress.last_loss is not None:
         rows["Training loss"] = f"{progress.last_loss:.4f} nats per supervised token"
@@ -68,15 +69,15 @@ def _rows(
     facts: dict[str, Any],
     identity: str,
     environment: dict[str, Any],
+    amount: str,
 ) -> dict[str, str]:
-    """What is known before the first step."""
+    """What does not depend on how well it went."""
     training = config.training_config
     return {
         "Base model": f"`{config.model}`",
         "Quantised": f"`{config.quantize}`",
         "Base identity (sha256)": f"`{identity}`",
-        "Training data": f"{_sources(config)}: {facts['num_documents']:,} documents, "
-        f"{facts['loss_tokens']:,} supervised tokens",
+        "Training data": f"{_sources(config)}: {amount}",
         "Documents a step": f"{facts['documents_per_step']}",
         "Plan hash (sha256)": f"`{facts['plan_hash']}`",
         "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}"
@@ -87,6 +88,12 @@ def _rows(
         "Trained on": f"{environment['backend']}, {environment['device']}, {environment['dtype']}",
         "Versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
     }
+
+
+def _amount(facts: dict[str, Any], progress: Progress) -> str:
+    if facts["num_documents"] is None:
+        return f"streamed, {progress.tokens:,} tokens of it"
+    return f"{facts['num_documents']:,} documents, {facts['loss_tokens']:,} supervised tokens"
 
 
 def _sources(config: RunConfig) -> str:

@@ -114,6 +114,8 @@ def fit(
                 lr=task.lr(number),
                 peak_memory_bytes=engine.peak_memory_bytes(),
             )
+            if step.position is not None:
+                line["plan_hash"] = task.plan.hash(step.position)
             progress.last_loss = line["loss"]
             progress.window = Window()
             hooks.on_metrics(line)

@@ -13,12 +13,13 @@ from phi3_lora.adapters.targets import in_model_order
 from phi3_lora.adapters.targets import resolve as resolve_lora
 from phi3_lora.backend import LoraSpec
 from phi3_lora.config.schema import LoraConfig, RunConfig
-from phi3_lora.data.dataset import Dataset, load_splits, resolve_data
+from phi3_lora.data.dataset import Dataset
 from phi3_lora.errors import ConfigError
 from phi3_lora.family import recognise
 from phi3_lora.loading import BaseModel, load_adapter, look_at_model
-from phi3_lora.plan import Plan, StepPlan
+from phi3_lora.plan import StepPlan
 from phi3_lora.report.observer import Observer
+from phi3_lora.training.data import read_data
 from phi3_lora.training.loop import Task
 from phi3_lora.weights import num_parameters
 
@@ -92,41 +93,11 @@ def prepare(
         with_weights=with_weights,
         chat_template=config.data.chat_template,
     )
-    training = config.training_config
     start_dir = start_dir or config.adapter
     start = None if start_dir is None else load_adapter(start_dir, base)
     lora = _lora(config, base, start, observer)
-    data = config.data
-    files = resolve_data(data.source or "", data.valid, more=data.sources)
-    if files.valid and data.valid_fraction:
-        observer.note(
-            f"data.valid_fraction has no effect: {files.valid[0]} is there to validate on"
-        )
-    train, valid = load_splits(
-        files,
-        base.tokenizer,
-        max_length=training.max_length,
-        valid_fraction=data.valid_fraction,
-        seed=training.seed,
-        context=base.config.max_position_embeddings,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
-        note=observer.note,
-    )
-    # What is said of the template is the same for both.
-    for note in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):
-        observer.note(note)
-    plan = Plan(
-        train.documents,
-        rows_per_step=training.documents_per_step,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        seed=training.seed,
-        packing=training.packing,
-        max_length=training.max_length,
-    )
-    return Prepared(config, base, lora, start, valid, plan, plan.hash())
+    data = read_data(config, base, observer.note)
+    return Prepared(config, base, lora, start, data.valid, data.plan, data.plan.hash())
 
 
 def _lora(

@@ -18,7 +18,7 @@ from phi3_lora.backend import Backend, Engine, LoadRequest
 from phi3_lora.config.load import resolve
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.dataset import documents_digest
-from phi3_lora.errors import TrainingError, TrainingInterrupted
+from phi3_lora.errors import DataError, TrainingError, TrainingInterrupted
 from phi3_lora.evaluation import Evaluation
 from phi3_lora.loading import other_base_notes, prepare_weights
 from phi3_lora.registry import choose_backend
@@ -187,8 +187,10 @@ class _Run:
         with stop_on_signal() as stop:
             try:
                 fit(engine, prepared.task, hooks, progress, stop)
-            except TrainingError as cause:
-                raise TrainingError(f"{cause}\n{self._last_good()}") from cause
+            except (TrainingError, DataError) as cause:
+                raise type(cause)(f"{cause}\n{self._last_good()}") from cause
+        for text in prepared.plan.notes(progress.position):
+            observer.note(text)
         if stop and progress.step < prepared.plan.total_steps:
             raise TrainingInterrupted(
                 f"stopped at step {progress.step} of {prepared.plan.total_steps}, saved; go on "
@@ -207,10 +209,15 @@ class _Run:
             steps=progress.step,
             final_loss=progress.last_loss,
             best_eval_loss=progress.best_eval_loss,
-            plan_hash=prepared.plan_hash,
+            plan_hash=self._plan_hash(progress),
             tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
             peak_memory_bytes=engine.peak_memory_bytes(),
         )
+
+    def _plan_hash(self, progress: Progress) -> str:
+        """Of the whole plan; where data streams, of the steps so far."""
+        plan, position = self.prepared.plan, progress.position
+        return self.prepared.plan_hash if position is None else plan.hash(position)
 
     def _restore(self, checkpoint: Checkpoint | None) -> Progress:
         prepared, engine = self.prepared, self.engine
@@ -266,7 +273,7 @@ class _Run:
         card = model_card(
             adapter,
             prepared.config,
-            prepared.facts(),
+            {**prepared.facts(), "plan_hash": self._plan_hash(progress)},
             identity,
             self.environment,
             prepared.base.config,

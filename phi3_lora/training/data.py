@@ -1,0 +1,118 @@
+"""What a run trains and validates on, and the steps that it takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from phi3_lora.cache_folder import Note
+from phi3_lora.config.schema import DataConfig, RunConfig
+from phi3_lora.data.dataset import (
+    DataFiles,
+    Dataset,
+    encoding_of,
+    load_split,
+    load_splits,
+    resolve_data,
+)
+from phi3_lora.data.stream import StreamedRows
+from phi3_lora.errors import ConfigError
+from phi3_lora.loading import BaseModel
+from phi3_lora.plan import Plan, StepPlan
+from phi3_lora.streamed_plan import StreamedPlan
+
+
+class RunData(NamedTuple):
+    """What a run learns from and is measured by."""
+
+    plan: StepPlan
+    valid: Dataset | None
+
+
+def read_data(config: RunConfig, base: BaseModel, note: Note) -> RunData:
+    """Read what a run trains on, or of a stream its beginning, and what it validates on.
+
+    Args:
+        config: the run.
+        base: whose tokenizer and context.
+        note: told what the user should know.
+
+    Raises:
+        ConfigError: when settings do not go together.
+        DataError: when data cannot be used.
+        StorageError: when the cache of tokens cannot be written.
+    """
+    data = config.data
+    files = resolve_data(data.source or "", data.valid, more=data.more)
+    if files.valid and data.valid_fraction:
+        note(f"data.valid_fraction has no effect: {files.valid[0]} is there to validate on")
+    return (_streamed if data.streaming else _whole)(config, files, base, note)
+
+
+def _whole(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> RunData:
+    data, training = config.data, config.training_config
+    if data.buffer_size != DataConfig().buffer_size:
+        note("data.buffer_size has no effect without data.streaming")
+    train, valid = load_splits(
+        files,
+        base.tokenizer,
+        max_length=training.max_length,
+        valid_fraction=data.valid_fraction,
+        seed=training.seed,
+        context=base.config.max_position_embeddings,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
+        on_bad_row=data.on_bad_row,
+        note=note,
+    )
+    # What is said of the template is the same for both.
+    for text in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):
+        note(text)
+    plan = Plan(
+        train.documents,
+        rows_per_step=training.documents_per_step,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        packing=training.packing,
+        max_length=training.max_length,
+    )
+    return RunData(plan, valid)
+
+
+def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> RunData:
+    data, training = config.data, config.training_config
+    if training.max_steps < 1:
+        raise ConfigError(
+            "data.streaming needs training_config.max_steps (--max-steps): how many rows there are "
+            "is not known before they are read"
+        )
+    if data.valid_fraction and not files.valid:
+        raise ConfigError(
+            f"data.valid_fraction {data.valid_fraction} with data.streaming: a share of the rows "
+            "cannot be set aside before they are read; name rows to validate on (--valid)"
+        )
+    encoding, limit = encoding_of(
+        training.max_length,
+        base.config.max_position_embeddings,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
+        on_bad_row=data.on_bad_row,
+    )
+    for text in base.tokenizer.notes:
+        note(text)
+    rows = StreamedRows(files.train, base.tokenizer, encoding, limit, data.buffer_size)
+    plan = StreamedPlan(
+        rows,
+        rows_per_step=training.documents_per_step,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        row_tokens=training.max_length if training.packing else None,
+        note=note,
+    )
+    valid = None
+    if files.valid:
+        valid = load_split(files.valid, base.tokenizer, encoding, limit, note=note)
+        for text in valid.notes:
+            if text not in base.tokenizer.notes:
+                note(text)
+    return RunData(plan, valid)
