@@ -54,7 +54,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a column -> the file's."""
     streaming: bool = False
-    """Read a data set of the hub as it arrives, without a copy on the disk."""
+    """Read as it arrives: a data set of the hub without a copy on the disk."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -114,11 +114,6 @@ def parts_of(source: Source) -> list[Part]:
         return [Part(label, lambda: hub_rows(name, subset, split, streaming=streaming))]
     if source.subset is not None:
         raise DataError(f"{source.path} has no subset {source.subset!r}: only data sets of the hub")
-    if source.streaming:
-        raise DataError(
-            f"{source.path}: streaming is for data sets of the hub; files are always read row by "
-            "row: leave it out"
-        )
     if place.root is not None and is_saved_data_set(place.root):
         root, chosen = place.root, _saved_split(place)
         return [
@@ -134,15 +129,6 @@ def check_exists(source: Source) -> None:
         DataError: when it is not.
     """
     parts_of(source)
-
-
-def is_on_hub(source: Source) -> bool:
-    """Whether a source is a data set of the hub.
-
-    Raises:
-        DataError: when it is not there.
-    """
-    return _place(source).hub is not None
 
 
 def splits_of(source: Source) -> list[str]:

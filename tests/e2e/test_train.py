@@ -40,6 +40,8 @@ PARTS_AND_WHOLE = [
     *("--set", "training_config.loraplus_lr_ratio=4", "--set", "training_config.weight_decay=0.1"),
 ]
 
+STREAMED = ["--set", "data.streaming=true", "--set", "data.buffer_size=7"]
+
 
 @pytest.mark.parametrize(
     ("backend", "settings"),
@@ -48,6 +50,8 @@ PARTS_AND_WHOLE = [
         ("cuda", []),
         ("mlx", PARTS_AND_WHOLE),
         ("cuda", PARTS_AND_WHOLE),
+        ("mlx", STREAMED),
+        ("cuda", STREAMED),
     ],
 )
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(

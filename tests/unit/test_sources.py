@@ -95,14 +95,13 @@ def test_what_is_not_there_is_named(name: str, phrase: str) -> None:
     assert phrase in str(problem.value)
 
 
-def test_streaming_is_for_the_hub_alone(tmp_path: Path) -> None:
+def test_what_is_validated_on_streams_as_what_is_trained_on(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", ROWS)
-    with pytest.raises(DataError, match="streaming is for data sets of the hub"):
-        resolve_data(Source(path=str(path), streaming=True))
     train = Source(path="owner/name", streaming=True, format="text")
     (valid,) = resolve_data(train, str(path)).valid
-    assert (valid.streaming, valid.format) == (False, "text")
+    assert (valid.streaming, valid.format) == (True, "text")
     assert resolve_data(train, "owner/name:test").valid[0].streaming
+    assert len(places(Source(path=str(path), streaming=True))) == len(ROWS)
 
 
 def test_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
