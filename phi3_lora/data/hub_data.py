@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +12,12 @@ from phi3_lora.errors import DataError
 from phi3_lora.optional import optional_package
 
 T = TypeVar("T")
+_DESCRIPTIONS = ("state.json", "dataset_info.json")
 
 
 def is_saved_data_set(folder: Path) -> bool:
     """Whether `save_to_disk` of the library `datasets` wrote the folder."""
-    names = {"dataset_dict.json"}, {"state.json", "dataset_info.json"}
+    names = {"dataset_dict.json"}, set(_DESCRIPTIONS)
     return any(all((folder / name).is_file() for name in some) for some in names)
 
 
@@ -51,9 +52,16 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[RawRow]:
     Raises:
         DataError: when it is damaged.
     """
-    datasets = _library(str(folder))
-    data = _told(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    return _rows(str(folder), data if split is None else data[split])
+    return _rows(str(folder), _saved(folder, split))
+
+
+def saved_files(folder: Path, split: str | None) -> Sequence[Path] | None:
+    """The files that the rows of a saved data set and their meaning lie in.
+
+    Raises:
+        DataError: when it is damaged.
+    """
+    return _files_under(_saved(folder, split))
 
 
 def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> Iterator[RawRow]:
@@ -68,11 +76,45 @@ def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> I
     Raises:
         DataError: when the hub has no such data set or is out of reach.
     """
+    return _rows(name, _loaded(name, subset, split, streaming=streaming))
+
+
+def hub_files(name: str, subset: str | None, split: str) -> Sequence[Path] | None:
+    """The files that a data set of the hub lies in on the disk, downloaded where it has to be.
+
+    Args:
+        name: owner/name.
+        subset: its configuration, where it has several.
+        split: as hub_rows; of a part of a split these are the files of the whole split.
+
+    Returns:
+        None when the library keeps the rows in memory.
+
+    Raises:
+        DataError: when the hub has no such data set or is out of reach.
+    """
+    return _files_under(_loaded(name, subset, split, streaming=False))
+
+
+def _saved(folder: Path, split: str | None) -> Any:
+    datasets = _library(str(folder))
+    data = _told(str(folder), lambda: datasets.load_from_disk(str(folder)))
+    return data if split is None else data[split]
+
+
+def _loaded(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
     datasets = _library(name)
-    data = _told(
+    return _told(
         name, lambda: datasets.load_dataset(name, subset, split=split, streaming=streaming)
     )
-    return _rows(name, data)
+
+
+def _files_under(data: Any) -> Sequence[Path] | None:
+    rows = [Path(file["filename"]) for file in data.cache_files]
+    # What rows mean, such as the names of classes, stands beside them.
+    folders = sorted({path.parent for path in rows})
+    meanings = [folder / name for folder in folders for name in _DESCRIPTIONS]
+    return [*rows, *(path for path in meanings if path.is_file())] or None
 
 
 def _rows(name: str, data: Any) -> Iterator[RawRow]:

@@ -15,9 +15,11 @@ from phi3_lora.data.conversation import BadRow, Conversation, RawRow, RowError
 from phi3_lora.data.files import EXTENSIONS, kind_of, read_raw_rows
 from phi3_lora.data.formats import COLUMNS, FORMATS, RowReader
 from phi3_lora.data.hub_data import (
+    hub_files,
     hub_rows,
     hub_splits,
     is_saved_data_set,
+    saved_files,
     saved_rows,
     saved_splits,
 )
@@ -98,6 +100,8 @@ class Part(NamedTuple):
 
     name: str
     rows: Callable[[], Iterator[RawRow]]
+    files: Callable[[], Sequence[Path] | None]
+    """What the rows and their meaning lie in; None where that is no file on the disk."""
 
 
 def parts_of(source: Source) -> list[Part]:
@@ -108,18 +112,37 @@ def parts_of(source: Source) -> list[Part]:
     """
     place = _place(source)
     if place.hub is not None:
-        subset, split = place.subset, place.split or "train"
-        label = f"{place.hub}{f'/{subset}' if subset else ''}[{split}]"
-        name, streaming = place.hub, source.streaming
-        return [Part(label, lambda: hub_rows(name, subset, split, streaming=streaming))]
+        return [_hub_part(place.hub, place.subset, place.split or "train", source.streaming)]
     if source.subset is not None:
         raise DataError(f"{source.path} has no subset {source.subset!r}: only data sets of the hub")
     if place.root is not None and is_saved_data_set(place.root):
-        root, chosen = place.root, _saved_split(place)
-        return [
-            Part(f"{root}[{chosen}]" if chosen else str(root), lambda: saved_rows(root, chosen))
-        ]
-    return [Part(str(path), _reader(path)) for path in _files(place)]
+        return [_saved_part(place.root, _saved_split(place))]
+    return [_file_part(path) for path in _files(place)]
+
+
+def _hub_part(name: str, subset: str | None, split: str, streaming: bool) -> Part:
+    return Part(
+        f"{name}{f'/{subset}' if subset else ''}[{split}]",
+        lambda: hub_rows(name, subset, split, streaming=streaming),
+        lambda: None if streaming else hub_files(name, subset, split),
+    )
+
+
+def _saved_part(root: Path, split: str | None) -> Part:
+    return Part(
+        f"{root}[{split}]" if split else str(root),
+        lambda: saved_rows(root, split),
+        lambda: saved_files(root, split),
+    )
+
+
+def _file_part(path: Path) -> Part:
+    return Part(
+        str(path),
+        lambda: read_raw_rows(path),
+        # What a pipe holds can be read but once.
+        lambda: [path] if path.is_file() else None,
+    )
 
 
 def check_exists(source: Source) -> None:
@@ -212,10 +235,6 @@ def _local(text: str, split: str | None) -> _Place | None:
         return None
     found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
     return _Place(text, split, files=found) if found else None
-
-
-def _reader(path: Path) -> Callable[[], Iterator[RawRow]]:
-    return lambda: read_raw_rows(path)
 
 
 def _files(place: _Place) -> Sequence[Path]:

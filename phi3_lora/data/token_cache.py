@@ -20,7 +20,7 @@ from phi3_lora.errors import DataError, StorageError
 from phi3_lora.storage import replace_folder
 
 CACHE_FROM_BYTES = 64 * 2**20
-"""Files that are smaller, all together, are tokenised in memory each time."""
+"""Data in smaller files, all together, is tokenised in memory each time."""
 
 
 def encoded_sources(
@@ -73,9 +73,15 @@ def encoded_sources(
 
 
 def _files(sources: Sequence[Source]) -> list[tuple[int, Path]] | None:
-    """The files of all sources with the source's place; None where one is no file."""
-    found = [(i, Path(part.name)) for i, s in enumerate(sources) for part in parts_of(s)]
-    return found if all(path.is_file() for _, path in found) else None
+    """The files of all sources with the source's place; None where one lies in none."""
+    found: list[tuple[int, Path]] = []
+    for i, source in enumerate(sources):
+        for part in parts_of(source):
+            files = part.files()
+            if files is None:
+                return None
+            found += [(i, path) for path in files]
+    return found
 
 
 def _size(files: Sequence[tuple[int, Path]]) -> int:
