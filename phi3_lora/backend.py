@@ -206,6 +206,9 @@ class Engine(Protocol):
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step (the step-th, from 1) on this rank's share of its documents."""
 
+    def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that a step of documents of these lengths computes on, padding included."""
+
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
         """Gradients of sum(nats) / loss_tokens under PEFT names; nothing is updated."""
 

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lora.backend import Batch, LoadRequest
+from phi3_lora.packing import packed_rows
+
+Integers = NDArray[np.signedinteger[Any]]
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
+    """Whole documents in few parts of at most so many tokens, or one longer document.
+
+    Which documents share a part depends on their lengths, longest first into the fullest part
+    that has room; within a part they keep their order.
+    """
+    parts = micro_batch_documents(np.diff(batch.doc_starts), max_tokens)
+    return [batch] if len(parts) == 1 else [chosen_documents(batch, part) for part in parts]
+
+
+def micro_batch_documents(lengths: Integers, max_tokens: int) -> list[Integers]:
+    """Which documents form each part, by their lengths alone."""
+    lengths = lengths.astype(np.int64)
+    rows = packed_rows(np.arange(len(lengths)), lengths, max_tokens)
+    return np.split(rows.documents, rows.starts[1:-1])
 
 
 def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
@@ -28,6 +50,15 @@ def documents_between(batch: Batch, first: int, last: int) -> Batch:
     a, b = int(batch.doc_starts[first]), int(batch.doc_starts[last])
     starts = (batch.doc_starts[first : last + 1] - a).astype(np.int32)
     return Batch(batch.tokens[a:b], batch.targets[a:b], batch.loss_mask[a:b], starts)
+
+
+def chosen_documents(batch: Batch, documents: Integers) -> Batch:
+    """Some documents as a batch of their own."""
+    lengths = np.diff(batch.doc_starts)[documents]
+    starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    offsets = batch.doc_starts[documents] - starts[:-1]
+    index = np.arange(starts[-1]) + np.repeat(offsets, lengths)
+    return Batch(batch.tokens[index], batch.targets[index], batch.loss_mask[index], starts)
 
 
 def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from phi3_lora.data.dataset import documents_digest
 from phi3_lora.data.store import document_lengths, num_loss_tokens
 from phi3_lora.data.tokenizer import Document
-from phi3_lora.packing import Rows, shuffled_rows
+from phi3_lora.packing import FirstSteps, Rows, shuffled_rows
 
 T = TypeVar("T")
 
@@ -64,6 +64,10 @@ class StepPlan(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """Figures by name; None where they are not known before the run."""
+
+    @property
+    def first_steps(self) -> FirstSteps:
+        """Those of the first epoch; of a stream, of what is read at first."""
 
     def notes(self, position: Position | None) -> list[str]:
         """What is to be said, after the step of this position, of rows read on the way."""
@@ -154,7 +158,13 @@ class Plan:
             "loss_tokens": num_loss_tokens(self._documents),
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
+            **self.first_steps.facts(),
         }
+
+    @property
+    def first_steps(self) -> FirstSteps:
+        """Those of the first epoch."""
+        return FirstSteps(self._epoch(0), self._lengths, self._rows_per_step, self._row_tokens)
 
     def notes(self, position: Position | None) -> list[str]:
         """Nothing: all was said when the data was read."""

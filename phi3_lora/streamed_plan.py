@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phi3_lora.data.dataset import documents_digest
 from phi3_lora.data.store import document_lengths, num_loss_tokens
 from phi3_lora.data.stream import Block, Pass, StreamedRows
 from phi3_lora.data.tally import Tally
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import CheckpointError, DataError, listing
-from phi3_lora.packing import shuffled_rows
+from phi3_lora.packing import FirstSteps, Rows, shuffled_rows
 from phi3_lora.plan import Position, Step, step_pairs
 
 T = TypeVar("T")
@@ -97,12 +100,15 @@ class StreamedPlan:
             raise DataError(f"{rows} has no rows")
         # A pipe can be read but once: the first steps go on with this pass.
         self._begun: tuple[Pass, Block] | None = (begun, first)
+        lengths = document_lengths(first.documents)
         self._first_facts = {
             "buffer_size": rows.buffer_size,
             "num_documents": len(first.documents),
-            "num_tokens": int(document_lengths(first.documents).sum()),
+            "num_tokens": int(lengths.sum()),
             "loss_tokens": num_loss_tokens(first.documents),
         }
+        in_rows = self._in_rows(lengths, (0,))
+        self.first_steps = FirstSteps(in_rows, lengths, rows_per_step, row_tokens)
         settings = [seed, rows_per_step, row_tokens, rows.buffer_size]
         held = f"{settings} {first.rows_hash} {documents_digest(first.documents)}"
         self._hash = hashlib.sha256(held.encode()).hexdigest()
@@ -116,7 +122,12 @@ class StreamedPlan:
     def facts(self) -> dict[str, Any]:
         """Figures by name; None where they are not known before the run."""
         unknown = dict.fromkeys(("num_documents", "num_tokens", "loss_tokens", "steps_per_epoch"))
-        return {**unknown, "total_steps": self.total_steps, "streamed": self._first_facts}
+        return {
+            **unknown,
+            "total_steps": self.total_steps,
+            "streamed": self._first_facts,
+            **self.first_steps.facts(),
+        }
 
     def notes(self, position: Position | None) -> list[str]:
         """What became of the rows that were read."""
@@ -192,12 +203,7 @@ class StreamedPlan:
 
     def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
         part = (at.epoch, block.number) if block.number else (at.epoch,)
-        rows = shuffled_rows(
-            document_lengths(block.documents),
-            seed=self._seed,
-            part=part,
-            row_tokens=self._row_tokens,
-        )
+        rows = self._in_rows(document_lengths(block.documents), part)
         for i in range(skip, rows.num_rows):
             chosen = rows.documents[rows.starts[i] : rows.starts[i + 1]].tolist()
             yield _Row(
@@ -205,6 +211,9 @@ class StreamedPlan:
                 [block.documents[j] for j in chosen],
                 dataclasses.replace(at, row=i + 1),
             )
+
+    def _in_rows(self, lengths: NDArray[np.int64], part: tuple[int, ...]) -> Rows:
+        return shuffled_rows(lengths, seed=self._seed, part=part, row_tokens=self._row_tokens)
 
     def _blocks(self, place: Place) -> Iterator[Block]:
         """Blocks from that of a place on."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from phi3_lora.adapters.names import is_b
@@ -26,6 +27,7 @@ from phi3_lora.decoding import PrefixCache, decode
 from phi3_lora.dropout import row_keys
 from phi3_lora.errors import TrainingError
 from phi3_lora.layout import (
+    micro_batches,
     out_of_memory_advice,
     per_document,
     process_peak_bytes,
@@ -152,7 +154,7 @@ class CudaEngine:
         self._model.causal_lm.train()
         vocab_size = self._model.config.vocab_size
         nats = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part in split_batch(batch, self._request.micro_batch_tokens):
+        for part in micro_batches(batch, self._request.micro_batch_tokens):
             keys = self._dropout_keys(part, step)
             self._set_dropout(keys)
             index, targets = self._rows(part)
@@ -198,6 +200,10 @@ class CudaEngine:
                 parameter = self._parameters[name]
                 parameter.copy_(torch.where(mask, parameter, before[name]))
         return StepResult(nats / loss_tokens, norm)
+
+    def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that a step computes on: documents lie end to end, without padding."""
+        return int(lengths.sum())
 
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
         """Gradients under PEFT names; nothing is updated."""

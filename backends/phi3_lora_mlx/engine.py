@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
+from numpy.typing import NDArray
 
 from phi3_lora.adapters.names import (
     is_b,
@@ -32,14 +33,24 @@ from phi3_lora.backend import (
 from phi3_lora.decoding import PrefixCache, decode
 from phi3_lora.errors import TrainingError
 from phi3_lora.layout import (
+    micro_batch_documents,
+    micro_batches,
     out_of_memory_advice,
     per_document,
     process_peak_bytes,
+    split_batch,
     unused_precision,
 )
 from phi3_lora_mlx.decoder import CachedDecoder, KeyValues
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
-from phi3_lora_mlx.layout import DropoutKey, Rows, micro_batches, padded_rows, ragged_rows
+from phi3_lora_mlx.layout import (
+    DropoutKey,
+    Rows,
+    padded_length,
+    padded_rows,
+    part_tokens,
+    ragged_rows,
+)
 from phi3_lora_mlx.model import LoadedPhi3, trainable
 from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.optimizer import Optimizer
@@ -64,6 +75,7 @@ class MlxEngine:
         self._loaded = loaded
         self._request = request
         self._on_gpu = on_gpu
+        self._part_tokens = part_tokens(request.micro_batch_tokens, is_padded=on_gpu)
         self._parameters = trainable(loaded.model)
         step = mx.value_and_grad(self._surrogate)
         self._value_and_grad = mx.compile(step) if on_gpu else step
@@ -159,7 +171,7 @@ class MlxEngine:
         key = DropoutKey(request.seed, step) if has_dropout else None
         gradients: Arrays = {}
         nats = []
-        for part in micro_batches(batch, request.micro_batch_tokens, is_padded=self._on_gpu):
+        for part in micro_batches(batch, self._part_tokens):
             if not part.loss_mask.any():
                 continue
             self._loaded.state.is_tracing = True
@@ -202,6 +214,13 @@ class MlxEngine:
         mx.async_eval(loss, norm, new, optimizer.exp_avg, optimizer.exp_avg_sq)
         return StepResult(_Deferred(loss), _Deferred(norm))
 
+    def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens that a step computes on, padding included."""
+        if not self._on_gpu:
+            return int(lengths.sum())
+        parts = micro_batch_documents(lengths, self._part_tokens)
+        return sum(padded_length(int(lengths[part].sum())) for part in parts)
+
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
         """Gradients under PEFT names; nothing is updated."""
         gradients, _ = self._backward(batch, loss_tokens=loss_tokens, step=step)
@@ -243,14 +262,12 @@ class MlxEngine:
         )
 
     def _scoring_batches(self, batch: Batch) -> list[Batch]:
-        limit = self._request.micro_batch_tokens
-        parts = micro_batches(batch, limit, is_padded=self._on_gpu)
+        parts = split_batch(batch, self._part_tokens)
         return [part for part in parts if part.loss_mask.any()]
 
     def logprobs(self, batch: Batch) -> Float32:
         """Log-probability of each target, (T,)."""
-        limit = self._request.micro_batch_tokens
-        parts = micro_batches(batch, limit, is_padded=self._on_gpu)
+        parts = split_batch(batch, self._part_tokens)
         found = [np.array(self._score_rows(p, np.arange(len(p.tokens))).logprob) for p in parts]
         result = np.concatenate(found).astype(np.float32)
         result[batch.doc_starts[1:] - 1] = 0.0

@@ -13,7 +13,6 @@ import numpy as np
 
 from phi3_lora.backend import Batch
 from phi3_lora.dropout import row_keys
-from phi3_lora.layout import split_batch
 from phi3_lora.models import ModelConfig
 from phi3_lora.rope import positions, rotary_tables
 from phi3_lora_mlx.attention import Attention
@@ -103,9 +102,9 @@ def padded_length(length: int) -> int:
     return int(2 ** np.ceil(np.log2(length)))
 
 
-def micro_batches(batch: Batch, limit: int, *, is_padded: bool) -> list[Batch]:
-    """A step's documents in parts that fit the token budget and, padded, one row."""
-    return split_batch(batch, min(limit, ROW_TOKENS) if is_padded else limit)
+def part_tokens(limit: int, *, is_padded: bool) -> int:
+    """Tokens of a micro-batch: it must fit the token budget and, padded, one row."""
+    return min(limit, ROW_TOKENS) if is_padded else limit
 
 
 def _mask(batch: Batch, window: int | None) -> np.ndarray:

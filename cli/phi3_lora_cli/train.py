@@ -158,5 +158,12 @@ def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        text = f"{value:,}" if isinstance(value, int) else str(value)
-        click.echo(f"{name.ljust(width)}  {text}")
+        click.echo(f"{name.ljust(width)}  {_figure(value)}")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_figure(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -41,6 +41,7 @@ class ConsoleObserver:
         )
         self._say(_data_line(facts))
         self._say(_plan_line(facts))
+        self._say(_step_line(facts))
         self._say(f"backend {facts['backend']} on {facts['device']}, {facts['dtype']}")
         if step:
             self._say(f"resuming after step {step:,}")
@@ -123,3 +124,14 @@ def _plan_line(facts: dict[str, Any]) -> str:
         + f" on any number of ranks, hash {facts['plan_hash'][:12]}"
         + ("" if epoch else ", then one of the steps taken in each line of metrics")
     )
+
+
+def _step_line(facts: dict[str, Any]) -> str:
+    tokens, fill = facts["step_tokens"], facts["row_fill"]
+    text = "steps: unknown, the first rows give no document"
+    if tokens:
+        span = f"{tokens['least']:,} to {tokens['most']:,}"
+        text = f"steps: of {span} tokens, {tokens['mean']:,} on average"
+    if fill is not None:
+        text += f"; packed rows are {fill:.1%} full"
+    return f"{text}; padding {facts['padding']:.1%}"

@@ -171,7 +171,8 @@ class _Run:
         if progress.step == prepared.plan.total_steps:
             observer.note(f"this run is finished: all {progress.step:,} steps are done")
         event = "start" if checkpoint is None else "resume"
-        facts = prepared.facts()
+        padding = prepared.plan.first_steps.padding(engine.computed_tokens)
+        facts = {**prepared.facts(), "padding": padding}
         self.metrics.append(
             {"event": event, **self.environment}
             | {"model_identity": self.belongings["model_identity"], **facts}

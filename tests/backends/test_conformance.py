@@ -223,3 +223,24 @@ def opened_with(folder: Path, opener: str, weights: dict) -> Engine:
     engine = opened(folder, opener)
     engine.write_adapter(weights)
     return engine
+
+
+@pytest.mark.parametrize(
+    ("opener", "expected"), [("mlx", [49, 49]), ("cuda", [49, 49]), ("mlx-padded", [256, 512])]
+)
+def test_computed_tokens_are_those_that_a_step_computes_on(
+    folder: Path, opener: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (12, 30, 7)
+    for budget, tokens in zip((8192, 40), expected, strict=True):
+        engine = opened(folder, opener, micro_batch_tokens=budget)
+        assert engine.computed_tokens(np.array(lengths)) == tokens
+        if isinstance(engine, MlxEngine):
+            rows, seen = engine._rows, []
+            monkeypatch.setattr(
+                engine,
+                "_rows",
+                lambda *given, rows=rows, seen=seen: seen.append(rows(*given)) or seen[-1],
+            )
+            gradients(engine, lengths)
+            assert sum(row.tokens.size for row in seen) == tokens

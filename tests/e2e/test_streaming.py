@@ -80,11 +80,20 @@ def test_what_is_known_before_and_after_is_told(model: str, data: Path, tmp_path
     assert plan["num_documents"] is None and plan["steps_per_epoch"] is None
     assert plan["total_steps"] == 25 and plan["num_eval_documents"] == 6
     assert plan["streamed"]["num_documents"] == plan["streamed"]["buffer_size"] == 8
-    assert phi3_lora_here(*settings, "--dry-run").returncode == 0
+    shown = phi3_lora_here(*settings, "--dry-run", "--packing", "--max-length", "128").stdout
+    (fill,) = [line.split()[1] for line in shown.splitlines() if line.startswith("row_fill")]
+    assert 0.7 < float(fill) <= 1
+    assert "step_tokens" in shown and "least " in shown
     ran = phi3_lora_here(*settings)
     assert ran.returncode == 0
     assert "data: streamed, 8 rows at a time; the first give 8 documents, " in ran.stderr
     assert "plan: 25 steps of 4 documents on any number of ranks, hash " in ran.stderr
+    tokens = plan["step_tokens"]
+    assert (
+        f"steps: of {tokens['least']} to {tokens['most']} tokens, {tokens['mean']} on average; "
+        in (ran.stderr)
+    )
+    assert "on average; padding 0.0%" in ran.stderr
     # An epoch of 10 steps, evaluated at its end and at the end of the run.
     evaluations = lines(tmp_path / "run", "eval_loss")
     assert [line["step"] for line in evaluations] == [10, 20, 25]

@@ -97,6 +97,9 @@ class ToyEngine:
         self._weights[name] = value.astype(np.float32)
         self._moments[first], self._moments[second] = m.astype(np.float32), v.astype(np.float32)
 
+    def computed_tokens(self, lengths: np.ndarray) -> int:
+        return int(lengths.sum())
+
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
         x, low, _ = self._forward(batch.tokens)
         error = np.exp(self._log_softmax(batch.tokens))
