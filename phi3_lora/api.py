@@ -103,7 +103,12 @@ class LoadedModel:
         return [tokenizer.decode(answer) for answer in answers]
 
     def score(
-        self, data: str | Source, *, max_length: int = 2048, on_bad_row: str = "error"
+        self,
+        data: str | Source,
+        *,
+        max_length: int = 2048,
+        on_bad_row: str = "error",
+        loss_on: str = "assistant",
     ) -> Evaluation:
         """Loss, perplexity and token accuracy on data.
 
@@ -111,23 +116,26 @@ class LoadedModel:
             data: a file, a folder, a pattern, a data set of the hub, or demo.
             max_length: tokens a row may have; longer ones are dropped and counted.
             on_bad_row: error, or skip, which counts and names the rows that cannot be used.
+            loss_on: assistant (every answer), last (the last answer) or all tokens; a row's own
+                weights win.
+
+        Raises:
+            ConfigError: when loss_on or on_bad_row is none of its values.
+            DataError: when the data cannot be used.
         """
-        from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-        from phi3_lora.data.records import read_rows
+        from phi3_lora.data.scoring import load_to_score
         from phi3_lora.evaluation import evaluate
         from phi3_lora.report.observer import LoggingObserver
 
-        rows = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
-        dataset = build_dataset(
-            rows.conversations,
+        dataset, _ = load_to_score(
+            data,
             self.base.tokenizer,
             max_length=max_length,
-            name=str(data),
             context=self.base.config.max_position_embeddings,
+            loss_on=loss_on,
             on_bad_row=on_bad_row,
+            note=LoggingObserver().note,
         )
-        for note in [*rows.notes, *dataset.notes]:
-            LoggingObserver().note(note)
         return evaluate(self.engine, dataset.documents)
 
     def save(self, folder: str | Path, *, to: str = "both") -> None:

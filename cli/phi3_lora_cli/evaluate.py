@@ -25,6 +25,12 @@ from phi3_lora_cli.options import (
     help="What to score; of DIR the valid rows.",
 )
 @on_bad_row_option
+@click.option(
+    "--loss-on",
+    type=click.Choice(["assistant", "last", "all"]),
+    default="assistant",
+    help="What the loss counts on: every answer, the last one, all tokens. Default: assistant.",
+)
 @backend_options
 @click.option(
     "--generate", is_flag=True, help="Also let the model answer, and count exact matches."
@@ -42,6 +48,7 @@ def command(
     adapter: str | None,
     data: str,
     on_bad_row: str | None,
+    loss_on: str,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -62,13 +69,23 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
+    from phi3_lora.data.scoring import load_to_score
     from phi3_lora.evaluation import evaluate
     from phi3_lora.loading import load_adapter, look_at_model, open_engine
 
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
-    rows, dataset = _rows(base, data, limit, max_length, on_bad_row or "error")
-    scored = {document.source for document in dataset.documents}
+    dataset, asked = load_to_score(
+        data,
+        base.tokenizer,
+        max_length=max_length,
+        context=base.config.max_position_embeddings,
+        loss_on=loss_on,
+        on_bad_row=on_bad_row or "error",
+        limit=limit,
+        with_conversations=generate,
+        note=note,
+    )
     opened = open_engine(
         base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
     )
@@ -77,7 +94,6 @@ def command(
     result: dict[str, Any] = scores.to_dict()
     answers = []
     if generate:
-        asked = [row for row in rows if row.source in scored]
         answers = _answers(opened.engine, base, asked, max_new_tokens)
         result["exact_match"] = sum(a.is_exact for a in answers) / max(1, len(answers))
         result["num_answers"] = len(answers)
@@ -106,26 +122,6 @@ class _progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
-
-
-def _rows(base: Any, data: str, limit: int | None, max_length: int, on_bad_row: str) -> Any:
-    """The conversations to score, and their documents."""
-    from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-    from phi3_lora.data.records import read_rows
-
-    found = read_rows(resolve_scoring_file(data), on_bad_row=on_bad_row)
-    rows = found.conversations[:limit]
-    dataset = build_dataset(
-        rows,
-        base.tokenizer,
-        max_length=max_length,
-        name=data,
-        context=base.config.max_position_embeddings,
-        on_bad_row=on_bad_row,
-    )
-    for text in [*found.notes, *dataset.notes]:
-        note(text)
-    return rows, dataset
 
 
 def _answers(engine: Any, base: Any, rows: Any, max_new_tokens: int) -> Any:

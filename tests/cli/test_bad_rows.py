@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from phi3_lora import load
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import group
 from tests.tiny import chat, write_model, write_rows
@@ -67,3 +68,20 @@ def test_plain_text_is_scored_but_not_answered(capsys: Capture, tmp_path: Path) 
     assert code == 0, err
     assert found["num_documents"] == 2 and found["num_answers"] == 0
     assert f"note: {path}: rows of plain text: every token is in the loss" in err
+
+
+@pytest.mark.parametrize(("loss_on", "loss_tokens"), [("assistant", 5), ("last", 3), ("all", 13)])
+def test_evaluate_scores_what_the_loss_counts_on(
+    capsys: Capture, tmp_path: Path, loss_on: str, loss_tokens: int
+) -> None:
+    model = write_model(tmp_path / "model")
+    messages = [*chat("q", "a")["messages"], *chat("r", "bc")["messages"]]
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": messages}])
+    arguments = ("evaluate", "--model", model, "--data", path, "--device", "cpu")
+    code, found, err = run(capsys, *arguments, "--loss-on", loss_on)
+    assert code == 0, err
+    with load(str(model), device="cpu") as loaded:
+        scores = loaded.score(str(path), loss_on=loss_on)
+    assert found == scores.to_dict()
+    assert found["loss_tokens"] == loss_tokens
+    assert ("the loss counts on" in err) is (loss_on != "assistant")

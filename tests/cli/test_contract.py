@@ -30,8 +30,8 @@ OPTIONS = {
     ],
     "data": [],
     "evaluate": [
-        *(*MODEL, "--data", "--on-bad-row", *BACKEND, "--generate", "--limit", "--samples"),
-        *("--max-new-tokens", "--max-length", *OUTPUT),
+        *(*MODEL, "--data", "--on-bad-row", "--loss-on", *BACKEND, "--generate", "--limit"),
+        *("--samples", "--max-new-tokens", "--max-length", *OUTPUT),
     ],
     "generate": [
         *(*MODEL, "--prompt", "--system", *BACKEND),
