@@ -2,7 +2,7 @@
 
 Command: XDG_CACHE_HOME=$(mktemp -d) python tests/benchmarks/large_data.py 600000 1200000
 From 64 MiB on (500,000 rows) data goes through the cache. Every number of rows is loaded twice,
-each time in a process of its own: made, then found.
+each time in a process of its own: made, then found. Then one more streams them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-from phi3_lora.data.dataset import load_splits, resolve_data
+from phi3_lora.data.dataset import encoding_of, load_splits, resolve_data
+from phi3_lora.data.sources import Source
+from phi3_lora.data.stream import StreamedRows
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.demo import DEMO_MODEL_DIR
 from phi3_lora.plan import Plan
+from phi3_lora.streamed_plan import StreamedPlan
 
 
 def main() -> None:
@@ -26,12 +29,15 @@ def main() -> None:
     if sys.argv[1] == "--load":
         load(Path(sys.argv[2]))
         return
+    if sys.argv[1] == "--stream":
+        stream(Path(sys.argv[2]))
+        return
     for count in map(int, sys.argv[1:]):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
             write_rows(path, count)
-            for _ in range(2):
-                subprocess.run([sys.executable, __file__, "--load", str(path)], check=True)
+            for how in ("--load", "--load", "--stream"):
+                subprocess.run([sys.executable, __file__, how, str(path)], check=True)
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -78,6 +84,34 @@ def load(path: Path) -> None:
             seconds = time.perf_counter() - began
         name = "packed plan" if packing else "plan"
         print(f"  {name}: {seconds:.1f} s, {memory.peak_bytes / 2**20:,.0f} MiB", flush=True)
+
+
+def stream(path: Path) -> None:
+    """Print the time to the first step, to the last one of a pass, and to go on from there."""
+    tokenizer = ChatTokenizer(DEMO_MODEL_DIR, vocab_size=2**31)
+    encoding, limit = encoding_of(2048, None)
+    rows = StreamedRows([Source(path=str(path))], tokenizer, encoding, limit, 10_000)
+
+    def plan() -> StreamedPlan:
+        return StreamedPlan(rows, rows_per_step=8, max_steps=10**8, seed=0)
+
+    with Memory() as memory:
+        began = time.perf_counter()
+        steps = plan().steps()
+        step = next(steps)
+        print(f"streamed, first step: {time.perf_counter() - began:.1f} s", flush=True)
+        positions = [step.position]
+        while not step.ends_epoch:
+            step = next(steps)
+            positions = [*positions[-1:], step.position]
+        print(f"  a pass of {step.number:,} steps: {time.perf_counter() - began:.1f} s", flush=True)
+        began = time.perf_counter()
+        next(plan().steps(after=step.number - 1, position=positions[0]))
+        seconds = time.perf_counter() - began
+    print(
+        f"  to go on from its end: {seconds:.1f} s; {memory.peak_bytes / 2**20:,.0f} MiB in all",
+        flush=True,
+    )
 
 
 class Memory:

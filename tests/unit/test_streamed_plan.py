@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from phi3_lora.data import sources as sources_module
+from phi3_lora.data.conversation import RawRow
 from phi3_lora.data.dataset import encoding_of, load_splits, resolve_data
 from phi3_lora.data.sources import Source
 from phi3_lora.data.stream import StreamedRows, mixed_rows
@@ -303,3 +305,23 @@ def test_no_more_is_in_memory_than_a_few_blocks(tokenizer: ChatTokenizer, tmp_pa
 def test_steps_can_be_asked_for_again(tokenizer: ChatTokenizer, path: Path) -> None:
     plan = stream(tokenizer, path)
     assert sources_of(list(plan.steps())) == sources_of(list(plan.steps()))
+
+
+def test_a_data_set_of_the_hub_is_read_as_it_arrives(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
+        assert (name, subset, split, streaming) == ("owner/name", "main", "train", True)
+        for number, row in enumerate(ROWS, start=1):
+            read.append(number)
+            yield RawRow(number, row)
+
+    monkeypatch.setattr(sources_module, "hub_rows", hub_rows)
+    plan = stream(tokenizer, Source(path="owner/name/main", streaming=True))
+    steps = plan.steps()
+    assert [next(steps).number for _ in range(2)] == [1, 2]
+    assert read == list(range(1, 11))
+    assert next(steps).documents[0].source.startswith("owner/name/main[train]:")
+    assert read == list(range(1, 21))
