@@ -17,7 +17,7 @@ from phi3_lora.data.cleaning import (
     repeat_finding,
     row_steps,
 )
-from phi3_lora.data.conversation import BadRow, Conversation
+from phi3_lora.data.conversation import BAD, BadRow, Conversation
 from phi3_lora.data.duplicates import NearIndex, exact_duplicates, spoken_text
 from phi3_lora.data.leakage import leaks_in
 from phi3_lora.data.records import iterate_rows
@@ -70,7 +70,7 @@ def check_rows(
     train_rows = [row for row in train if isinstance(row, Conversation)]
     valid_rows = [row for row in valid if isinstance(row, Conversation)]
     rows = train_rows + valid_rows
-    found = [_problem(row.source, Finding("bad-row", row.problem)) for row in bad]
+    found = [_problem(row.source, Finding(row.kind, row.problem)) for row in bad]
     for row in rows:
         findings = [step(row) for _, step in steps]
         found += [_problem(row.source, finding) for finding in findings if finding is not None]
@@ -159,7 +159,7 @@ def _measure_tokens(report: Report, rows: Rows, base: Base) -> None:
         for row, document in zip(part, documents, strict=True):
             if document is None:
                 reason = next(reasons).removeprefix(f"{row.source}: ")
-                report.problems.append(_problem(row.source, Finding("bad-row", reason)))
+                report.problems.append(_problem(row.source, Finding(BAD, reason)))
                 continue
             lengths.append(len(document.tokens))
             report.loss_tokens += document.loss_tokens

@@ -37,6 +37,9 @@ _FOLLOWS = {
     "tool": ("tool", "assistant"),
 }
 """Who may speak after whom, the system message apart; call is an assistant that calls tools."""
+BAD, EMPTY, ENCODING = "bad-row", "empty", "encoding"
+"""Kinds of rows that cannot be used: nothing is said where something must be; the text is damaged;
+all else."""
 Message = dict[str, Any]
 """`role` and `content` (strings); a call of tools has `tool_calls`, a system message `tools`."""
 
@@ -61,6 +64,7 @@ class BadRow:
     source: str
     """file:line."""
     problem: str
+    kind: str = BAD
 
     def __str__(self) -> str:
         """As it is listed."""
@@ -74,10 +78,17 @@ class RawRow(NamedTuple):
     """From 1; in Parquet files and data sets the number of the row."""
     value: Any
     problem: str | None = None
+    kind: str = BAD
+    """Of the problem."""
 
 
 class RowError(ValueError):
     """A row that cannot be used; the message says why."""
+
+    def __init__(self, problem: str, kind: str = BAD) -> None:
+        """Say why, and of which kind that is."""
+        super().__init__(problem)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +165,7 @@ def _message(number: int, turn: Any) -> Message:
     is_call = "tool_calls" in message
     message["content"] = _content(f"message {number} ({role})", content, may_miss=is_call)
     if role == "assistant" and not is_call and not message["content"].strip():
-        raise RowError(f"message {number}: the assistant's answer is empty")
+        raise RowError(f"message {number}: the assistant's answer is empty", EMPTY)
     if role == "tool":
         message |= {k: turn[k] for k in ("name", "tool_call_id") if isinstance(turn.get(k), str)}
     return message
@@ -180,9 +191,9 @@ def _content(label: str, value: Any, *, may_miss: bool) -> str:
     if isinstance(value, list):
         value = "".join(_part(label, i, part) for i, part in enumerate(value, start=1))
     if not isinstance(value, str):
-        raise RowError(
-            f"{label}: content must be a string or a list of text parts, got {type(value).__name__}"
-        )
+        kind = EMPTY if value is None else BAD
+        wanted = "content must be a string or a list of text parts"
+        raise RowError(f"{label}: {wanted}, got {type(value).__name__}", kind)
     check_text(label, value)
     return value
 
@@ -210,7 +221,7 @@ def check_text(label: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(f"{label}: holds half a surrogate pair") from None
+        raise RowError(f"{label}: holds half a surrogate pair", ENCODING) from None
 
 
 def _tool_calls(number: int, role: str, calls: Any) -> list[dict[str, Any]]:

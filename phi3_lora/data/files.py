@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from phi3_lora.data.conversation import RawRow, RowError
+from phi3_lora.data.conversation import ENCODING, RawRow, RowError
 from phi3_lora.data.formats import COLUMNS
 from phi3_lora.data.json_text import json_text_rows, parse_json
 from phi3_lora.errors import DataError
@@ -146,6 +146,7 @@ def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
                 number,
                 None,
                 f"not UTF-8 (byte {cause.start + 1} of the line): save the file as UTF-8",
+                ENCODING,
             )
             continue
         if text.strip():
@@ -219,7 +220,7 @@ def _csv_row(line: int, header: list[str], fields: list[str]) -> RawRow:
     try:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError:
-        return RawRow(line, None, "not UTF-8: save the file as UTF-8")
+        return RawRow(line, None, "not UTF-8: save the file as UTF-8", ENCODING)
     # An empty cell is what another format leaves out.
     return RawRow(line, {k: v for k, v in zip(header, fields, strict=True) if v})
 

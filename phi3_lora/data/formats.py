@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from phi3_lora.data.conversation import (
+    BAD,
+    EMPTY,
     Conversation,
     Message,
     RowError,
@@ -100,7 +102,7 @@ def _text(row: Row) -> tuple[Turns, bool]:
     if not isinstance(text, str):
         raise RowError(f"`text` must be a string, got {type(text).__name__}")
     if not text.strip():
-        raise RowError("`text` is empty: there is nothing to learn")
+        raise RowError("`text` is empty: there is nothing to learn", EMPTY)
     check_text("`text`", text)
     return Turns(({"role": "assistant", "content": text},)), True
 
@@ -115,7 +117,8 @@ def _classification(row: Row) -> tuple[Turns, bool]:
     if isinstance(label, (int, float)):
         label = f"{label:g}" if isinstance(label, float) else str(label)
     if not isinstance(label, str) or not label.strip():
-        raise RowError(f"`label` must be a string or a number, got {row['label']!r:.80}")
+        kind = EMPTY if isinstance(label, str) or label is None else BAD
+        raise RowError(f"`label` must be a string or a number, got {row['label']!r:.80}", kind)
     if not isinstance(row["text"], str):
         raise RowError(f"`text` must be a string, got {type(row['text']).__name__}")
     turns = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": label}]
@@ -171,7 +174,7 @@ class RowReader:
         if not isinstance(value, Mapping):
             raise RowError(f"must be a JSON object, got {type(value).__name__}")
         row = self._named(value)
-        name = self._format(row)
+        name = self._format(row, EMPTY if self._has_null(value) else BAD)
         turns, whole = FORMATS[name].read(row)
         if self.name == "auto":
             self.name, self._first = name, source
@@ -207,13 +210,22 @@ class RowReader:
         }
         return rest | {k: present[v] for k, v in self._columns.items() if v in present}
 
-    def _format(self, row: Row) -> str:
+    def _has_null(self, value: Row) -> bool:
+        """Whether something that a row needs is null."""
+        if None not in value.values():
+            return False
+        theirs = (self._columns.get(key, key) for key in COLUMNS if key not in _OPTIONAL)
+        return any(key in value and value[key] is None for key in theirs)
+
+    def _format(self, row: Row, kind: str) -> str:
+        """The format of a row; kind is that of the problem when it has none."""
         if self._is_fixed:
             missing = [key for key in FORMATS[self.name].needs if key not in row]
             if missing:
                 raise RowError(
                     f"is not {self.name}: `{'`, `'.join(missing)}` missing or null; "
-                    f"its keys: {_keys(row)}"
+                    f"its keys: {_keys(row)}",
+                    kind,
                 )
             return self.name
         _refuse_preference(row)
@@ -221,7 +233,8 @@ class RowReader:
         if found is None:
             raise RowError(
                 "needs `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
-                f"`output`, or `text`; its keys: {_keys(row)}; rename with data.columns"
+                f"`output`, or `text`; its keys: {_keys(row)}; rename with data.columns",
+                kind,
             )
         if self.name in ("auto", found) or (FORMATS[self.name].is_chat and FORMATS[found].is_chat):
             return found

@@ -184,12 +184,12 @@ def conversations_of(part: Part, reader: RowReader) -> Iterator[Conversation | B
     for raw in part.rows():
         place = f"{part.name}:{raw.line}"
         if raw.problem is not None:
-            yield BadRow(place, raw.problem)
+            yield BadRow(place, raw.problem, raw.kind)
             continue
         try:
             yield reader.read(raw.value, place)
         except RowError as cause:
-            yield BadRow(place, str(cause))
+            yield BadRow(place, str(cause), cause.kind)
 
 
 class _Place(NamedTuple):

@@ -48,7 +48,7 @@ ROWS: list[tuple[Any, list[str]]] = [
     (chat("Two red cups to Oslo.", "Noted."), []),
     (chat("Two  red cups to Oslo. ", "Noted."), ["duplicate", "whitespace"]),
     ("nonsense", ["bad-row"]),
-    (chat("x", "  "), ["bad-row"]),
+    (chat("x", "  "), ["empty"]),
     (chat("", "Nothing was asked."), ["empty"]),
     (chat("Say <|end|> now", "No."), ["marker-text"]),
     (chat("Where is the caf\u00c3\u00a9?", "Here."), ["encoding"]),
@@ -80,9 +80,11 @@ def test_check_goes_on_after_bad_rows_and_names_every_problem(
     assert {p["file"] for p in report["problems"]} == {str(data)}
     told = {p["line"]: p["message"] for p in report["problems"]}
     assert told[9] == f"1.00 like {data}:8" and "Windows-1252" in told[7]
-    assert report["counts"]["bad-row"] == 2 and list(report["counts"]) == [
-        kind for kind in KINDS if kind in report["counts"]
-    ]
+    assert (
+        report["counts"]["bad-row"] == 1
+        and report["counts"]["empty"] == 2
+        and list(report["counts"]) == [kind for kind in KINDS if kind in report["counts"]]
+    )
     assert report["num_rows"] == 8 and report["num_valid_rows"] == 0
     assert report["near_duplicates"] is True
 
@@ -190,8 +192,27 @@ def test_check_names_lines_that_are_not_utf8_and_goes_on(capsys: Capture, tmp_pa
     good = json.dumps(chat("a", "b")).encode()
     data.write_bytes(b'{"prompt": "caf\xe9", "completion": "x"}\n' + good + b"\n")
     report = run_json(capsys, "check", data, expected=3)
-    assert problems_of(report) == [(1, "bad-row")] and report["num_rows"] == 1
+    assert problems_of(report) == [(1, "encoding")] and report["num_rows"] == 1
     assert "not UTF-8" in report["problems"][0]["message"]
+
+
+def test_rows_that_cannot_be_used_can_be_filtered_by_their_kind(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    rows = [
+        chat("q", "a"),
+        {"prompt": "no answer", "completion": None},
+        {"messages": [{"role": "user", "content": None}, *chat("", "a")["messages"][1:]]},
+        chat("q", ""),
+        chat("\ud800", "a"),
+        {"prompt": "no answer"},
+        {"messages": "q"},
+    ]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    report = run_json(capsys, "check", data, expected=3)
+    kinds = [kind for _, kind in problems_of(report)]
+    assert kinds == ["empty", "empty", "empty", "encoding", "bad-row", "bad-row"]
+    assert report["counts"] == {"bad-row": 2, "empty": 3, "encoding": 1}
 
 
 def test_check_output_cannot_drive_the_terminal(capsys: Capture, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_row_that_cannot_be_parsed_is_a_problem_among_the_others(
     found = rows_of(tmp_path / name, content)
     assert [row.problem is None for row in found] == [True, False, True]
     assert found[1].line == line and phrase in str(found[1].problem)
+    assert found[1].kind == ("encoding" if "UTF-8" in phrase else "bad-row")
 
 
 def test_cut_last_line_is_a_problem(tmp_path: Path) -> None:

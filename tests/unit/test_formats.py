@@ -189,6 +189,36 @@ def test_bad_row_says_why(row: Any, phrase: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"messages": [USER, {**ANSWER, "content": None}]}, "empty"),
+        ({"messages": [USER, {**ANSWER, "content": " "}]}, "empty"),
+        ({"messages": [USER, {**ANSWER, "content": 3}]}, "bad-row"),
+        ({"prompt": "q", "completion": None}, "empty"),
+        ({"prompt": "q", "completion": ""}, "empty"),
+        ({"prompt": "q", "input": None}, "bad-row"),
+        ({"prompt": "q"}, "bad-row"),
+        ({"text": ""}, "empty"),
+        ({"text": "q", "label": " "}, "empty"),
+        ({"text": "q", "label": float("nan")}, "empty"),
+        ({"text": "q", "label": []}, "bad-row"),
+        ({"messages": [{**USER, "content": "\udc00"}, ANSWER]}, "encoding"),
+        ({"messages": [USER]}, "bad-row"),
+    ],
+)
+def test_bad_row_has_a_kind(row: Any, kind: str) -> None:
+    with pytest.raises(RowError) as problem:
+        read(row)
+    assert problem.value.kind == kind
+
+
+def test_a_null_under_another_name_is_empty_too() -> None:
+    with pytest.raises(RowError) as problem:
+        read({"prompt": "q", "reply": None}, completion="reply")
+    assert problem.value.kind == "empty"
+
+
+@pytest.mark.parametrize(
     ("row", "columns"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}),
