@@ -20,7 +20,7 @@ from phi3_lora.errors import ConfigError
 
 _COUNTED = {
     "last": "the loss counts on the last answer of each row",
-    "all": "the loss counts on every token of each row",
+    "all": "the loss counts on every token of each row but the first",
 }
 
 

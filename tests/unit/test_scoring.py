@@ -56,7 +56,7 @@ def lines(found: ToScore) -> list[int]:
     [
         ("assistant", len("firstbcclast") + 4, None),
         ("last", len("firstcclast") + 3, "the loss counts on the last answer of each row"),
-        ("all", None, "the loss counts on every token of each row"),
+        ("all", None, "the loss counts on every token of each row but the first"),
     ],
 )
 def test_the_loss_counts_on_what_was_asked_for_and_says_so(
