@@ -7,17 +7,18 @@ import heapq
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from phi3_lora.data.conversation import BadRow, Conversation
 from phi3_lora.data.encoding import Encoding, InMemory, encode_in_parts
+from phi3_lora.data.overlap import Known
 from phi3_lora.data.records import bad_rows_listed, iterate_rows
 from phi3_lora.data.selection import Selection
 from phi3_lora.data.sources import Source
-from phi3_lora.data.tally import BAD, Tally
+from phi3_lora.data.tally import BAD, LEAKED, Tally
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
 from phi3_lora.errors import MAX_SHOWN, DataError
 
@@ -50,6 +51,8 @@ class StreamedRows:
     """What the limit of tokens is called."""
     buffer_size: int
     """Rows a block."""
+    held_out: Known = field(default_factory=lambda: Known(()))
+    """What is validated on; rows that are, too, are counted."""
 
     def __str__(self) -> str:
         """As messages name them."""
@@ -100,9 +103,12 @@ class Pass:
         index, tally = selection.choose(np.arange(len(good)), f"{NAME}, {place}")
         tally += Tally(num_rows=len(bad))
         tally = tally.plus(BAD, len(bad), [str(row) for row in bad[:MAX_SHOWN]])
+        documents = encoded.documents(index)
+        shared = [document.source for document, _ in of.held_out.among(documents)]
+        tally = tally.plus(LEAKED, len(shared), shared[:1])
         notes, self._notes[:] = tuple(self._notes), ()
         rows_hash = self._digest.hexdigest()
-        return Block(self.number - 1, encoded.documents(index), tally, rows_hash, notes)
+        return Block(self.number - 1, documents, tally, rows_hash, notes)
 
     def skip(self) -> bool:
         """Read past the next block; False where there is none."""

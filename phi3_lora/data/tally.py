@@ -9,7 +9,7 @@ from phi3_lora.errors import MAX_SHOWN, listing
 
 BAD, UNRENDERED = "bad", "unrendered"
 SHORTENED, DROPPED, SILENT = "shortened", "dropped", "silent"
-MARKED, EATEN, SYSTEMLESS = "marked", "eaten", "systemless"
+MARKED, EATEN, SYSTEMLESS, LEAKED = "marked", "eaten", "systemless", "leaked"
 _LISTED = (BAD, UNRENDERED)
 """Kinds of which the first MAX_SHOWN are named; of the others, the first one."""
 _LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
@@ -83,6 +83,12 @@ class Tally:
                 SYSTEMLESS,
                 kept,
                 "{} rows lose their system message: the chat template has no place for it",
+                "",
+            ),
+            (
+                LEAKED,
+                kept,
+                "{} rows are in the validation data, too, so that its loss comes out too low",
                 "",
             ),
         )

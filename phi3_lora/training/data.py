@@ -14,6 +14,7 @@ from phi3_lora.data.dataset import (
     load_splits,
     resolve_data,
 )
+from phi3_lora.data.overlap import Known, overlap_note
 from phi3_lora.data.stream import StreamedRows
 from phi3_lora.errors import ConfigError
 from phi3_lora.loading import BaseModel
@@ -67,6 +68,9 @@ def _whole(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> 
     # What is said of the template is the same for both.
     for text in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):
         note(text)
+    shared = overlap_note(train.documents, valid.documents) if valid else None
+    if shared:
+        note(shared)
     plan = Plan(
         train.documents,
         rows_per_step=training.documents_per_step,
@@ -98,9 +102,13 @@ def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) 
         too_long=data.too_long,
         on_bad_row=data.on_bad_row,
     )
-    for text in base.tokenizer.notes:
+    valid = None
+    if files.valid:
+        valid = load_split(files.valid, base.tokenizer, encoding, limit, note=note)
+    for text in valid.notes if valid else base.tokenizer.notes:
         note(text)
-    rows = StreamedRows(files.train, base.tokenizer, encoding, limit, data.buffer_size)
+    held_out = Known(valid.documents if valid else ())
+    rows = StreamedRows(files.train, base.tokenizer, encoding, limit, data.buffer_size, held_out)
     plan = StreamedPlan(
         rows,
         rows_per_step=training.documents_per_step,
@@ -109,10 +117,4 @@ def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) 
         row_tokens=training.max_length if training.packing else None,
         note=note,
     )
-    valid = None
-    if files.valid:
-        valid = load_split(files.valid, base.tokenizer, encoding, limit, note=note)
-        for text in valid.notes:
-            if text not in base.tokenizer.notes:
-                note(text)
     return RunData(plan, valid)

@@ -44,6 +44,10 @@ def test_both_backends_and_a_run_that_is_not_streamed_give_the_same_numbers(
 ) -> None:
     losses: dict[str, list[float]] = {}
     hashes = []
+    ran = phi3_lora_here(
+        *arguments(model, data, tmp_path / "run", "--valid", str(data), "--dry-run")
+    )
+    assert "40 of 40 different rows are in the training data, too" in ran.stderr
     for name, backend, more in (
         ("whole", "cuda", []),
         ("streamed", "cuda", STREAMED),
@@ -86,6 +90,8 @@ def test_what_is_known_before_and_after_is_told(model: str, data: Path, tmp_path
     assert "step_tokens" in shown and "least " in shown
     ran = phi3_lora_here(*settings)
     assert ran.returncode == 0
+    name = "training data, of 8 rows read"
+    assert f"{name}: 6 of 8 rows are in the validation data, too" in ran.stderr
     assert "data: streamed, 8 rows at a time; the first give 8 documents, " in ran.stderr
     assert "plan: 25 steps of 4 documents on any number of ranks, hash " in ran.stderr
     tokens = plan["step_tokens"]
