@@ -56,6 +56,8 @@ def test_evaluate_leaves_bad_rows_out(capsys: Capture, tmp_path: Path, data: Pat
     assert code == 2 and f"{data}:2: " in err
     code, found, err = run(capsys, *arguments, "--on-bad-row", "skip")
     assert code == 0 and found["num_documents"] == 3 and f"{data}:5: " in err
+    code, found, err = run(capsys, *arguments, "--on-bad-row", "skip", "--limit", "1")
+    assert code == 0 and found["num_documents"] == 1 and f"{data}:2: " in err
 
 
 def test_plain_text_is_scored_but_not_answered(capsys: Capture, tmp_path: Path) -> None:

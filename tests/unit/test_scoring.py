@@ -51,6 +51,7 @@ def lines(found: ToScore) -> list[int]:
     return [int(d.source.rpartition(":")[2]) for d in found.dataset.documents]
 
 
+@pytest.mark.parametrize("is_answered", [False, True])
 @pytest.mark.parametrize(
     ("loss_on", "num_answers", "phrase"),
     [
@@ -60,10 +61,16 @@ def lines(found: ToScore) -> list[int]:
     ],
 )
 def test_the_loss_counts_on_what_was_asked_for_and_says_so(
-    tokenizer: ChatTokenizer, data: str, loss_on: str, num_answers: int | None, phrase: str | None
+    tokenizer: ChatTokenizer,
+    data: str,
+    loss_on: str,
+    num_answers: int | None,
+    phrase: str | None,
+    is_answered: bool,
 ) -> None:
     said: list[str] = []
-    dataset = load(data, tokenizer, said, loss_on=loss_on).dataset
+    options = {"loss_on": loss_on, "with_conversations": is_answered}
+    dataset = load(data, tokenizer, said, **options).dataset
     expected = dataset.num_tokens - len(dataset.documents) if num_answers is None else num_answers
     assert dataset.loss_tokens == expected
     assert [text for text in said if text.startswith("the loss")] == ([phrase] if phrase else [])
