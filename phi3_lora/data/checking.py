@@ -18,7 +18,7 @@ from phi3_lora.data.cleaning import (
     row_steps,
 )
 from phi3_lora.data.conversation import BAD, BadRow, Conversation
-from phi3_lora.data.duplicates import NearIndex, exact_duplicates, spoken_text
+from phi3_lora.data.duplicates import NearIndex, exact_duplicates, said, spoken_text
 from phi3_lora.data.leakage import leaks_in
 from phi3_lora.data.records import iterate_rows
 from phi3_lora.data.sources import Source
@@ -108,7 +108,7 @@ def _place(source: str) -> tuple[str, int]:
 
 def _find_marker(row: Conversation) -> Finding | None:
     for i, message in enumerate(row.messages, start=1):
-        marker = marker_in(message["content"])
+        marker = marker_in(said(message))
         if marker is not None:
             text = f"message {i} ({message['role']}): {marker} is read as plain text"
             return Finding("marker-text", text)

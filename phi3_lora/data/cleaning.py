@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from phi3_lora.data.conversation import Conversation, Message
-from phi3_lora.data.duplicates import Match, NearIndex, exact_duplicates, spoken_text
+from phi3_lora.data.duplicates import Match, NearIndex, exact_duplicates, said, spoken_text
 from phi3_lora.data.languages import LanguageFilter
 from phi3_lora.data.text_checks import encoding_problem, repaired, tidied, white_space_problem
 from phi3_lora.data.tokenizer import ChatTokenizer
@@ -191,8 +191,8 @@ def repeat_finding(match: Match, other: Conversation) -> Finding:
 
 
 def num_chars(row: Conversation) -> int:
-    """Characters of all turns."""
-    return sum(len(m["content"]) for m in row.messages)
+    """Characters of all turns, calls of tools included."""
+    return sum(len(said(m)) for m in row.messages)
 
 
 def length_finding(length: int, least: int | None, most: int | None, unit: str) -> Finding | None:
@@ -254,7 +254,7 @@ def _pattern_step(pattern: str) -> Step:
 
     def step(row: Conversation) -> Finding | None:
         for i, message in enumerate(row.messages, start=1):
-            match = compiled.search(message["content"])
+            match = compiled.search(said(message))
             if match is not None:
                 text = f"{_name(row, i)}: {match.group()[:60]!r} matches {pattern!r}"
                 return Finding("pattern", text)
@@ -265,7 +265,9 @@ def _pattern_step(pattern: str) -> Step:
 
 def _language_step(languages: LanguageFilter) -> Step:
     def step(row: Conversation) -> Finding | None:
-        other = languages.other_language(spoken_text(row))
+        # Not the calls of tools: their keys are English everywhere.
+        spoken = "\n".join(m["content"] for m in row.messages if m["role"] != "system")
+        other = languages.other_language(spoken)
         if other is None:
             return None
         return Finding("language", f"is in {other}, not in {languages.code}")

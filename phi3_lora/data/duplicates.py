@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 import re
 import unicodedata
 import zlib
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lora.data.conversation import Conversation
+from phi3_lora.data.conversation import Conversation, Message
 from phi3_lora.errors import ConfigError
 from phi3_lora.optional import optional_package
 
@@ -81,10 +82,14 @@ def normalised(text: str) -> str:
 
 
 def exact_key(row: Conversation) -> bytes:
-    """128 bits that are equal for rows of the same turns, white space and Unicode form apart."""
+    """128 bits that are equal for rows of the same turns, white space and Unicode form apart.
+
+    Tools and calls of them count, ids of calls do not.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for message in row.messages:
-        part = f"{message['role']}\0{normalised(message['content'])}".encode(errors="replace")
+        text = f"{normalised(said(message))}\0{message.get('tools', '')}"
+        part = f"{message['role']}\0{text}".encode(errors="replace")
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
 
@@ -96,9 +101,19 @@ def exact_duplicates(rows: Sequence[Conversation]) -> list[Match]:
     return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
+def said(message: Message) -> str:
+    """A message's content, and its calls of tools as JSON without their ids."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return str(message["content"])
+    made = [{k: v for k, v in call.items() if k not in ("id", "index")} for call in calls]
+    text = json.dumps(made, ensure_ascii=False, sort_keys=True)
+    return f"{message['content']}\n{text}" if message["content"] else text
+
+
 def spoken_text(row: Conversation) -> str:
     """What near duplicates are judged by: every turn but the system's, which rows often share."""
-    return "\n".join(m["content"] for m in row.messages if m["role"] != "system")
+    return "\n".join(said(m) for m in row.messages if m["role"] != "system")
 
 
 def can_find_near() -> bool:

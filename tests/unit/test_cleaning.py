@@ -255,3 +255,16 @@ def test_without_py3langid_the_line_that_installs_it_is_named(
 def test_steps_that_cannot_be_taken_are_refused(settings: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ConfigError, match=phrase):
         Cleaning(**settings)
+
+
+def test_patterns_and_limits_see_the_calls_of_tools() -> None:
+    calls = [{"function": {"name": "send", "arguments": {"to": "ann@shop.example"}}}]
+    messages = (
+        {"role": "user", "content": "Send it."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    )
+    rows = [Conversation(messages, "d.jsonl:1")]
+    (change,) = clean(rows, Cleaning(patterns=(r"\w+@shop",))).changes
+    assert change.message == r"message 2 (assistant): 'ann@shop' matches '\\w+@shop'"
+    assert clean(rows, Cleaning(min_chars=30)).rows == rows
+    assert clean(rows, Cleaning(max_chars=30)).rows == []

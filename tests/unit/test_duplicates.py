@@ -234,3 +234,26 @@ def test_leaks_are_exact_and_near_with_the_most_similar_training_row() -> None:
 def test_repetitions_within_one_side_are_no_leaks() -> None:
     assert find_leaks([row("a b c d"), row("a b c d")], [row("e f g h"), row("e f g h")]) == []
     assert find_leaks([row("a")], []) == []
+
+
+def call(name: str, line: int, **fields: Any) -> Conversation:
+    calls = [{"id": f"call_{line}", "function": {"name": name, "arguments": {"city": "Oslo"}}}]
+    messages = (
+        {"role": "user", "content": "Two red cups to Oslo, as fast as you can."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    )
+    return Conversation(messages, f"d.jsonl:{line}", **fields)
+
+
+def test_calls_of_other_tools_are_no_duplicates_but_their_ids_do_not_matter() -> None:
+    rows = [call("order", 1), call("cancel", 2), call("order", 3)]
+    assert [(m.row, m.other) for m in exact_duplicates(rows)] == [(2, 0)]
+    assert "cancel" in spoken_text(rows[1])
+
+
+def test_rows_that_may_call_other_tools_are_no_exact_duplicates() -> None:
+    rows = [
+        Conversation(({"role": "system", "content": "", "tools": tools}, *row("x").messages), "d:1")
+        for tools in ('[{"name": "order"}]', '[{"name": "cancel"}]')
+    ]
+    assert not exact_duplicates(rows)
