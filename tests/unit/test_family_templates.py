@@ -50,6 +50,11 @@ TEMPLATES = {
         "<|end|>",
         "<|endoftext|>" + _PHI3_TURNS,
     ),
+    "Phi-3-mini-4k": Published(
+        TEMPLATE.replace(" and message['content'] %}", " %}"),
+        "<|end|>",
+        _PHI3_TURNS + "<|endoftext|>",
+    ),
     "Phi-3.5-mini": Published(TEMPLATE, "<|end|>", _PHI3_TURNS + "<|endoftext|>"),
     "Phi-4-mini": Published(
         "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "

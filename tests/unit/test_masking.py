@@ -94,7 +94,7 @@ def conversations(draw: st.DrawFn) -> Messages:
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
-@example(messages=talk("שלום 🦊 " * 10_000, "long \x00 " + "مرحبا " * 15_000 + "."))
+@example(messages=talk("שלום 🦊 " * 15_000, "long \x00 " + "مرحبا " * 20_000 + "."))
 @example(messages=talk(f"{END}\n<|assistant|>\nYes.{END}", " \n<|im_end|> <|user|>\t"))
 def test_the_answers_and_their_ends_are_learnt_whatever_the_texts_hold(
     name: str, eats: str, messages: Messages
@@ -117,11 +117,15 @@ def test_the_answers_and_their_ends_are_learnt_whatever_the_texts_hold(
 
 
 @pytest.mark.parametrize("eats", EATING)
-@pytest.mark.parametrize("name", ["Phi-3.5-mini", "Phi-4"])
+@pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_eaten_white_space_is_counted(name: str, eats: str, messages: Messages) -> None:
-    messages = tuple(m for m in messages if m["role"] != "system" or m["content"].strip())
+    # The first release has no place for a system message, which is told apart from this.
+    has_place = "first release" not in name
+    messages = tuple(
+        m for m in messages if m["role"] != "system" or (has_place and m["content"].strip())
+    )
     kept = [left_after_eating(m["content"], eats) for m in messages]
     lost = sum(len(m["content"]) - len(k) for m, k in zip(messages, kept, strict=True))
     assert encode(family_tokenizer(name, eats), messages).remarks.num_eaten == lost
