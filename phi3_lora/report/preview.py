@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,21 @@ from rich.text import Text
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
 from phi3_lora.storage import replace_file
 
+MOST_TOKENS = 4096
+"""Tokens of a document that are shown; of a longer one the first and the last of them."""
+
 _MOST_JOINED = 4
 """Tokens that one character of UTF-8 can take."""
+_DOTTED_CIRCLE = "\u25cc"
 _SPACE, _LINE_END, _TAB = "\u00b7", "\u21b5", "\u2192"
+_OPENING, _CLOSING = "\u27e6", "\u27e7"
+_SIGNS = _SPACE + _LINE_END + _TAB + _OPENING + _CLOSING
+"""What we write for something else; in the data they are shown by their numbers."""
+_MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<unk>")
+"""Text that reads like a special token of the family."""
+_MOST_TOKENS = 4000
+"""Shown of a document; a page with millions of tokens opens in no browser."""
+_OPEN, _CLOSE = "\u27e6", "\u27e7"
 _STYLES = {
     (True, False): ("black on green", "black on bright_green"),
     (True, True): ("bold magenta on green", "bold magenta on bright_green"),
@@ -37,12 +50,65 @@ class Piece(NamedTuple):
     is_special: bool
 
 
+class Gap(NamedTuple):
+    """Tokens in the midst of a long document that are not shown."""
+
+    num_tokens: int
+    num_learnt: int
+
+    def __str__(self) -> str:
+        """As it stands in place of them."""
+        return f"[{self.num_tokens:,} tokens not shown, {self.num_learnt:,} of them in the loss]"
+
+
+class Excerpt(NamedTuple):
+    """What is shown of a document."""
+
+    first: list[Piece]
+    gap: str
+    """What is left out after that; empty when nothing is."""
+    last: list[Piece]
+
+
 def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
     """A document's tokens with the text of each.
 
     Tokens that hold parts of one character are put together, if they agree on the loss.
     """
     return list(_pieces(document.tokens.tolist(), loss_mask(document), _Decoder(tokenizer)))
+
+
+def excerpt_of(document: Document, tokenizer: ChatTokenizer, most: int = _MOST_TOKENS) -> Excerpt:
+    """A document's tokens; of one with more than `most`, the first and the last half of them."""
+    ids, mask, decoder = document.tokens.tolist(), loss_mask(document), _Decoder(tokenizer)
+    if len(ids) <= most:
+        return Excerpt(list(_pieces(ids, mask, decoder)), "", [])
+    half = most // 2
+    first, last = ids[:half], ids[-half:]
+    left_out = mask[half:-half]
+    return Excerpt(
+        list(_pieces(first, mask[:half], decoder)),
+        f"{len(left_out):,} tokens, {sum(left_out):,} of them in the loss, are not shown "
+        "(--json has all)",
+        list(_pieces(last, mask[-half:], decoder)),
+    )
+
+
+def shown_parts(
+    document: Document, tokenizer: ChatTokenizer
+) -> tuple[list[Piece], Gap | None, list[Piece]]:
+    """The pieces of a document up to a gap, the gap, and the pieces after it.
+
+    Only what is longer than MOST_TOKENS has a gap: a page of millions of tokens opens nowhere.
+    """
+    ids, learnt = document.tokens.tolist(), loss_mask(document)
+    decoder = _Decoder(tokenizer)
+    if len(ids) <= MOST_TOKENS:
+        return list(_pieces(ids, learnt, decoder)), None, []
+    first, last = MOST_TOKENS // 2, len(ids) - MOST_TOKENS // 2
+    gap = Gap(last - first, sum(learnt[first:last]))
+    before = list(_pieces(ids[:first], learnt[:first], decoder))
+    return before, gap, list(_pieces(ids[last:], learnt[last:], decoder))
 
 
 def loss_mask(document: Document) -> list[bool]:
@@ -104,8 +170,19 @@ def _visible(character: str, line_end: str) -> str:
         return line_end
     if character in " \t":
         return _SPACE if character == " " else _TAB
+    if character in _OPEN + _CLOSE:
+        return f"<U+{ord(character):04X}>"
     # Controls could drive the terminal; formats such as U+202E turn text around.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"):
+    if character in _SIGNS or unicodedata.category(character) in (
+        "Cc",
+        "Cf",
+        "Cs",
+        "Co",
+        "Cn",
+        "Zl",
+        "Zp",
+        "Zs",
+    ):
         return f"<U+{ord(character):04X}>"
     return character
 
@@ -121,13 +198,18 @@ def print_preview(
 ) -> None:
     """Print documents with the loss in green and special tokens in magenta.
 
-    Without colours, what is in the loss stands in \u27e6 \u27e7.
+    Without colours, what is in the loss stands in \u27e6 \u27e7, and text that reads like a marker
+    begins with the number of its first character, so that it cannot be taken for a special token.
     """
     has_colour = console.color_system is not None and not console.no_color
+    written = _coloured if has_colour else _bracketed
     for document in documents:
         console.print(Text(summary(document), style="bold"), soft_wrap=True)
-        pieces = pieces_of(document, tokenizer)
-        console.print(_coloured(pieces) if has_colour else _bracketed(pieces), soft_wrap=True)
+        before, gap, after = shown_parts(document, tokenizer)
+        console.print(written(before), soft_wrap=True)
+        if gap is not None:
+            console.print(Text(str(gap), style="italic"), soft_wrap=True)
+            console.print(written(after), soft_wrap=True)
         console.print()
 
 
@@ -141,55 +223,106 @@ def _coloured(pieces: Sequence[Piece]) -> Text:
 def _bracketed(pieces: Sequence[Piece]) -> Text:
     text = Text()
     for is_learnt, run in itertools.groupby(pieces, key=lambda piece: piece.is_learnt):
-        joined = "".join(visible(piece.text) for piece in run)
-        text.append(f"\u27e6{joined}\u27e7" if is_learnt else joined)
+        joined = "".join(map(_written, _alike(run)))
+        text.append(f"{_OPENING}{joined}{_CLOSING}" if is_learnt else joined)
     return text
 
 
+def _alike(pieces: Iterable[Piece]) -> Iterator[tuple[bool, str]]:
+    """Whether a run of tokens is special, and its text."""
+    for is_special, run in itertools.groupby(pieces, key=lambda piece: piece.is_special):
+        yield is_special, "".join(piece.text for piece in run)
+
+
+def _written(run: tuple[bool, str]) -> str:
+    is_special, text = run
+    seen = visible(text)
+    return seen if is_special else _MARKER.sub(_as_text, seen)
+
+
+def _as_text(marker: re.Match[str]) -> str:
+    first, rest = marker.group()[0], marker.group()[1:]
+    return f"<U+{ord(first):04X}>{rest}"
+
+
 _CSS = """
-body { font: 15px/1.9 ui-monospace, monospace; margin: 2em; color: #222; background: #fff; }
-h1, h2, p { font-family: system-ui, sans-serif; line-height: 1.4; }
-h1 { font-size: 1.3em; }
-h2 { font-size: 1em; margin: 1.6em 0 .4em; }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --plain: #f1f1f1;
+  --edge: #c4c4c4; --loss: #b7e4bd; --line: #2c7a3a; --mark: #8f1a97; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --paper: #16181b; --faint: #a0a0a0; --plain: #24282d;
+    --edge: #4a5058; --loss: #174a26; --line: #58c472; --mark: #f08df5; }
+}
+body { font: 15px/2 ui-monospace, monospace; margin: 2em auto; max-width: 75em; padding: 0 1.2em;
+  color: var(--ink); background: var(--paper); }
+h1, h2, p { font-family: system-ui, sans-serif; line-height: 1.5; }
+h1 { font-size: 1.3em; overflow-wrap: anywhere; }
+h2 { font-size: 1em; margin: 1.8em 0 .3em; overflow-wrap: anywhere; }
+p { margin: .3em 0; }
+.note, .gap { color: var(--faint); font-family: system-ui, sans-serif; }
+.gap { display: block; }
 .row { overflow-wrap: anywhere; unicode-bidi: isolate; }
-.t { padding: 2px 0; border-left: 1px solid #c4c4c4; background: #f1f1f1; }
-.t.l { background: #b7e4bd; border-color: #5aa867; }
-.t.s { color: #9b1fa3; font-weight: 600; }
+.t { padding: 2px 0; border-left: 1px solid var(--edge); background: var(--plain);
+  print-color-adjust: exact; }
+.t.l { background: var(--loss); border-bottom: 3px solid var(--line); }
+.t.s { color: var(--mark); font-weight: 600; }
 """.strip()
 
 
 def write_preview(
-    path: Path, documents: Sequence[Document], tokenizer: ChatTokenizer, title: str
+    path: Path,
+    documents: Sequence[Document],
+    tokenizer: ChatTokenizer,
+    title: str,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write documents as a page of its own, without scripts; each token shows its id on hover.
+
+    Args:
+        path: the file.
+        documents: in order.
+        tokenizer: of the documents.
+        title: of the page.
+        remarks: on each document, or empty.
 
     Raises:
         StorageError: when the file cannot be written.
     """
     rows = "\n".join(
-        f'<h2>{html.escape(summary(d))}</h2>\n<div class="row">'
-        + "".join(map(_span, pieces_of(d, tokenizer)))
-        + "</div>"
-        for d in documents
+        _row(document, tokenizer, remark)
+        for document, remark in itertools.zip_longest(documents, remarks, fillvalue="")
     )
     name = html.escape(title)
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{name}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        '<p><span class="t l">in the loss</span> <span class="t">not in the loss</span> '
-        f'<span class="t s">special token</span> &nbsp; {_SPACE} space, {_LINE_END} line end, '
-        f"{_TAB} tab; the id of a token is shown when the pointer rests on it.</p>\n"
+        '<p><span class="t l">in the loss</span> (green, underlined) '
+        '<span class="t">not in the loss</span> <span class="t s">special token</span></p>\n'
+        f'<p class="note">{_SPACE} space, {_LINE_END} line end, {_TAB} tab; a thin line begins '
+        "each token, whose id is shown when the pointer rests on it.</p>\n"
         f"{rows}\n</body>\n</html>\n"
     )
     # Python keeps an undecodable byte of a file name as a lone surrogate.
     replace_file(path, page.encode("utf-8", errors="replace"))
 
 
+def _row(document: Document, tokenizer: ChatTokenizer, remark: str) -> str:
+    first, gap, last = excerpt_of(document, tokenizer)
+    note = f'<p class="note">{html.escape(remark)}</p>\n' if remark else ""
+    left_out = f'<b class="gap">\u2026 {gap} \u2026</b>' if gap else ""
+    tokens = "".join(map(_span, first)) + left_out + "".join(map(_span, last))
+    return f'<h2>{html.escape(summary(document))}</h2>\n{note}<div class="row">{tokens}</div>'
+
+
 def _span(piece: Piece) -> str:
     classes = "t" + (" l" if piece.is_learnt else "") + (" s" if piece.is_special else "")
     ids = " ".join(map(str, piece.ids))
-    text = html.escape(visible(piece.text)).replace("\n", "<br>")
+    shown = visible(piece.text)
+    if piece.text and unicodedata.combining(piece.text[0]):
+        # Alone in its span, an accent has nothing to stand on.
+        shown = _DOTTED_CIRCLE + shown
+    text = html.escape(shown).replace("\n", "<br>")
     # A place where a line may break, since the spaces between tokens are no longer spaces.
     return f'<span class="{classes}" title="{ids}">{text}</span><wbr>'

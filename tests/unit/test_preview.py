@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from phi3_lora.data.records import Conversation
 from phi3_lora.data.tokenizer import ChatTokenizer, Document
 from phi3_lora.errors import StorageError
 from phi3_lora.report.preview import (
+    MOST_TOKENS,
     loss_mask,
     pieces_of,
     print_preview,
+    shown_parts,
     summary,
     visible,
     write_preview,
@@ -184,6 +187,60 @@ def test_without_colours_brackets_show_the_loss(tokenizer: ChatTokenizer) -> Non
     )
 
 
+@pytest.mark.parametrize("marker", ["<|end|>", "<s>", "</s>", "<|tool_call|>"])
+def test_without_colours_text_that_reads_like_a_marker_is_told_from_one(
+    tokenizer: ChatTokenizer, marker: str
+) -> None:
+    out = printed(tokenizer, document(tokenizer, f"say {marker}", f"{marker}!"))
+    seen = f"<U+003C>{marker[1:]}"
+    assert f"<|user|>say\u00b7{seen}<|end|><|assistant|>\u27e6{seen}!<|end|>\u27e7" in out
+
+
+def test_our_own_signs_in_the_data_are_told_from_what_we_write(tokenizer: ChatTokenizer) -> None:
+    out = printed(tokenizer, document(tokenizer, "a\u00b7b \u27e6no\u27e7", "\u2192\u21b5"))
+    assert "a<U+00B7>b\u00b7<U+27E6>no<U+27E7><|end|>" in out
+    assert "\u27e6<U+2192><U+21B5><|end|>\u27e7" in out
+
+
+def test_of_a_long_document_the_ends_are_shown_and_the_rest_is_counted(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    found = document(tokenizer, "u" * MOST_TOKENS, "a" * 1000)
+    before, gap, after = shown_parts(found, tokenizer)
+    mask = loss_mask(found)
+    half = MOST_TOKENS // 2
+    assert [i for p in before for i in p.ids] == found.tokens[:half].tolist()
+    assert [i for p in after for i in p.ids] == found.tokens[-half:].tolist()
+    assert gap == (len(found.tokens) - MOST_TOKENS, sum(mask[half:-half]))
+    assert [p.is_learnt for p in after if p.text == "a"] == [True] * 1000
+    told = f"[{gap.num_tokens:,} tokens not shown, 0 of them in the loss]"
+    assert str(gap) == told and told in printed(tokenizer, found)
+    write_preview(tmp_path / "p.html", [found], tokenizer, "t")
+    assert f'<div class="gap">{told}</div>' in (tmp_path / "p.html").read_text()
+    fits = document(tokenizer, "u" * (MOST_TOKENS - 6), "a")
+    assert len(fits.tokens) == MOST_TOKENS and shown_parts(fits, tokenizer)[1:] == (None, [])
+
+
+def test_a_document_of_millions_of_tokens_takes_no_time(tokenizer: ChatTokenizer) -> None:
+    tokens = np.full(5_000_000, 65, dtype=np.int32)
+    long = Document(tokens, np.ones(len(tokens), dtype=bool), "d:1")
+    before, gap, after = shown_parts(long, tokenizer)
+    assert len(before) + len(after) == MOST_TOKENS
+    assert gap is not None and gap.num_learnt == gap.num_tokens
+
+
+def test_the_page_is_dark_where_the_reader_is_and_shows_the_loss_without_colours(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    write_preview(tmp_path / "p.html", [document(tokenizer, "a")], tokenizer, "t")
+    page = (tmp_path / "p.html").read_text()
+    assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
+    assert "width=device-width" in page
+    assert re.search(r"\.t\.l \{[^}]*border-bottom: 3px solid", page)
+    assert re.search(r"\.t\.s \{[^}]*outline: 1px solid", page)
+    assert "(underlined)" in page and "(framed)" in page
+
+
 def test_with_colours_the_loss_is_green_and_special_tokens_magenta(
     tokenizer: ChatTokenizer,
 ) -> None:
@@ -205,7 +262,8 @@ def test_with_colours_the_loss_is_green_and_special_tokens_magenta(
 def test_data_cannot_drive_the_terminal(tokenizer: ChatTokenizer, text: str) -> None:
     out = printed(tokenizer, document(tokenizer, text, text))
     assert all(c == "\n" or c.isprintable() for c in out)
-    assert visible(text).splitlines()[-1].split("\u21b5")[-1] in out
+    seen = visible(text).splitlines()[-1].split("\u21b5")[-1]
+    assert seen.replace("<|", "<U+003C>|") in out
 
 
 @pytest.mark.parametrize("text", HOSTILE)
