@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from phi3_lora_cli.data_clean import clean
-from phi3_lora_cli.data_output import print_report, say_split
+from phi3_lora_cli.data_output import preview_console, print_report, say_split
 from phi3_lora_cli.data_settings import NO_MODEL, base_of, data_options, settings
 from phi3_lora_cli.options import note, output_options, print_json
 
@@ -68,7 +68,7 @@ def check(
     """
     from phi3_lora.data.checking import check_rows
     from phi3_lora.data.cleaning import Cleaning
-    from phi3_lora.data.records import iterate_rows
+    from phi3_lora.data.records import check_any, iterate_rows
 
     limits = Cleaning(
         min_chars=min_chars, max_chars=max_chars, patterns=patterns, language=language
@@ -80,7 +80,10 @@ def check(
     look_for_near = _look_for_near(near)
     told: list[str] = []
     train = list(iterate_rows(files.train, told))
+    check_any(train, files.train)
     held_out = list(iterate_rows(files.valid, told))
+    if files.valid:
+        check_any(held_out, files.valid)
     for text in told:
         note(text)
     report = check_rows(train, held_out, base=base, near=look_for_near, limits=limits)
@@ -128,7 +131,7 @@ def preview(
     Example:
       phi3-lora data preview demo --model demo --limit 2
     """
-    from phi3_lora.data.checking import first_rows
+    from phi3_lora.data.checking import as_trained, first_rows
     from phi3_lora.errors import ConfigError
     from phi3_lora.report.preview import loss_mask, print_preview, write_preview
 
@@ -137,26 +140,33 @@ def preview(
     )
     if config.model == NO_MODEL:
         raise ConfigError("no model: pass --model, or model in --config FILE")
-    tokenizer, _, loss_on = base_of(config)
-    documents = tokenizer.encode_conversations(first_rows(files.train, limit), loss_on=loss_on)
+    base = base_of(config)
+    rows = as_trained(first_rows(files.train, limit), base)
     result: dict[str, Any] = {
         "documents": [
-            {"source": d.source, "token_ids": d.tokens.tolist(), "loss_mask": loss_mask(d)}
-            for d in documents
+            {
+                "source": row.document.source,
+                "token_ids": row.document.tokens.tolist(),
+                "loss_mask": loss_mask(row.document),
+                "training": row.training,
+                "remark": row.remark,
+            }
+            for row in rows
         ]
     }
+    shown = [row.document for row in rows]
+    remarks = [f"{row.training} in training: {row.remark}" if row.remark else "" for row in rows]
     if page is not None:
         path = Path(page).expanduser()
-        write_preview(path, documents, tokenizer, f"{files.train[0]}, as {config.model} sees it")
+        title = f"{files.train[0]}, as {config.model} sees it"
+        write_preview(path, shown, base.tokenizer, title, remarks)
         result["html"] = str(path)
     if as_json:
         print_json(result)
     elif page is not None:
         click.echo(f"wrote {result['html']}")
     else:
-        from rich.console import Console
-
-        print_preview(documents, tokenizer, Console(highlight=False))
+        print_preview(shown, base.tokenizer, preview_console(), remarks)
 
 
 @command.command()

@@ -193,7 +193,8 @@ def _content(label: str, value: Any, *, may_miss: bool) -> str:
     if not isinstance(value, str):
         kind = EMPTY if value is None else BAD
         wanted = "content must be a string or a list of text parts"
-        raise RowError(f"{label}: {wanted}, got {type(value).__name__}", kind)
+        got = "null" if value is None else type(value).__name__
+        raise RowError(f"{label}: {wanted}, got {got}", kind)
     check_text(label, value)
     return value
 

@@ -29,6 +29,8 @@ _GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x
 _WIDEST_FIELD = 2**31 - 1
 """Characters of a CSV field; the library's own limit is 128 KiB."""
 _CHUNK = 1 << 20
+_LONGEST_LINE = 1 << 26
+"""Bytes of a line that are read at all: a row of LONGEST_ROW characters in JSON's escapes."""
 _ROWS_AT_ONCE = 1024
 
 
@@ -138,7 +140,11 @@ def _text_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
 
 def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
     """Numbered lines that are not blank; a byte order mark and CRLF are accepted."""
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_bounded_lines(stream), start=1):
+        if line is None:
+            problem = f"the line is longer than {_LONGEST_LINE >> 20} MiB: is it one row?"
+            yield RawRow(number, None, problem)
+            continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as cause:
@@ -151,6 +157,17 @@ def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
             continue
         if text.strip():
             yield RawRow(number, {"text": text.rstrip("\r\n")})
+
+
+def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """Every line; None for one that is too long to be kept."""
+    while line := stream.readline(_LONGEST_LINE + 1):
+        if len(line) <= _LONGEST_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(_CHUNK)
+        yield None
 
 
 def _json_rows(path: Path, stream: io.BufferedReader, kind: str) -> Iterator[RawRow]:

@@ -140,6 +140,9 @@ COLUMNS = (
 )
 """Every key of a row that is read."""
 _OPTIONAL = ("input", "system", "history", "tools")
+LONGEST_ROW = 1 << 23
+"""Characters of a row: 64 for each token of the longest context (131,072); tokenising more of them
+at once takes gigabytes."""
 _TRUTHS = (True, False, 0, 1, "0", "1", "true", "false")
 """What tells a good answer from a bad one."""
 
@@ -176,6 +179,12 @@ class RowReader:
         row = self._named(value)
         name = self._format(row, EMPTY if self._has_null(value) else BAD)
         turns, whole = FORMATS[name].read(row)
+        size = sum([len(message["content"]) for message in turns.messages])
+        if size > LONGEST_ROW:
+            raise RowError(
+                f"has {size:,} characters, more than any model takes ({LONGEST_ROW:,} are read): "
+                "make several rows of it"
+            )
         if self.name == "auto":
             self.name, self._first = name, source
         if whole:

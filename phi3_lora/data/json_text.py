@@ -40,6 +40,11 @@ def parse_json(text: str) -> Any:
         return _DECODER.decode(text)
     except RowError:
         raise
+    except json.JSONDecodeError as cause:
+        found = f"{cause.msg} at column {cause.colno}"
+        if cause.msg.startswith("Unterminated") or cause.pos >= len(text.rstrip()):
+            found += "; the line ends within a row: is it whole?"
+        raise RowError(f"not JSON: {found}") from None
     except (ValueError, RecursionError) as cause:
         raise RowError(f"not JSON: {cause}") from None
 

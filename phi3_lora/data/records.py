@@ -132,6 +132,16 @@ def bad_rows_listed(title: str, first: Sequence[BadRow], total: int) -> str:
     return text + (f"\n  ... and {total - len(first):,} more" if total > len(first) else "")
 
 
+def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
+    """Check that sources hold rows, usable or not.
+
+    Raises:
+        DataError: when there are none.
+    """
+    if not rows:
+        raise DataError(_without_rows(", ".join(map(str, sources)), 0))
+
+
 def _without_rows(names: str, num_bad: int) -> str:
     if num_bad:
         return f"{names}: no usable row is left"

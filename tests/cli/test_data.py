@@ -196,25 +196,6 @@ def test_check_names_lines_that_are_not_utf8_and_goes_on(capsys: Capture, tmp_pa
     assert "not UTF-8" in report["problems"][0]["message"]
 
 
-def test_rows_that_cannot_be_used_can_be_filtered_by_their_kind(
-    capsys: Capture, tmp_path: Path
-) -> None:
-    rows = [
-        chat("q", "a"),
-        {"prompt": "no answer", "completion": None},
-        {"messages": [{"role": "user", "content": None}, *chat("", "a")["messages"][1:]]},
-        chat("q", ""),
-        chat("\ud800", "a"),
-        {"prompt": "no answer"},
-        {"messages": "q"},
-    ]
-    data = write_rows(tmp_path / "d.jsonl", rows)
-    report = run_json(capsys, "check", data, expected=3)
-    kinds = [kind for _, kind in problems_of(report)]
-    assert kinds == ["empty", "empty", "empty", "encoding", "bad-row", "bad-row"]
-    assert report["counts"] == {"bad-row": 2, "empty": 3, "encoding": 1}
-
-
 def test_check_output_cannot_drive_the_terminal(capsys: Capture, tmp_path: Path) -> None:
     row = chat("\x1b[31mred\x1b[0m", "\u202eturned")
     data = write_rows(tmp_path / "d.jsonl", [row])

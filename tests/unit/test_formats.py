@@ -139,7 +139,7 @@ RESULT = {"role": "tool", "content": "3"}
     [
         ({"messages": [USER, {**ANSWER, "content": 3}]}, "message 2 (assistant): content must be"),
         ({"messages": [USER, {**ANSWER, "content": {}}]}, "list of text parts, got dict"),
-        ({"messages": [USER, {**ANSWER, "content": None}]}, "list of text parts, got NoneType"),
+        ({"messages": [USER, {**ANSWER, "content": None}]}, "list of text parts, got null"),
         (
             {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER]},
             "message 1 (user): content part 1 is of type 'image_url'; only text is trained",
