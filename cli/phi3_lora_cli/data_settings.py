@@ -69,4 +69,10 @@ def base_of(config: RunConfig) -> Base:
     )
     for text in model.tokenizer.notes:
         note(text)
-    return Base(model.tokenizer, model.config.max_position_embeddings, data.loss_on)
+    return Base(
+        model.tokenizer,
+        model.config.max_position_embeddings,
+        data.loss_on,
+        config.training_config.max_length,
+        data.too_long,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from phi3_lora.data.cleaning import (
 from phi3_lora.data.conversation import BAD, BadRow, Conversation
 from phi3_lora.data.duplicates import NearIndex, exact_duplicates, said, spoken_text
 from phi3_lora.data.leakage import leaks_in
+from phi3_lora.data.lengths import LEFT, RIGHT, shorten
 from phi3_lora.data.records import iterate_rows
 from phi3_lora.data.sources import Source
 from phi3_lora.data.text_checks import marker_in
@@ -40,6 +42,33 @@ class Base(NamedTuple):
     """Tokens that the model takes."""
     loss_on: str = "assistant"
     """What the loss counts on: assistant, last or all."""
+    max_length: int | None = None
+    """Tokens that training gives a row; None leaves it to the context."""
+    too_long: str = "drop"
+    """What training makes of longer rows: drop, truncate_left, truncate_right or error."""
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a row may have in training."""
+        return min(self.context, self.max_length or self.context)
+
+    @property
+    def limit_name(self) -> str:
+        """The limit as messages call it."""
+        if self.limit < self.context:
+            return f"max_length {self.limit:,}"
+        return f"the model's context of {self.limit:,}"
+
+
+class Previewed(NamedTuple):
+    """A row as it is trained on, or as it would be."""
+
+    document: Document
+    """Shortened if training shortens it; whole if training leaves it out."""
+    training: str
+    """kept, shortened, dropped or error (training stops)."""
+    remark: str
+    """Why it is not kept as it is; else empty."""
 
 
 def check_rows(
@@ -173,13 +202,38 @@ def _measure_tokens(report: Report, rows: Rows, base: Base) -> None:
 
 def _token_findings(document: Document, base: Base) -> Iterator[Finding]:
     count = len(document.tokens)
-    if count > base.context:
-        text = f"{count:,} tokens, more than the model's context of {base.context:,}"
-        yield Finding("too-long", text)
+    if count > base.limit:
+        yield Finding("too-long", f"{count:,} tokens, more than {base.limit_name}")
     if document.loss_tokens == 0:
         yield Finding("no-loss", "no token is in the loss")
     if document.remarks.has_marker_text:
         yield Finding("marker-text", "the text of a special token is read as plain text")
+
+
+def as_trained(rows: Rows, base: Base) -> list[Previewed]:
+    """Rows as training takes them.
+
+    Raises:
+        DataError: when the chat template refuses a row.
+    """
+    encode = functools.partial(base.tokenizer.encode_conversations, loss_on=base.loss_on)
+    found = []
+    for row, whole in zip(rows, encode(rows), strict=True):
+        document, training, remark = whole, "kept", ""
+        if len(whole.tokens) > base.limit:
+            remark = f"{len(whole.tokens):,} tokens, more than {base.limit_name}"
+            training = "error" if base.too_long == "error" else "dropped"
+            shorter = None
+            if base.too_long in (LEFT, RIGHT):
+                (shorter,) = shorten(
+                    [row], encode, limit=base.limit, side=base.too_long, loss_on=base.loss_on
+                )
+            if shorter is not None:
+                document, training = shorter, "shortened"
+        if training in ("kept", "shortened") and document.loss_tokens == 0:
+            training, remark = "dropped", "no token is in the loss"
+        found.append(Previewed(document, training, remark))
+    return found
 
 
 def first_rows(sources: Sequence[Source], limit: int) -> list[Conversation]:

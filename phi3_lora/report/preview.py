@@ -26,11 +26,9 @@ _SPACE, _LINE_END, _TAB = "\u00b7", "\u21b5", "\u2192"
 _OPENING, _CLOSING = "\u27e6", "\u27e7"
 _SIGNS = _SPACE + _LINE_END + _TAB + _OPENING + _CLOSING
 """What we write for something else; in the data they are shown by their numbers."""
+_SHAPELESS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 _MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<unk>")
 """Text that reads like a special token of the family."""
-_MOST_TOKENS = 4000
-"""Shown of a document; a page with millions of tokens opens in no browser."""
-_OPEN, _CLOSE = "\u27e6", "\u27e7"
 _STYLES = {
     (True, False): ("black on green", "black on bright_green"),
     (True, True): ("bold magenta on green", "bold magenta on bright_green"),
@@ -61,37 +59,12 @@ class Gap(NamedTuple):
         return f"[{self.num_tokens:,} tokens not shown, {self.num_learnt:,} of them in the loss]"
 
 
-class Excerpt(NamedTuple):
-    """What is shown of a document."""
-
-    first: list[Piece]
-    gap: str
-    """What is left out after that; empty when nothing is."""
-    last: list[Piece]
-
-
 def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
     """A document's tokens with the text of each.
 
     Tokens that hold parts of one character are put together, if they agree on the loss.
     """
     return list(_pieces(document.tokens.tolist(), loss_mask(document), _Decoder(tokenizer)))
-
-
-def excerpt_of(document: Document, tokenizer: ChatTokenizer, most: int = _MOST_TOKENS) -> Excerpt:
-    """A document's tokens; of one with more than `most`, the first and the last half of them."""
-    ids, mask, decoder = document.tokens.tolist(), loss_mask(document), _Decoder(tokenizer)
-    if len(ids) <= most:
-        return Excerpt(list(_pieces(ids, mask, decoder)), "", [])
-    half = most // 2
-    first, last = ids[:half], ids[-half:]
-    left_out = mask[half:-half]
-    return Excerpt(
-        list(_pieces(first, mask[:half], decoder)),
-        f"{len(left_out):,} tokens, {sum(left_out):,} of them in the loss, are not shown "
-        "(--json has all)",
-        list(_pieces(last, mask[-half:], decoder)),
-    )
 
 
 def shown_parts(
@@ -170,19 +143,8 @@ def _visible(character: str, line_end: str) -> str:
         return line_end
     if character in " \t":
         return _SPACE if character == " " else _TAB
-    if character in _OPEN + _CLOSE:
-        return f"<U+{ord(character):04X}>"
     # Controls could drive the terminal; formats such as U+202E turn text around.
-    if character in _SIGNS or unicodedata.category(character) in (
-        "Cc",
-        "Cf",
-        "Cs",
-        "Co",
-        "Cn",
-        "Zl",
-        "Zp",
-        "Zs",
-    ):
+    if character in _SIGNS or unicodedata.category(character) in _SHAPELESS:
         return f"<U+{ord(character):04X}>"
     return character
 
@@ -194,17 +156,28 @@ def summary(document: Document) -> str:
 
 
 def print_preview(
-    documents: Sequence[Document], tokenizer: ChatTokenizer, console: Console
+    documents: Sequence[Document],
+    tokenizer: ChatTokenizer,
+    console: Console,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Print documents with the loss in green and special tokens in magenta.
 
     Without colours, what is in the loss stands in \u27e6 \u27e7, and text that reads like a marker
     begins with the number of its first character, so that it cannot be taken for a special token.
+
+    Args:
+        documents: in order.
+        tokenizer: of the documents.
+        console: where to.
+        remarks: on each document, or empty.
     """
     has_colour = console.color_system is not None and not console.no_color
     written = _coloured if has_colour else _bracketed
-    for document in documents:
+    for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False):
         console.print(Text(summary(document), style="bold"), soft_wrap=True)
+        if remark:
+            console.print(Text(remark), soft_wrap=True)
         before, gap, after = shown_parts(document, tokenizer)
         console.print(written(before), soft_wrap=True)
         if gap is not None:
@@ -259,12 +232,11 @@ h1 { font-size: 1.3em; overflow-wrap: anywhere; }
 h2 { font-size: 1em; margin: 1.8em 0 .3em; overflow-wrap: anywhere; }
 p { margin: .3em 0; }
 .note, .gap { color: var(--faint); font-family: system-ui, sans-serif; }
-.gap { display: block; }
 .row { overflow-wrap: anywhere; unicode-bidi: isolate; }
 .t { padding: 2px 0; border-left: 1px solid var(--edge); background: var(--plain);
   print-color-adjust: exact; }
 .t.l { background: var(--loss); border-bottom: 3px solid var(--line); }
-.t.s { color: var(--mark); font-weight: 600; }
+.t.s { color: var(--mark); font-weight: 600; outline: 1px solid var(--mark); outline-offset: -1px; }
 """.strip()
 
 
@@ -289,7 +261,7 @@ def write_preview(
     """
     rows = "\n".join(
         _row(document, tokenizer, remark)
-        for document, remark in itertools.zip_longest(documents, remarks, fillvalue="")
+        for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False)
     )
     name = html.escape(title)
     page = (
@@ -298,8 +270,9 @@ def write_preview(
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{name}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        '<p><span class="t l">in the loss</span> (green, underlined) '
-        '<span class="t">not in the loss</span> <span class="t s">special token</span></p>\n'
+        '<p><span class="t l">in the loss</span> (underlined), '
+        '<span class="t">not in the loss</span>, '
+        '<span class="t s">special token</span> (framed)</p>\n'
         f'<p class="note">{_SPACE} space, {_LINE_END} line end, {_TAB} tab; a thin line begins '
         "each token, whose id is shown when the pointer rests on it.</p>\n"
         f"{rows}\n</body>\n</html>\n"
@@ -309,10 +282,10 @@ def write_preview(
 
 
 def _row(document: Document, tokenizer: ChatTokenizer, remark: str) -> str:
-    first, gap, last = excerpt_of(document, tokenizer)
+    before, gap, after = shown_parts(document, tokenizer)
     note = f'<p class="note">{html.escape(remark)}</p>\n' if remark else ""
-    left_out = f'<b class="gap">\u2026 {gap} \u2026</b>' if gap else ""
-    tokens = "".join(map(_span, first)) + left_out + "".join(map(_span, last))
+    left_out = f'<div class="gap">{gap}</div>' if gap else ""
+    tokens = "".join(map(_span, before)) + left_out + "".join(map(_span, after))
     return f'<h2>{html.escape(summary(document))}</h2>\n{note}<div class="row">{tokens}</div>'
 
 

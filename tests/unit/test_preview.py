@@ -286,6 +286,26 @@ def test_a_page_shows_every_token_with_its_id_and_runs_nothing(
     assert [("l" in c, "s" in c) for c in classes] == [(p.is_learnt, p.is_special) for p in pieces]
 
 
+def test_an_accent_alone_in_its_span_stands_on_a_dotted_circle(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    write_preview(tmp_path / "p.html", [document(tokenizer, "e\u0301")], tokenizer, "t")
+    assert ">\u25cc\u0301</span>" in (tmp_path / "p.html").read_text(encoding="utf-8")
+
+
+def test_a_remark_stands_beside_its_document(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=60, highlight=False)
+    documents = [document(tokenizer, "a"), document(tokenizer, "b")]
+    remarks = ["", "dropped <in> [bold]training"]
+    print_preview(documents, tokenizer, console, remarks)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[1].startswith("<|user|>a") and lines[4] == "dropped <in> [bold]training"
+    write_preview(tmp_path / "p.html", documents, tokenizer, "t", remarks)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert '<p class="note">dropped &lt;in&gt; [bold]training</p>' in page
+
+
 def test_a_page_that_cannot_be_written_is_told(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_preview(tmp_path / "no/p.html", [document(tokenizer, "a")], tokenizer, "t")
