@@ -9,7 +9,13 @@ import click
 
 from phi3_lora_cli.data_clean import clean
 from phi3_lora_cli.data_output import preview_console, print_report, say_split
-from phi3_lora_cli.data_settings import NO_MODEL, base_of, data_options, settings
+from phi3_lora_cli.data_settings import (
+    NO_MODEL,
+    base_of,
+    data_options,
+    say_not_taken,
+    settings,
+)
 from phi3_lora_cli.options import note, output_options, print_json
 
 _near_option = click.option(
@@ -208,8 +214,18 @@ def split(
 
     folder = Path(output).expanduser()
     check_unused(folder)
-    _, files = settings(config_file, assignments, data_train=data)
-    rows = read_split_rows(files.train)
+    config, files = settings(config_file, assignments, data_train=data)
+    say_not_taken(files)
+    notes: list[str] = []
+    rows = read_split_rows(
+        files.train,
+        keys=[key for key in (group_by, stratify_by) if key],
+        near=near is not False,
+        on_bad_row=config.data.on_bad_row,
+        notes=notes,
+    )
+    for text in notes:
+        note(text)
     # A split that is not free of leaks must be asked for.
     found = split_rows(
         rows,

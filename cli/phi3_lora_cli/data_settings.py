@@ -76,3 +76,16 @@ def base_of(config: RunConfig) -> Base:
         config.training_config.max_length,
         data.too_long,
     )
+
+
+def say_not_taken(files: DataFiles) -> None:
+    """Say what a command that writes the rows to train on, each once, leaves aside."""
+    if files.valid:
+        names = ", ".join(map(str, files.valid))
+        note(f"only the rows to train on are taken: the validation rows in {names} are left out")
+    weighed = [f"{source} {source.weight:g}" for source in files.train if source.weight != 1]
+    if weighed:
+        note(
+            f"each row is taken once: weights of sources ({', '.join(weighed)}) are for training; "
+            "to keep them write each source on its own"
+        )

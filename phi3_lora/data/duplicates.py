@@ -15,7 +15,7 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,8 +96,13 @@ def exact_key(row: Conversation) -> bytes:
 
 def exact_duplicates(rows: Sequence[Conversation]) -> list[Match]:
     """Each row that repeats an earlier one, with the first of its kind."""
+    return matches_of(map(exact_key, rows))
+
+
+def matches_of(keys: Iterable[bytes]) -> list[Match]:
+    """Each row whose exact_key an earlier one has, with the first of its kind."""
     first: dict[bytes, int] = {}
-    found = [(i, first.setdefault(exact_key(row), i)) for i, row in enumerate(rows)]
+    found = ((i, first.setdefault(key, i)) for i, key in enumerate(keys))
     return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
@@ -246,7 +251,7 @@ def _triple_hashes(text: str) -> list[int]:
 
 def _band(
     signatures: NDArray[np.uint32], band: int, texts: Sequence[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """One band's buckets.
 
     datasketch's own MinHashLSH walks a whole bucket for each row in it, which takes hours for a
@@ -266,4 +271,6 @@ def _band(
     ordered = bucket[order]
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    return order, np.searchsorted(ordered, bucket), place
+    # Half of what int64 takes, 16 times three numbers a row: there are fewer than 2**31 rows.
+    start = np.searchsorted(ordered, bucket)
+    return order.astype(np.int32), start.astype(np.int32), place.astype(np.int32)

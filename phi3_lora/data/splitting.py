@@ -6,31 +6,39 @@ Rows that repeat each other, exactly or nearly, and rows of one group stay toget
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_lora.data.conversation import Conversation, RawRow, RowError
-from phi3_lora.data.duplicates import Groups, NearIndex, exact_duplicates, spoken_text
+from phi3_lora.data.conversation import RawRow, RowError
+from phi3_lora.data.duplicates import Groups, NearIndex, exact_key, matches_of, spoken_text
 from phi3_lora.data.formats import RowReader
 from phi3_lora.data.sources import Source, parts_of
 from phi3_lora.errors import DataError, listing
 from phi3_lora.seeding import permutation
-from phi3_lora.storage import is_unused, replace_folder, write_bytes
+from phi3_lora.storage import is_unused, replace_folder
 
 TRAIN_NAME, VALID_NAME = "train.jsonl", "valid.jsonl"
+_KEYS_OF = 1000
+"""Rows of which an error names the keys."""
 
 
 class SplitRow(NamedTuple):
-    """A row as it is read, and as it is written."""
+    """What a split keeps of a row: not the row itself, since all rows are in memory."""
 
-    conversation: Conversation
+    source: str
+    """file:line."""
+    key: bytes
+    """Equal for rows that are exact duplicates."""
+    text: str
+    """What near duplicates are judged by; empty when they are not looked for."""
     value: Mapping[str, Any]
-    """All that the row holds."""
+    """What the row holds under the keys that are asked for, null left out."""
     line: bytes
-    """Without a line end."""
+    """As it is written, without a line end; JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +56,26 @@ class Split:
     """Label -> rows to train and to validate on; empty when not stratified."""
 
 
-def read_split_rows(sources: Sequence[Source]) -> list[SplitRow]:
+def read_split_rows(
+    sources: Sequence[Source],
+    *,
+    keys: Sequence[str] = (),
+    near: bool = True,
+    on_bad_row: str = "error",
+    notes: list[str] | None = None,
+) -> list[SplitRow]:
     """Every row of sources.
 
+    Args:
+        sources: in order; weights do not count, each row is there once.
+        keys: what rows are grouped or stratified by.
+        near: whether near duplicates will be looked for.
+        on_bad_row: error, or skip: leave bad rows out and note them.
+        notes: gets what was left out.
+
     Raises:
-        DataError: when there is no such source, or rows are bad; all are counted.
+        DataError: when there is no such source, there are no rows, or rows are bad; all are
+            counted.
     """
     rows: list[SplitRow] = []
     problems: list[str] = []
@@ -62,21 +85,40 @@ def read_split_rows(sources: Sequence[Source]) -> list[SplitRow]:
             for raw in part.rows():
                 place = f"{part.name}:{raw.line}"
                 try:
-                    rows.append(_read(raw, place, reader, lines))
+                    rows.append(_read(raw, place, reader, lines, keys, near=near))
                 except RowError as cause:
                     problems.append(f"{place}: {cause}")
-    if problems:
-        title = f"{len(problems):,} bad row(s); correct or remove them (phi3-lora data check):"
+    names = ", ".join(map(str, sources))
+    if problems and on_bad_row == "error":
+        title = (
+            f"{len(problems):,} bad row(s); correct or remove them (phi3-lora data check lists "
+            "them), or leave them out with --set data.on_bad_row=skip:"
+        )
         raise DataError(listing(title, problems))
+    if problems and notes is not None:
+        total = len(problems) + len(rows)
+        title = f"left out {len(problems):,} bad row(s) of {total:,} in {names}:"
+        notes.append(listing(title, problems))
     if not rows:
-        raise DataError(f"{', '.join(map(str, sources))}: no rows to split")
+        raise DataError(f"{names}: no rows to split")
     return rows
 
 
-def _read(raw: RawRow, place: str, reader: RowReader, lines: _LineReader) -> SplitRow:
+def _read(
+    raw: RawRow,
+    place: str,
+    reader: RowReader,
+    lines: _LineReader,
+    keys: Sequence[str],
+    *,
+    near: bool,
+) -> SplitRow:
     if raw.problem is not None:
         raise RowError(raw.problem)
-    return SplitRow(reader.read(raw.value, place), raw.value, lines.line(raw.line, raw.value))
+    row = reader.read(raw.value, place)
+    value = {key: raw.value[key] for key in keys if raw.value.get(key) is not None}
+    text = spoken_text(row) if near else ""
+    return SplitRow(place, exact_key(row), text, value, lines.line(raw.line, raw.value))
 
 
 class _LineReader:
@@ -129,7 +171,7 @@ def split_rows(
     the share of each label, if stratified. If none fits, the smallest one is taken.
 
     Args:
-        rows: as read_split_rows gives them.
+        rows: as read_split_rows gives them, with the keys named here.
         fraction: share of the rows to validate on, in (0, 1).
         seed: of the draw.
         group_by: rows with one value under this key stay together.
@@ -137,13 +179,12 @@ def split_rows(
         near: whether rows that nearly repeat each other stay together.
 
     Raises:
-        DataError: when rows lack a key, or all rows belong together.
+        DataError: when rows lack a key, there is one row alone, or all rows belong together.
         ConfigError: when near is set and datasketch is not installed.
     """
-    conversations = [row.conversation for row in rows]
-    index = NearIndex([spoken_text(row) for row in conversations]) if near else None
+    index = NearIndex([row.text for row in rows]) if near else None
     groups = Groups(len(rows))
-    matches = exact_duplicates(conversations)
+    matches = matches_of([row.key for row in rows])
     matches += index.duplicates(0, len(rows)) if index else []
     for match in matches:
         groups.join(match.row, match.other)
@@ -182,6 +223,8 @@ def _units(groups: Groups, size: int) -> list[list[int]]:
 
 
 def _together(size: int, group_by: str | None, *, near: bool) -> str:
+    if size == 1:
+        return "there is one row alone: a split needs two or more"
     way = f"group by another key than {group_by!r}" if group_by else "they repeat each other"
     more = ", or pass --no-near-duplicates" if near else ""
     return f"all {size:,} row(s) belong together, so none can be set aside: {way}{more}"
@@ -212,10 +255,13 @@ def _leaks(index: NearIndex, valid: Sequence[int], size: int) -> list[tuple[int,
 
 def _values(rows: Sequence[SplitRow], key: str) -> list[str]:
     """What each row holds under a key, as text."""
-    missing = [row.conversation.source for row in rows if row.value.get(key) is None]
+    missing = [row.source for row in rows if key not in row.value]
     if missing:
-        keys = ", ".join(sorted({str(k) for row in rows[:1000] for k in row.value}))
-        title = f"{len(missing):,} of {len(rows):,} row(s) have no {key!r}; keys: {keys}"
+        there = {str(k) for row in rows[:_KEYS_OF] for k in json.loads(row.line)}
+        title = (
+            f"{key!r} is missing or null in {len(missing):,} of {len(rows):,} row(s): fill it in, "
+            f"leave these rows out, or name another key; keys: {', '.join(sorted(there))}"
+        )
         raise DataError(listing(title, missing))
     found = (row.value[key] for row in rows)
     return [v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for v in found]
@@ -248,9 +294,17 @@ def write_split(rows: Sequence[SplitRow], split: Split, folder: Path) -> None:
     def fill(part: Path) -> None:
         for name, is_valid in ((TRAIN_NAME, False), (VALID_NAME, True)):
             lines = (row.line + b"\n" for i, row in enumerate(rows) if (i in chosen) is is_valid)
-            write_bytes(part / name, b"".join(lines))
+            write_lines(part / name, lines)
 
     replace_folder(folder, fill)
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file line by line, and flush it to the disk."""
+    with open(path, "wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_unused(folder: Path) -> None:

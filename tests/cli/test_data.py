@@ -319,6 +319,23 @@ def test_split_says_what_it_did_and_when_the_share_is_another(
     assert code == 2 and "is in use" in err and out == ""
 
 
+def test_split_says_which_rows_it_leaves_aside(capsys: Capture, tmp_path: Path) -> None:
+    rows = [chat(f"{w} {w}a {w}b {w}c", w) for w in "abcdefgh"]
+    write_rows(tmp_path / "f/train.jsonl", [*rows, "nonsense"])
+    write_rows(tmp_path / "f/valid.jsonl", rows[:1])
+    more = write_rows(tmp_path / "more.jsonl", [chat("other", "words")])
+    arguments = ("split", tmp_path / "f", "--output")
+    code, _, err = run(capsys, *arguments, tmp_path / "s")
+    assert code == 2 and "1 bad row(s)" in err and "data.on_bad_row=skip" in err
+    settings = ("--set", "data.on_bad_row=skip")
+    source = ("--set", f"data.sources=[{{path: {more}, weight: 3}}]")
+    code, out, err = run(capsys, *arguments, tmp_path / "s", *settings, *source)
+    assert code == 0 and "train.jsonl  8 rows" in out and "valid.jsonl  1 rows" in out
+    assert f"the validation rows in {tmp_path / 'f'}[valid] are left out" in err
+    assert f"each row is taken once: weights of sources ({more} 3) are for training" in err
+    assert "left out 1 bad row(s) of 10 in" in err and "train.jsonl:9: " in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
@@ -332,7 +349,7 @@ def test_split_says_what_it_did_and_when_the_share_is_another(
         (["preview", "demo", "--model", "/nowhere/m"], "no such model folder"),
         (["split", "demo"], "--output"),
         (["split", "demo", "--output", "x", "--valid-fraction", "1"], "--valid-fraction"),
-        (["split", "demo", "--output", "x", "--group-by", "user"], "have no 'user'"),
+        (["split", "demo", "--output", "x", "--group-by", "user"], "'user' is missing or null"),
         (["chek"], "chek"),
     ],
 )

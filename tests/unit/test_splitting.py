@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from phi3_lora.data.duplicates import NearIndex
 from phi3_lora.data.leakage import find_leaks
-from phi3_lora.data.records import read_conversations
+from phi3_lora.data.records import Conversation, read_conversations
 from phi3_lora.data.sources import Source
 from phi3_lora.data.splitting import Split, SplitRow, read_split_rows, split_rows, write_split
 from phi3_lora.errors import DataError
@@ -34,7 +35,15 @@ def random_rows(count: int, *, seed: int = 0, **fields: Sequence[Any]) -> list[d
 
 def write(path: Path, rows: list[Any]) -> list[SplitRow]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_split_rows([Source(path=str(path))])
+    return read_split_rows([Source(path=str(path))], keys=("user", "label"))
+
+
+def sides_of(path: Path, found: Split) -> tuple[list[Conversation], list[Conversation]]:
+    """The rows of a file to train and to validate on."""
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for i, row in enumerate(read_conversations(path)):
+        sides[i in found.valid].append(row)
+    return sides
 
 
 def split(rows: list[SplitRow], **settings: Any) -> Split:
@@ -72,10 +81,7 @@ def test_near_and_exact_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     for seed in range(5):
         read = write(tmp_path / "d.jsonl", rows)
         found = split(read, fraction=0.3, seed=seed)
-        sides: tuple[list[Any], list[Any]] = ([], [])
-        for i, row in enumerate(read):
-            sides[i in found.valid].append(row.conversation)
-        assert find_leaks(*sides) == [] and len(found.valid) == 36
+        assert find_leaks(*sides_of(tmp_path / "d.jsonl", found)) == [] and len(found.valid) == 36
         assert (found.num_groups, found.largest_group) == (40, 3)
 
 
@@ -88,10 +94,7 @@ def test_pairs_that_the_first_search_misses_are_found_when_the_sides_are_compare
     read = write(tmp_path / "d.jsonl", rows)
     monkeypatch.setattr(NearIndex, "duplicates", lambda self, first, last: iter(()))
     found = split(read, fraction=0.4)
-    sides: tuple[list[Any], list[Any]] = ([], [])
-    for i, row in enumerate(read):
-        sides[i in found.valid].append(row.conversation)
-    assert len(found.valid) == 40 and find_leaks(*sides) == []
+    assert len(found.valid) == 40 and find_leaks(*sides_of(tmp_path / "d.jsonl", found)) == []
     assert found.largest_group == 2
 
 
@@ -153,7 +156,9 @@ def test_values_of_any_kind_are_groups_and_labels(tmp_path: Path) -> None:
 
 def test_rows_that_lack_the_key_are_named_with_the_keys_there_are(tmp_path: Path) -> None:
     rows = random_rows(3, user=["a", None, "b"])
-    with pytest.raises(DataError, match=r"1 of 3 row\(s\) have no 'user'; keys: messages, user"):
+    with pytest.raises(
+        DataError, match=r"'user' is missing or null in 1 of 3.*; keys: messages, user"
+    ):
         split(write(tmp_path / "d.jsonl", rows), group_by="user")
 
 
@@ -204,6 +209,34 @@ def test_every_bad_row_is_named_and_nothing_is_split(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text("")
     with pytest.raises(DataError, match="no rows to split"):
         read_split_rows([Source(path=str(tmp_path / "e.jsonl"))])
+
+
+def test_bad_rows_can_be_left_out_and_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    rows = random_rows(4)
+    path.write_text("nonsense\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    notes: list[str] = []
+    read = read_split_rows([Source(path=str(path))], on_bad_row="skip", notes=notes)
+    assert [json.loads(row.line) for row in read] == rows
+    (note,) = notes
+    assert note.startswith(f"left out 1 bad row(s) of 5 in {path}:\n  {path}:1: not JSON")
+
+
+def test_one_row_alone_is_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one row alone: a split needs two"):
+        split(write(tmp_path / "d.jsonl", random_rows(1)))
+
+
+def test_of_a_row_only_what_a_split_needs_is_kept(tmp_path: Path) -> None:
+    """All rows are in memory: 4 KB of each would be 4 GB for a million."""
+    rows = random_rows(2000, user=["a", "b"], other=["x" * 500])
+    tracemalloc.start()
+    read = write(tmp_path / "d.jsonl", rows)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    texts = sum(len(row.line) + len(row.text) for row in read)
+    assert read[0].value == {"user": "a"}
+    assert kept - texts < 900 * len(read)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
