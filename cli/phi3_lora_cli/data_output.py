@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from phi3_lora.data.splitting import Split
 
 _BAR_WIDTH = 40
+_LONGEST_LABEL = 60
+"""Characters shown; a label may be a whole text."""
 
 
 def print_report(report: Report) -> None:
@@ -55,9 +60,11 @@ def print_report(report: Report) -> None:
 def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
     most = max((rows for _, _, rows in bins), default=1)
     edge = max((len(f"{b[1]:,}") for b in bins), default=1)
+    columns = shutil.get_terminal_size().columns
+    width = max(1, min(_BAR_WIDTH, columns - 2 * edge - len("   to ,           ") - 1))
     for least, greatest, rows in bins:
         # A bin with few rows is still seen.
-        bar = "\u2588" * max(round(_BAR_WIDTH * rows / most), rows > 0)
+        bar = "\u2588" * max(round(width * rows / most), rows > 0)
         click.echo(f"  {least:>{edge},} to {greatest:>{edge},}  {rows:>9,} {bar}".rstrip())
 
 
@@ -72,8 +79,9 @@ def preview_console() -> Console:
 
     class Piped(Console):
         def on_broken_pipe(self) -> None:
-            # Rich calls this in its handler, and would exit with 1.
-            raise
+            # Rich and click would exit with 1. Nothing more is to be written anywhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0)
 
     return Piped(highlight=False)
 
@@ -81,6 +89,7 @@ def preview_console() -> Console:
 def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> None:
     """Where the rows went, and how many."""
     from phi3_lora.data.splitting import TRAIN_NAME, VALID_NAME
+    from phi3_lora.errors import MAX_SHOWN
 
     num_valid = len(split.valid)
     result = {
@@ -108,5 +117,13 @@ def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> 
             f"{split.num_rows:,} rows in {split.num_groups:,} sets that stay together, the largest "
             f"of {split.largest_group:,}"
         )
-    for label, (train, valid) in split.labels.items():
-        click.echo(f"  {label}: {train:,} and {valid:,}")
+    # The largest first: of a key with a value for every row only some are shown.
+    largest = sorted(split.labels.items(), key=lambda item: -sum(item[1]))
+    for label, (train, valid) in largest[:MAX_SHOWN]:
+        name = label if len(label) <= _LONGEST_LABEL else label[:_LONGEST_LABEL] + "..."
+        click.echo(_printable(f"  {name}: {train:,} and {valid:,}"))
+    if len(largest) > MAX_SHOWN:
+        click.echo(f"  ... and {len(largest) - MAX_SHOWN:,} more labels (--json lists all)")
+    missing = sum(not valid for _, valid in split.labels.values())
+    if missing:
+        click.echo(f"  {missing:,} of {len(largest):,} labels have no row to validate on")

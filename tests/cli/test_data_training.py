@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from phi3_lora_cli.data_output import preview_console
 from tests.cli.test_data import Capture, run, run_json
 from tests.tiny import chat, write_model, write_rows
 
@@ -66,13 +66,46 @@ def test_preview_says_that_a_row_without_loss_is_dropped(
     assert (found["training"], found["remark"]) == ("dropped", "no token is in the loss")
 
 
-def test_a_preview_whose_reader_leaves_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Left(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
+def test_a_preview_whose_reader_leaves_is_no_fault(tmp_path: Path, model: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [chat(f"a{i}", "b" * 400) for i in range(400)])
+    arguments = ["data", "preview", str(data), "--model", str(model), "--limit", "400"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "phi3_lora_cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
-    monkeypatch.setattr(sys, "stdout", Left())
-    with pytest.raises(BrokenPipeError):
-        preview_console().print("x")
+
+def test_of_many_labels_the_largest_are_shown_and_cannot_drive_the_terminal(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    labels = ["often\x1b[31m", "often\x1b[31m", *(f"{i} " + "x" * 80 for i in range(40))]
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    arguments = ("split", data, "--stratify-by", "label", "--no-near-duplicates", "--output")
+    code, out, err = run(capsys, *arguments, tmp_path / "s")
+    assert code == 0, err
+    lines = out.splitlines()
+    shown = [line for line in lines if " and " in line and ": " in line]
+    assert shown[0].startswith("  often\\x1b[31m: ") and len(shown) == 20
+    assert max(map(len, shown)) < 90
+    assert "  ... and 21 more labels (--json lists all)" in lines
+    assert re.fullmatch(r"  3\d of 41 labels have no row to validate on", lines[-1])
+    assert len(run_json(capsys, *arguments, tmp_path / "j")["labels"]) == 41
+
+
+def test_a_histogram_fits_into_a_narrow_terminal(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [chat("a" * 9000, "b"), chat("a" * 9001, "b")])
+    widths = []
+    for columns in (40, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        _, out, _ = run(capsys, "check", data, "--no-near-duplicates")
+        widths.append(max(len(line) for line in out.splitlines() if "\u2588" in line))
+    assert widths[0] < 40 < widths[1]
