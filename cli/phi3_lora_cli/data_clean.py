@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from phi3_lora_cli.data_settings import NO_MODEL, base_of, data_options, settings
+from phi3_lora_cli.data_settings import NO_MODEL, base_of, data_options, say_not_taken, settings
 from phi3_lora_cli.options import note, output_options, print_json
 
 
@@ -41,14 +41,15 @@ def clean(
 ) -> None:
     """Write the rows to train on, cleaned, and what was done to which row.
 
-    Every step is optional. DIR/train.jsonl holds what is left, DIR/changes.jsonl each changed or
-    dropped row before and after; the data itself is not touched.
+    Every step is optional. DIR/train.jsonl holds what is left, as messages or text and with the
+    other keys of each row, DIR/changes.jsonl each changed or dropped row before and after; the
+    data itself is not touched.
 
     \b
     Example:
       phi3-lora data clean chats.jsonl --output cleaned --white-space --duplicates
     """
-    from phi3_lora.data.clean_files import write_cleaned
+    from phi3_lora.data.clean_files import is_read_once, write_cleaned
     from phi3_lora.data.cleaning import Cleaning
     from phi3_lora.data.cleaning import clean as clean_rows
     from phi3_lora.data.records import read_rows
@@ -62,15 +63,19 @@ def clean(
     config, files = settings(
         config_file, assignments, data_train=data, model=model, revision=revision
     )
+    say_not_taken(files)
     rows = read_rows(files.train, on_bad_row=config.data.on_bad_row)
     for text in rows.notes:
         note(text)
     tokenizer = None if config.model == NO_MODEL else base_of(config).tokenizer
     found = clean_rows(rows.conversations, chosen, tokenizer)
-    write_cleaned(folder, found)
+    if any(map(is_read_once, files.train)):
+        note("of rows read through a pipe only the conversations are kept, no other keys")
+    names = write_cleaned(folder, found, files.train)
     counts, total = found.counts(), len(rows.conversations)
     if as_json:
-        print_json({"path": str(folder), "rows": total, "kept": len(found.rows), "steps": counts})
+        result = {"path": str(folder), "files": names, "rows": total, "kept": len(found.rows)}
+        print_json({**result, "steps": counts})
         return
     for step, count in counts.items():
         click.echo(f"{step.ljust(16)} changed {count['changed']:,}, dropped {count['dropped']:,}")

@@ -135,8 +135,8 @@ class _LineReader:
         for at, line in self._lines:
             if at == number:
                 own = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
-                return own if _holds(own, value) else _as_json(value)
-        return _as_json(value)
+                return own if _holds(own, value) else as_json(value)
+        return as_json(value)
 
 
 def _lines_of(path: Path) -> Iterator[bytes]:
@@ -151,9 +151,14 @@ def _holds(line: bytes, value: Any) -> bool:
         return False
 
 
-def _as_json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
+    """A row as a line of a JSONL file, without a line end."""
     # Parquet has dates and bytes, JSON has not.
-    return json.dumps(value, ensure_ascii=False, default=str).encode(errors="surrogatepass")
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair under a key that is not read: no UTF-8, but an escape.
+        return json.dumps(value, default=str).encode()
 
 
 def split_rows(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,92 @@ def test_what_cannot_be_done_is_told_and_nothing_is_written(
     assert code == 2 and phrase in err and not (tmp_path / "c").exists()
     code, _, err = run(capsys, "data", "clean", data, "--output", tmp_path, "--empty")
     assert code == 2 and "is in use" in err
+
+
+def cleaned_lines(capsys: Capture, folder: Path, *words: object) -> list[dict]:
+    run_json(capsys, "data", "clean", *words, "--output", folder, "--white-space")
+    return lines(folder / "train.jsonl")
+
+
+def test_the_tools_of_a_row_survive(capsys: Capture, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "order"}}]
+    rows = [
+        chat("a ", "b") | {"tools": tools},
+        chat("a ", "b") | {"system": "s", "tools": json.dumps(tools)},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    cleaned_lines(capsys, tmp_path / "c", data)
+    kept = read_conversations(tmp_path / "c/train.jsonl")
+    before = read_conversations(data)
+    assert [row.messages[0] for row in kept] == [row.messages[0] for row in before]
+    assert json.loads(kept[0].messages[0]["tools"]) == tools
+    assert [row.messages[1]["content"] for row in kept] == ["a", "a"]
+
+
+def test_plain_text_and_messages_are_written_apart(capsys: Capture, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [chat("a ", "b"), chat("c", "d")])
+    write_rows(tmp_path / "b.jsonl", [{"text": "e "}])
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{train: {tmp_path}/a.jsonl, sources: [{tmp_path}/b.jsonl]}}")
+    out = tmp_path / "c"
+    found = run_json(capsys, "data", "clean", "-c", config, "--output", out, "--white-space")
+    assert found["files"] == ["train.jsonl", "train-text.jsonl"]
+    kept = read_conversations(out)
+    assert sorted(row.messages[0]["content"] for row in kept) == ["a", "c", "e"]
+    assert sorted(row.whole for row in kept) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "others"),
+    [
+        ({"prompt": "a", "completion": "b", "customer": 7}, {"customer": 7}),
+        ({"text": "a", "label": "b", "group": None}, {"label": "b"}),
+        ({"instruction": "a", "input": "c", "output": "b", "id": "x"}, {"id": "x"}),
+        (chat("a", "b") | {"prompt": "p", "meta": {"k": [1]}}, {"prompt": "p", "meta": {"k": [1]}}),
+        (chat("a", "b") | {"note": "\ud800"}, {"note": "\ud800"}),
+        ({"text": "a", "id": 1}, {"id": 1}),
+    ],
+)
+def test_other_keys_of_a_row_stay_for_a_split(
+    capsys: Capture, tmp_path: Path, row: dict, others: dict
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"bad": 1}, row, row])
+    config = ("--set", "data.on_bad_row=skip")
+    for found in cleaned_lines(capsys, tmp_path / "c", data, *config):
+        assert {k: v for k, v in found.items() if k not in ("messages", "text")} == others
+    before = read_conversations(write_rows(tmp_path / "same.jsonl", [row, row]))
+    kept = read_conversations(tmp_path / "c/train.jsonl")
+    assert [r.messages for r in kept] == [r.messages for r in before]
+
+
+def test_mapped_columns_are_not_kept_beside_what_they_became(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    rows = [{"q": "a ", "chosen": "b", "rejected": "c", "user": 1}]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    columns = ("--set", "data.columns={prompt: q, completion: chosen}")
+    (found,) = cleaned_lines(capsys, tmp_path / "c", data, *columns)
+    assert found == chat("a", "b") | {"user": 1}
+
+
+def test_rows_of_a_table_with_dates_and_nan_become_json(capsys: Capture, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = chat("a", "b") | {"day": datetime.date(2026, 1, 2), "score": float("nan")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    (found,) = cleaned_lines(capsys, tmp_path / "c", tmp_path / "d.parquet")
+    assert (found["day"], found["score"]) == ("2026-01-02", None)
+
+
+def test_of_a_pipe_the_conversations_are_kept(capsys: Capture, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = json.dumps(chat("a ", "b") | {"user": 1})
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    code, _, err = run(
+        *(capsys, "data", "clean", pipe, "--output", tmp_path / "c", "--white-space")
+    )
+    writer.join()
+    assert code == 0 and "read through a pipe" in err
+    assert lines(tmp_path / "c/train.jsonl") == [chat("a", "b")]
