@@ -14,6 +14,7 @@ from phi3_lora_cli.data_settings import (
     base_of,
     data_options,
     say_not_taken,
+    say_still_needed,
     settings,
 )
 from phi3_lora_cli.options import note, output_options, print_json
@@ -236,6 +237,7 @@ def split(
         near=near is not False,
     )
     write_split(rows, found, folder)
+    say_still_needed(files)
     say_split(found, folder, valid_fraction, as_json=as_json)
 
 

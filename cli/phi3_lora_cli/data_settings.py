@@ -89,3 +89,14 @@ def say_not_taken(files: DataFiles) -> None:
             f"each row is taken once: weights of sources ({', '.join(weighed)}) are for training; "
             "to keep them write each source on its own"
         )
+
+
+def say_still_needed(files: DataFiles) -> None:
+    """Say which settings rows that are written as they are need again."""
+    first = files.train[0]
+    needed = [] if first.format == "auto" else [f"data.format={first.format}"]
+    if first.columns:
+        columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in first.columns.items())
+        needed.append(f"data.columns={{{columns}}}")
+    if needed:
+        note(f"rows are written as they are: to read them set {' and '.join(needed)} again")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from phi3_lora.data.conversation import RawRow, RowError
 from phi3_lora.data.duplicates import Groups, NearIndex, exact_key, matches_of, spoken_text
-from phi3_lora.data.formats import RowReader
+from phi3_lora.data.formats import FORMATS, RowReader
 from phi3_lora.data.sources import Source, parts_of
 from phi3_lora.errors import DataError, listing
 from phi3_lora.seeding import permutation
@@ -75,10 +75,11 @@ def read_split_rows(
 
     Raises:
         DataError: when there is no such source, there are no rows, or rows are bad; all are
-            counted.
+            counted; when rows of different formats or columns would go into one file.
     """
     rows: list[SplitRow] = []
     problems: list[str] = []
+    kinds: dict[str, str] = {}
     for source in sources:
         for part in parts_of(source):
             reader, lines = RowReader(source.format, source.columns), _LineReader(part.name)
@@ -88,6 +89,8 @@ def read_split_rows(
                     rows.append(_read(raw, place, reader, lines, keys, near=near))
                 except RowError as cause:
                     problems.append(f"{place}: {cause}")
+            if reader.name != "auto":
+                kinds.setdefault(_kind(reader.name, source), part.name)
     names = ", ".join(map(str, sources))
     if problems and on_bad_row == "error":
         title = (
@@ -101,7 +104,21 @@ def read_split_rows(
         notes.append(listing(title, problems))
     if not rows:
         raise DataError(f"{names}: no rows to split")
+    if len(kinds) > 1:
+        told = [f"{name}: {kind}" for kind, name in kinds.items()]
+        title = (
+            "one file cannot hold all of these rows; split each source alone, or write them as "
+            "messages first (phi3-lora data clean DATA --unicode --output DIR):"
+        )
+        raise DataError(listing(title, told))
     return rows
+
+
+def _kind(name: str, source: Source) -> str:
+    """What rows must have in common to be read from one file."""
+    kind = "messages" if FORMATS[name].is_chat else name
+    columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in sorted(source.columns.items()))
+    return kind + (f", columns {{{columns}}}" if columns else "")
 
 
 def _read(

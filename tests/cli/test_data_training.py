@@ -109,3 +109,11 @@ def test_a_histogram_fits_into_a_narrow_terminal(
         _, out, _ = run(capsys, "check", data, "--no-near-duplicates")
         widths.append(max(len(line) for line in out.splitlines() if "\u2588" in line))
     assert widths[0] < 40 < widths[1]
+
+
+def test_split_says_which_settings_its_files_need(capsys: Capture, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "one", "a": "x"}, {"q": "two", "a": "y"}])
+    columns = ("--set", "data.columns={prompt: q, completion: a}")
+    code, _, err = run(capsys, "split", data, "--output", tmp_path / "s", *columns)
+    assert code == 0 and "set data.columns={prompt: q, completion: a} again" in err
+    assert run_json(capsys, "check", tmp_path / "s", *columns)["num_rows"] == 2

@@ -19,7 +19,7 @@ from phi3_lora.data.records import Conversation, read_conversations
 from phi3_lora.data.sources import Source
 from phi3_lora.data.splitting import Split, SplitRow, read_split_rows, split_rows, write_split
 from phi3_lora.errors import DataError
-from tests.tiny import chat
+from tests.tiny import chat, write_rows
 
 WORDS = [f"word{i}" for i in range(3000)]
 
@@ -246,3 +246,18 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is in use"):
         write_split(rows, split(rows, fraction=0.5), tmp_path / "s")
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["notes.txt"]
+
+
+def test_rows_that_one_file_cannot_hold_are_not_split(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
+    write_rows(tmp_path / "b.jsonl", [chat("a", "b")])
+    write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
+    sources = {name: Source(path=str(tmp_path / f"{name}.jsonl")) for name in "abc"}
+    with pytest.raises(DataError, match="one file cannot hold") as caught:
+        read_split_rows([sources["a"], sources["b"]])
+    assert f"{tmp_path}/a.jsonl: alpaca" in str(caught.value)
+    assert f"{tmp_path}/b.jsonl: messages" in str(caught.value)
+    assert len(read_split_rows([sources["b"], sources["c"]])) == 2, "chat formats mix"
+    mapped = Source(path=str(tmp_path / "c.jsonl"), columns={"system": "s"})
+    with pytest.raises(DataError, match=r"columns \{system: s\}"):
+        read_split_rows([sources["b"], mapped])
