@@ -49,10 +49,9 @@ def clean(
     Example:
       phi3-lora data clean chats.jsonl --output cleaned --white-space --duplicates
     """
-    from phi3_lora.data.clean_files import is_read_once, write_cleaned
+    from phi3_lora.data.clean_files import read_for_cleaning, write_cleaned
     from phi3_lora.data.cleaning import Cleaning
     from phi3_lora.data.cleaning import clean as clean_rows
-    from phi3_lora.data.records import read_rows
     from phi3_lora.data.splitting import check_unused
 
     chosen = Cleaning(**steps)  # type: ignore[arg-type]
@@ -64,15 +63,14 @@ def clean(
         config_file, assignments, data_train=data, model=model, revision=revision
     )
     say_not_taken(files)
-    rows = read_rows(files.train, on_bad_row=config.data.on_bad_row)
-    for text in rows.notes:
+    notes: list[str] = []
+    rows, others = read_for_cleaning(files.train, on_bad_row=config.data.on_bad_row, notes=notes)
+    for text in notes:
         note(text)
     tokenizer = None if config.model == NO_MODEL else base_of(config).tokenizer
-    found = clean_rows(rows.conversations, chosen, tokenizer)
-    if any(map(is_read_once, files.train)):
-        note("of rows read through a pipe only the conversations are kept, no other keys")
-    names = write_cleaned(folder, found, files.train)
-    counts, total = found.counts(), len(rows.conversations)
+    found = clean_rows(rows, chosen, tokenizer)
+    names = write_cleaned(folder, found, others)
+    counts, total = found.counts(), len(rows)
     if as_json:
         result = {"path": str(folder), "files": names, "rows": total, "kept": len(found.rows)}
         print_json({**result, "steps": counts})

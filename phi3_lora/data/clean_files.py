@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.data.cleaning import Change, Cleaned
 from phi3_lora.data.conversation import BadRow, Conversation, RawRow
-from phi3_lora.data.formats import COLUMNS, RowReader
+from phi3_lora.data.formats import COLUMNS, FORMATS, RowReader
 from phi3_lora.data.records import bad_rows_listed
 from phi3_lora.data.sources import Part, Source, conversations_of, parts_of
-from phi3_lora.data.splitting import TRAIN_NAME, json_line, write_lines
+from phi3_lora.data.splitting import TRAIN_NAME, as_json, write_lines
 from phi3_lora.errors import MAX_SHOWN, DataError
 from phi3_lora.storage import replace_folder
 
 CHANGES_NAME = "changes.jsonl"
+TEXT_NAME = "train-text.jsonl"
+"""Rows of plain text, where there are others, too: one file cannot hold both."""
+_OF_ANY = ("system", "tools")
+_OF_ALPACA = ("input", "history")
+_MISTAKEN = ("messages", "system", "tools", "completion", "chosen", "rejected")
+"""Keys under which a row of messages would be read as something else."""
 Others = dict[str, dict[str, Any]]
 """file:line -> what a row holds beside its conversation, such as a label or the key of a group."""
 
@@ -44,8 +51,8 @@ def read_for_cleaning(
                     bad.append(row)
                     continue
                 rows.append(row)
-                if other := _beside(row, value, source):
-                    others[row.source] = other
+                if beside := other_keys(value, source):
+                    others[row.source] = beside
             notes += [f"{part.name}: {note}" for note in reader.notes()]
     names = ", ".join(map(str, sources))
     if bad and on_bad_row == "error":
@@ -74,10 +81,31 @@ def _rows_with_values(part: Part, reader: RowReader) -> Iterator[tuple[Conversat
         yield row, last[0].value
 
 
-def _beside(row: Conversation, value: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    # A label beside a plain text would make it a classification.
-    told = {*COLUMNS, *source.columns.values()} - (set() if row.whole else {"label"})
-    return {k: v for k, v in value.items() if k not in told and v is not None}
+def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """What a row holds beside its conversation, and its label.
+
+    Args:
+        value: the row as its file has it.
+        source: where it is from, with its format and columns.
+    """
+    theirs = {ours: source.columns.get(ours, ours) for ours in COLUMNS}
+    present = {key for key, item in value.items() if item is not None}
+    name = source.format
+    if name == "auto":
+        fits = (n for n, f in FORMATS.items() if {theirs[k] for k in f.needs} <= present)
+        name = next(fits, "")
+    needs = FORMATS[name].needs if name else COLUMNS
+    read = (*needs, *_OF_ANY, *(_OF_ALPACA if name == "alpaca" else ()))
+    # The label is what a split is stratified by; beside messages it means nothing else.
+    used = {theirs[key] for key in read if key != "label"}
+    return {key: _plain(value[key]) for key in value if key in present and key not in used}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: Parquet has dates, bytes and numbers that are none."""
+    if isinstance(value, (str, int)):
+        return value
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -105,65 +133,43 @@ def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dic
     return value | {k: v for k, v in others.items() if k not in _MISTAKEN}
 
 
-def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """What a row holds beside its conversation, and its label.
-
-    Args:
-        value: the row as its file has it.
-        source: where it is from, with its format and columns.
-    """
-    theirs = {ours: source.columns.get(ours, ours) for ours in COLUMNS}
-    present = {key for key, item in value.items() if item is not None}
-    name = source.format
-    if name == "auto":
-        fits = (n for n, f in FORMATS.items() if {theirs[k] for k in f.needs} <= present)
-        name = next(fits, "")
-    needs = FORMATS[name].needs if name else COLUMNS
-    read = (*needs, *_OF_ANY, *(_OF_ALPACA if name == "alpaca" else ()))
-    # The label is what a split is stratified by; beside messages it means nothing else.
-    used = {theirs[key] for key in read if key != "label"}
-    return {key: _plain(value[key]) for key in value if key in present and key not in used}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: Parquet has dates, bytes and numbers that are none."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
-
-
-def is_read_once(source: Source) -> bool:
-    """Whether a source is a pipe, whose rows cannot be looked at again."""
-    path = Path(source.path)
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def write_cleaned(folder: Path, cleaned: Cleaned, others: Others | None = None) -> None:
-    """Write train.jsonl, and changes.jsonl with each changed row before and after.
+def write_cleaned(folder: Path, cleaned: Cleaned, others: Others | None = None) -> list[str]:
+    """Write what is left, and changes.jsonl with each changed row before and after.
 
     Args:
         folder: new or empty.
         cleaned: what is left, and what was done.
         others: what rows hold beside their conversations; it is written with them.
 
+    Returns:
+        Names of the files of rows: train.jsonl, and train-text.jsonl when rows of plain text are
+        among others.
+
     Raises:
         StorageError: when it cannot be written.
     """
     beside: Mapping[str, dict[str, Any]] = others or {}
+    is_mixed = len({row.whole for row in cleaned.rows}) > 1
+    names = [TRAIN_NAME, TEXT_NAME] if is_mixed else [TRAIN_NAME]
 
-    def whole(row: Conversation) -> dict[str, Any]:
-        return row_value(row) | beside.get(row.source, {})
+    def value_of(row: Conversation) -> dict[str, Any]:
+        return row_value(row, beside.get(row.source))
 
     def change_value(change: Change) -> dict[str, Any]:
         return {
             "source": change.source,
             "step": change.step,
             "message": change.message,
-            "before": whole(change.before),
-            "after": None if change.after is None else whole(change.after),
+            "before": value_of(change.before),
+            "after": None if change.after is None else value_of(change.after),
         }
 
     def fill(part: Path) -> None:
-        write_lines(part / TRAIN_NAME, (json_line(whole(row)) + b"\n" for row in cleaned.rows))
-        changes = (json_line(change_value(c)) + b"\n" for c in cleaned.changes)
+        for name in names:
+            rows = (r for r in cleaned.rows if not is_mixed or r.whole == (name == TEXT_NAME))
+            write_lines(part / name, (as_json(value_of(row)) + b"\n" for row in rows))
+        changes = (as_json(change_value(c)) + b"\n" for c in cleaned.changes)
         write_lines(part / CHANGES_NAME, changes)
 
     replace_folder(folder, fill)
+    return names
