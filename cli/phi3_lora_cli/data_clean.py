@@ -62,6 +62,11 @@ def clean(
     config, files = settings(
         config_file, assignments, data_train=data, model=model, revision=revision
     )
+    has_token_limit = (chosen.min_tokens, chosen.max_tokens) != (None, None)
+    if has_token_limit and config.model == NO_MODEL:
+        raise click.UsageError(
+            "--min-tokens and --max-tokens need --model, whose tokens they count"
+        )
     say_not_taken(files)
     notes: list[str] = []
     rows, others = read_for_cleaning(files.train, on_bad_row=config.data.on_bad_row, notes=notes)
@@ -71,6 +76,8 @@ def clean(
     found = clean_rows(rows, chosen, tokenizer)
     names = write_cleaned(folder, found, others)
     counts, total = found.counts(), len(rows)
+    if not found.rows:
+        note("no row is left: training needs at least one")
     if as_json:
         result = {"path": str(folder), "files": names, "rows": total, "kept": len(found.rows)}
         print_json({**result, "steps": counts})

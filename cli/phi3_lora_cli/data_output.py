@@ -15,7 +15,7 @@ from phi3_lora_cli.options import note, print_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phi3_lora.data.check_report import Report
+    from phi3_lora.data.check_report import Lengths, Report
     from phi3_lora.data.splitting import Split
 
 _BAR_WIDTH = 40
@@ -37,13 +37,8 @@ def print_report(report: Report) -> None:
         click.echo("")
     train = report.num_rows - report.num_valid_rows
     click.echo(f"rows             {train:,} to train on, {report.num_valid_rows:,} to validate on")
-    lengths = report.lengths.to_dict()
-    click.echo(
-        f"{lengths['unit']} a row".ljust(17) + f"least {lengths['min']:,.0f}, median "
-        f"{lengths['median']:,.0f}, 95 % at most {lengths['p95']:,.0f}, greatest "
-        f"{lengths['max']:,.0f}"
-    )
-    _print_histogram(report.lengths.histogram())
+    if len(report.lengths.values):
+        _print_lengths(report.lengths)
     if report.loss_share is not None:
         click.echo(
             f"in the loss      {report.loss_tokens:,} of {report.num_tokens:,} tokens "
@@ -55,6 +50,15 @@ def print_report(report: Report) -> None:
     click.echo(f"problems         {len(report.problems):,}")
     for kind, count in report.counts().items():
         click.echo(f"  {kind.ljust(15)}{count:>9,}")
+
+
+def _print_lengths(lengths: Lengths) -> None:
+    found = lengths.to_dict()
+    click.echo(
+        f"{found['unit']} a row".ljust(17) + f"least {found['min']:,.0f}, median "
+        f"{found['median']:,.0f}, 95 % at most {found['p95']:,.0f}, greatest {found['max']:,.0f}"
+    )
+    _print_histogram(lengths.histogram())
 
 
 def _print_histogram(bins: list[tuple[int, int, int]]) -> None:

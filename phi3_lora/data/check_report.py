@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 KINDS = (
     *("bad-row", "empty", "no-loss", "too-short", "too-long", "leak", "duplicate"),
-    *("near-duplicate", "marker-text", "encoding", "whitespace", "pattern", "language"),
+    *(
+        "near-duplicate",
+        "system-lost",
+        "marker-text",
+        "encoding",
+        "whitespace",
+        "pattern",
+        "language",
+    ),
 )
 """Every kind of problem, in the order of counts."""
 _MOST_BINS = 12
@@ -60,7 +68,14 @@ class Lengths(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Unit, least, median, 95th percentile, greatest and mean length, and the histogram."""
-        quantiles = np.quantile(self.values, (0, 0.5, 0.95, 1)) if len(self.values) else [0] * 4
+        quantiles = [0.0] * 4
+        if len(self.values):
+            # Between two lengths the 95th percentile is the greater: 95 % are at most that long.
+            middle, high = (
+                np.quantile(self.values, 0.5),
+                np.quantile(self.values, 0.95, method="inverted_cdf"),
+            )
+            quantiles = [self.values.min(), middle, high, self.values.max()]
         names = ("min", "median", "p95", "max")
         return {
             "unit": self.unit,

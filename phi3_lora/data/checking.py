@@ -206,6 +206,8 @@ def _token_findings(document: Document, base: Base) -> Iterator[Finding]:
         yield Finding("too-long", f"{count:,} tokens, more than {base.limit_name}")
     if document.loss_tokens == 0:
         yield Finding("no-loss", "no token is in the loss")
+    if document.remarks.lacks_system:
+        yield Finding("system-lost", "the chat template has no place for the system message")
     if document.remarks.has_marker_text:
         yield Finding("marker-text", "the text of a special token is read as plain text")
 

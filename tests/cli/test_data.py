@@ -359,6 +359,32 @@ def test_wrong_usage_exits_2(capsys: Capture, arguments: list[str], phrase: str)
     assert not Path("x").exists()
 
 
+def test_check_names_rows_whose_system_message_the_template_leaves_out(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "m")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE.replace("message['role'] == 'system'", "false")
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    data = write_rows(tmp_path / "d.jsonl", [chat("a", "b"), chat("c", "d") | {"system": "Be."}])
+    report = run_json(capsys, "check", data, "--model", model, expected=3)
+    assert problems_of(report) == [(2, "system-lost")]
+    assert report["counts"] == {"system-lost": 1}
+
+
+def test_check_measures_nothing_where_no_row_can_be_read(capsys: Capture, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", ["nonsense"])
+    code, out, _ = run(capsys, "check", data)
+    assert code == 3 and "a row" not in out and "0 to train on" in out
+
+
+def test_no_fewer_than_95_percent_are_at_most_as_long_as_is_said() -> None:
+    import numpy as np
+
+    found = Lengths("tokens", np.array([10] * 8 + [3000], dtype=np.int64)).to_dict()
+    assert (found["median"], found["p95"], found["max"]) == (10, 3000, 3000)
+
+
 def test_problems_are_spread_over_kinds_in_their_order() -> None:
     problems = [Problem("f", i, "ab"[i >= 8], "m") for i in range(10)]
     assert [p.line for p in spread(problems, 4)] == [0, 1, 8, 9]

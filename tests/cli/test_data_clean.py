@@ -82,7 +82,7 @@ def test_plain_text_stays_plain_text(capsys: Capture, tmp_path: Path) -> None:
     ("words", "phrase"),
     [
         ((), "no step is chosen"),
-        (("--max-tokens", "5"), "need a tokenizer"),
+        (("--max-tokens", "5"), "--max-tokens need --model"),
         (("--pattern", "("), "no regular expression"),
         (("--min-chars", "9", "--max-chars", "3"), "no row could stay"),
     ],
@@ -182,3 +182,11 @@ def test_a_pipe_is_read_once(capsys: Capture, tmp_path: Path) -> None:
     writer.join()
     (change,) = lines(tmp_path / "c/changes.jsonl")
     assert change["before"] == chat("a ", "b") | {"user": 1}
+
+
+def test_that_no_row_is_left_is_told(capsys: Capture, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
+    arguments = ("data", "clean", data, "--min-chars", "9", "--output", tmp_path / "c")
+    code, out, err = run(capsys, *arguments)
+    assert code == 0 and "kept 0 of 1 rows" in out
+    assert "no row is left: training needs at least one" in err
