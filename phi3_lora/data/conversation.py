@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ _FOLLOWS = {
 BAD, EMPTY, ENCODING = "bad-row", "empty", "encoding"
 """Kinds of rows that cannot be used: nothing is said where something must be; the text is damaged;
 all else."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_MOST_NAMED = 12
 Message = dict[str, Any]
 """`role` and `content` (strings); a call of tools has `tool_calls`, a system message `tools`."""
 
@@ -91,6 +95,18 @@ class RowError(ValueError):
         self.kind = kind
 
 
+def shown(value: Any) -> str:
+    """A value of a row as messages show it: short, on one line, without control characters."""
+    return _SHORT.repr(value)
+
+
+def named(words: Sequence[str], between: str = ", ") -> str:
+    """Words of a row as messages list them: the first ones, each as `shown` where it must be."""
+    first = [w if w.isprintable() and len(w) <= 60 else shown(w) for w in words[:_MOST_NAMED]]
+    rest = len(words) - len(first)
+    return between.join(first) + (f" and {rest:,} more" if rest else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Turns:
     """The checked messages of one row, and their own weights if any has one."""
@@ -139,11 +155,11 @@ def _check_order(roles: Sequence[str], calls: Sequence[bool]) -> None:
                 if role == "tool"
                 else "roles must alternate, user first"
             )
-            raise RowError(f"turn {turn}: {rule}; got {' '.join(roles)}")
+            raise RowError(f"turn {turn}: {rule}; got {named(roles, ' ')}")
         before = "call" if is_call else role
     # A row may end with a call, which is then what is learnt.
     if before == "tool":
-        raise RowError(f"ends with a tool message, without an answer; got {' '.join(roles)}")
+        raise RowError(f"ends with a tool message, without an answer; got {named(roles, ' ')}")
 
 
 def _message(number: int, turn: Any) -> Message:
@@ -154,7 +170,7 @@ def _message(number: int, turn: Any) -> Message:
     speaker = _first(turn, "role", "from")
     role = _ROLE_OF.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise RowError(f"message {number}: role {speaker!r} is not one of {', '.join(ROLES)}")
+        raise RowError(f"message {number}: role {shown(speaker)} is not one of {', '.join(ROLES)}")
     content = _first(turn, "content", "value")
     message: Message = {"role": role}
     calls = _first(turn, "tool_calls")
@@ -205,7 +221,9 @@ def _part(label: str, number: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get("text") if isinstance(part, Mapping) else None
     if kind not in ("text", "input_text", "output_text"):
-        raise RowError(f"{label}: content part {number} is of type {kind!r}; only text is trained")
+        raise RowError(
+            f"{label}: content part {number} is of type {shown(kind)}; only text is trained"
+        )
     if not isinstance(text, str):
         raise RowError(
             f"{label}: `text` of content part {number} must be a string, got {type(text).__name__}"
@@ -275,7 +293,7 @@ def _weight(number: int, turn: Mapping[str, Any]) -> bool | None:
     if value is None:
         return None
     if value not in (0, 1):
-        raise RowError(f"message {number}: weight must be 0 or 1, got {value!r}")
+        raise RowError(f"message {number}: weight must be 0 or 1, got {shown(value)}")
     return bool(value)
 
 

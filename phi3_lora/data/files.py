@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from phi3_lora.data.conversation import ENCODING, RawRow, RowError
-from phi3_lora.data.formats import COLUMNS
+from phi3_lora.data.conversation import ENCODING, RawRow, RowError, named
+from phi3_lora.data.formats import COLUMNS, LONGEST_ROW
 from phi3_lora.data.json_text import json_text_rows, parse_json
 from phi3_lora.errors import DataError
 from phi3_lora.optional import optional_package
@@ -26,11 +26,10 @@ EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Files that a folder's data may be in; a text file must be named itself."""
 COMPRESSED = (".gz", ".zst")
 _GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04"
-_WIDEST_FIELD = 2**31 - 1
-"""Characters of a CSV field; the library's own limit is 128 KiB."""
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 26
 """Bytes of a line that are read at all: a row of LONGEST_ROW characters in JSON's escapes."""
+_TOO_LONG = f"the line is longer than {_LONGEST_LINE >> 20} MiB: is it one row?"
 _ROWS_AT_ONCE = 1024
 
 
@@ -142,8 +141,7 @@ def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
     """Numbered lines that are not blank; a byte order mark and CRLF are accepted."""
     for number, line in enumerate(_bounded_lines(stream), start=1):
         if line is None:
-            problem = f"the line is longer than {_LONGEST_LINE >> 20} MiB: is it one row?"
-            yield RawRow(number, None, problem)
+            yield RawRow(number, None, _TOO_LONG)
             continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -199,27 +197,55 @@ def _is_one_text(head: bytes, kind: str) -> bool:
 
 
 def _csv_rows(path: Path, stream: IO[bytes], kind: str) -> Iterator[RawRow]:
-    # Bytes that are not UTF-8 become half surrogates, so that only their own row is bad.
-    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-    before = csv.field_size_limit(_WIDEST_FIELD)
+    lines = _CsvLines(stream)
     try:
-        first = next(lines, "").removeprefix("\ufeff")
+        first = next((line for line in lines if line.strip("\ufeff\r\n ")), "")
+        first = first.removeprefix("\ufeff")
         delimiter = _delimiter(first, kind)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader, None)
-            except csv.Error as cause:
-                yield RawRow(line, None, f"not CSV: {cause}")
-                continue
-            if fields is None:
-                return
-            if header is None:
-                header = _header(path, fields)
-            elif fields:
-                yield _csv_row(line, header, fields)
+        header = _header(path, _next_fields(reader) or [])
+    except csv.Error as cause:
+        raise DataError(f"{path}:1: the header is not CSV: {cause}") from None
+    while True:
+        line = lines.number + 1
+        try:
+            fields = _next_fields(reader)
+        except csv.Error as cause:
+            lost = f"; lost with it: lines {line + 1:,} to {lines.number:,}; is a quote not closed?"
+            is_alone = lines.number == line
+            yield RawRow(line, None, f"not CSV: {cause}{'' if is_alone else lost}")
+            continue
+        if fields is None:
+            return
+        if fields:
+            yield _csv_row(line, header, fields)
+
+
+class _CsvLines:
+    """Lines for csv.reader, which can go on after one that is too long to be kept."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._lines = _bounded_lines(stream)
+        self.number = 0
+        """Lines that were read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.number += 1
+        if line is None:
+            raise csv.Error(_TOO_LONG)
+        # Bytes that are not UTF-8 become half surrogates, so that only their own row is bad.
+        return line.decode("utf-8", "surrogateescape")
+
+
+def _next_fields(reader: Iterator[list[str]]) -> list[str] | None:
+    # The limit is the process's: files that are read in turn must not undo each other's.
+    before = csv.field_size_limit(LONGEST_ROW)
+    try:
+        return next(reader, None)
     finally:
         csv.field_size_limit(before)
 
@@ -227,7 +253,7 @@ def _csv_rows(path: Path, stream: IO[bytes], kind: str) -> Iterator[RawRow]:
 def _header(path: Path, names: list[str]) -> list[str]:
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}:1: the header names {', '.join(twice)} twice: rename a column")
+        raise DataError(f"{path}:1: the header names {named(twice)} twice: rename a column")
     return names
 
 

@@ -17,6 +17,8 @@ from phi3_lora.data.conversation import (
     check_json,
     check_text,
     check_turns,
+    named,
+    shown,
 )
 
 Row = Mapping[str, Any]
@@ -118,7 +120,7 @@ def _classification(row: Row) -> tuple[Turns, bool]:
         label = f"{label:g}" if isinstance(label, float) else str(label)
     if not isinstance(label, str) or not label.strip():
         kind = EMPTY if isinstance(label, str) or label is None else BAD
-        raise RowError(f"`label` must be a string or a number, got {row['label']!r:.80}", kind)
+        raise RowError(f"`label` must be a string or a number, got {shown(row['label'])}", kind)
     if not isinstance(row["text"], str):
         raise RowError(f"`text` must be a string, got {type(row['text']).__name__}")
     turns = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": label}]
@@ -195,7 +197,7 @@ class RowReader:
         """What the user should know of the rows that were read."""
         if self.name != "text":
             return []
-        unread = f"; not read: {', '.join(sorted(self._unread))}" if self._unread else ""
+        unread = f"; not read: {named(sorted(self._unread))}" if self._unread else ""
         return [f"rows of plain text: every token is in the loss{unread}"]
 
     def _named(self, value: Row) -> Row:
@@ -315,4 +317,4 @@ def _json_cell(name: str, text: str) -> Any:
 
 
 def _keys(row: Row) -> str:
-    return ", ".join(sorted(map(str, row))) or "none"
+    return named(sorted(map(str, row))) or "none"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from phi3_lora.data.conversation import RawRow, RowError
+from phi3_lora.data.conversation import RawRow, RowError, shown
 from phi3_lora.errors import DataError
 
 _CHUNK = 1 << 20
@@ -22,7 +22,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise RowError(f"has the key {twice!r} twice")
+        raise RowError(f"has the key {shown(twice)} twice")
     return found
 
 
@@ -93,12 +93,12 @@ def _object(text: _Text, row_keys: Collection[str]) -> Iterator[RawRow]:
     while text.peek() != "}":
         key, problem = text.value()
         if not isinstance(key, str):
-            raise text.fail(f"not JSON: a key must be a string, got {key!r}")
+            raise text.fail(f"not JSON: a key must be a string, got {shown(key)}")
         text.take(":")
         if text.peek() == "[" and key not in row_keys:
             num_lists += 1
             if num_lists > 1:
-                raise text.fail(f"a second list of rows ({key!r}): keep one list in a file")
+                raise text.fail(f"a second list of rows ({shown(key)}): keep one list in a file")
             yield from _elements(text)
         else:
             found[key], problem = text.value()

@@ -16,6 +16,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi3_lora.data import files
 from phi3_lora.data.conversation import RawRow
 from phi3_lora.data.files import read_raw_rows
 from phi3_lora.errors import DataError
@@ -133,6 +134,50 @@ def test_cut_last_line_is_a_problem(tmp_path: Path) -> None:
 def test_quote_that_is_not_closed_is_named_by_its_line(tmp_path: Path) -> None:
     found = rows_of(tmp_path / "d.csv", b'a,b\n1,1\n"x,2\n3,3\n')
     assert found[1].line == 3 and "not CSV" in str(found[1].problem)
+    # What lies within the quotes may be rows, which must not be lost in silence.
+    lost = "; lost with it: lines 4 to 4; is a quote not closed?"
+    assert len(found) == 2 and str(found[1].problem).endswith(lost)
+
+
+def test_quote_that_is_not_closed_ends_where_a_row_would_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LONGEST_ROW", 1000)
+    rows = "".join(f"{i},{i}\n" for i in range(100, 400))
+    found = rows_of(tmp_path / "d.csv", f'a,b\n1,1\n"x,2\n{rows}'.encode())
+    problem = found[1].problem or ""
+    last = int(problem.split("to ")[1].split(";")[0])
+    assert "field larger than field limit (1000)" in problem and 120 < last < 140
+    # The next row is on the line after those that were lost, and none is lost later.
+    assert found[2] == RawRow(last + 1, {"a": str(last + 97), "b": str(last + 97)})
+    assert len(found) == 2 + 303 - last and all(row.problem is None for row in found[2:])
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.txt"])
+def test_line_that_is_too_long_is_a_problem_among_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(files, "_LONGEST_LINE", 100)
+    long = b"1" * 300
+    found = rows_of(tmp_path / name, b"11\n22\n" + long + b"\n44\n" + long)
+    rows = [(row.line, row.problem is None) for row in found]
+    good = [(1, True)] if name != "d.csv" else []
+    assert rows == [*good, (2, True), (3, False), (4, True), (5, False)]
+    assert all("longer than" in str(row.problem) for row in found if row.problem)
+
+
+def test_csv_files_read_in_turn_keep_their_long_fields(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    for name, count in (("a.csv", 1), ("b.csv", 2)):
+        (tmp_path / name).write_text("t\n" + f"{long}\n" * count)
+    first, second = (read_raw_rows(tmp_path / name) for name in ("a.csv", "b.csv"))
+    found = [next(first), next(second), *first, *second]
+    assert [row.value for row in found] == [{"t": long}] * 3
+
+
+def test_blank_lines_before_the_header_of_csv_are_accepted(tmp_path: Path) -> None:
+    found = rows_of(tmp_path / "d.csv", b"\xef\xbb\xbf\r\n \n\na;b\r\n\r\n1;2\r\n")
+    assert found == [RawRow(6, {"a": "1", "b": "2"})]
 
 
 CUT_LIST = json.dumps(ROWS, indent=1).encode()[:-20]
@@ -157,6 +202,7 @@ CUT_LIST = json.dumps(ROWS, indent=1).encode()[:-20]
         ("d.json", b'[{"a": "\xe4"}]', "not UTF-8 from here on"),
         ("d.json", b'{"a": [{}], "b": [{}]}', "a second list of rows ('b')"),
         ("d.json", b"{1: 2}", "d.json:1: not JSON: a key must be a string"),
+        ("d.csv", b'"a"b,c\n1,2\n', "d.csv:1: the header is not CSV: "),
         ("d.csv", b"a,b,a\n1,2,3\n", "d.csv:1: the header names a twice"),
     ],
 )

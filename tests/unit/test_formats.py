@@ -280,13 +280,21 @@ def test_formats_of_conversations_may_be_mixed() -> None:
     assert [reader.read(row, "f").messages for row in rows] == [(USER, ANSWER)] * 3
 
 
+def test_what_a_row_has_many_of_is_counted_in_messages() -> None:
+    with pytest.raises(RowError, match=r"its keys: k0, .* and 988 more; rename"):
+        read({f"k{i}": 1 for i in range(1000)})
+    with pytest.raises(RowError, match=r"got user user .* and 988 more$"):
+        read({"messages": [USER] * 1000})
+
+
 def test_plain_text_names_what_is_not_read() -> None:
     reader = RowReader()
     reader.read({"text": "x", "category": "y"}, "f:1")
     assert reader.notes() == ["rows of plain text: every token is in the loss; not read: category"]
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+HOSTILE = st.sampled_from(["\x1b[2J\nerror: all is well", "x" * 1000, "\u202e", "\ud800"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | HOSTILE
 KEYS = st.sampled_from(
     ["role", "content", "from", "value", "type", "text", "tool_calls", "function", "name", "weight"]
 )
@@ -298,14 +306,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=20,
 )
-ROW = st.dictionaries(st.sampled_from([*COLUMNS, "chosen", "rejected"]), VALUES, max_size=4)
+NAMES = st.sampled_from([*COLUMNS, "chosen", "rejected"]) | HOSTILE
+ROW = st.dictionaries(NAMES, VALUES, max_size=4)
 
 
 def check_read(row: Any, name: str = "auto") -> None:
     try:
         found = read(row, name)
     except RowError as problem:
-        assert str(problem)
+        # One line that cannot drive a terminal, however long or strange the row is.
+        assert str(problem).isprintable() and 0 < len(str(problem)) < 500
         return
     assert any(m["role"] == "assistant" for m in found.messages)
     assert all(isinstance(m["content"], str) for m in found.messages)
@@ -318,7 +328,10 @@ def test_any_row_is_a_conversation_or_says_why_not(row: Any, name: str) -> None:
 
 
 TURN = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool", "gpt"]), "content": VALUES},
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "gpt"]) | HOSTILE,
+        "content": VALUES,
+    },
     optional={"tool_calls": VALUES, "weight": VALUES},
 )
 
