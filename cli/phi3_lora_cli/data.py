@@ -8,7 +8,12 @@ from typing import Any
 import click
 
 from phi3_lora_cli.data_clean import clean
-from phi3_lora_cli.data_output import preview_console, print_report, say_split
+from phi3_lora_cli.data_output import (
+    escape_what_cannot_be_shown,
+    preview_console,
+    print_report,
+    say_split,
+)
 from phi3_lora_cli.data_settings import (
     NO_MODEL,
     base_of,
@@ -35,6 +40,7 @@ def command() -> None:
     Example:
       phi3-lora data check demo --model demo
     """
+    escape_what_cannot_be_shown()
 
 
 @command.command()
@@ -164,7 +170,7 @@ def preview(
     shown = [row.document for row in rows]
     remarks = [f"{row.training} in training: {row.remark}" if row.remark else "" for row in rows]
     if page is not None:
-        path = Path(page).expanduser()
+        path = _page_path(page)
         title = f"{files.train[0]}, as {config.model} sees it"
         write_preview(path, shown, base.tokenizer, title, remarks)
         result["html"] = str(path)
@@ -174,6 +180,13 @@ def preview(
         click.echo(f"wrote {result['html']}")
     else:
         print_preview(shown, base.tokenizer, preview_console(), remarks)
+
+
+def _page_path(page: str) -> Path:
+    path = Path(page).expanduser()
+    if not path.name or path.is_dir():
+        raise click.UsageError(f"--html must name a file, got {page!r}")
+    return path
 
 
 @command.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -117,3 +118,28 @@ def test_split_says_which_settings_its_files_need(capsys: Capture, tmp_path: Pat
     code, _, err = run(capsys, "split", data, "--output", tmp_path / "s", *columns)
     assert code == 0 and "set data.columns={prompt: q, completion: a} again" in err
     assert run_json(capsys, "check", tmp_path / "s", *columns)["num_rows"] == 2
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_page_needs_the_name_of_a_file(
+    capsys: Capture, tmp_path: Path, model: Path, name: str
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [chat("a", "b")])
+    code, out, err = run(capsys, "preview", data, "--model", model, "--html", name)
+    assert code == 2 and f"--html must name a file, got {name!r}" in err and out == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf8_gets_escapes(
+    tmp_path: Path, model: Path, encoding: str
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [chat("\u05e9", "b")])
+    for words in (["check"], ["preview", "--model", str(model)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "phi3_lora_cli", "data", words[0], str(data), *words[1:]],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert b"\\u27e6b<|end|>\\u27e7" in done.stdout
