@@ -128,5 +128,5 @@ def packed_rows(order: NDArray[np.int64], lengths: NDArray[np.int64], max_length
     first = np.full(num_rows, len(order))
     np.minimum.at(first, row_of, place)
     documents = np.lexsort((place, first[row_of]))
-    starts = np.flatnonzero(np.diff(row_of[documents], prepend=-1, append=-1))
-    return Rows(documents, starts)
+    ends = np.flatnonzero(np.diff(row_of[documents], append=-1)) + 1
+    return Rows(documents, np.append(0, ends))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -47,12 +47,19 @@ class StepPlan(Protocol):
     def total_steps(self) -> int:
         """Optimizer steps."""
 
-    def steps(self, after: int = 0, position: Position | None = None) -> Iterator[Step]:
+    def steps(
+        self,
+        after: int = 0,
+        position: Position | None = None,
+        *,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Step]:
         """The steps that follow the after-th one.
 
         Args:
             after: a step's number.
             position: what that step has as its position.
+            is_stopped: asked while data is read, which may take long; true ends the steps.
 
         Raises:
             DataError: when data that is read on the way cannot be used.
@@ -109,8 +116,14 @@ class Plan:
             max_steps if max_steps > 0 else math.ceil(num_epochs * self.steps_per_epoch)
         )
 
-    def steps(self, after: int = 0, position: Position | None = None) -> Iterator[Step]:
-        """The steps that follow the after-th one; no position is needed."""
+    def steps(
+        self,
+        after: int = 0,
+        position: Position | None = None,
+        *,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Step]:
+        """The steps that follow the after-th one; no position is needed, and nothing is read."""
         for number in range(after + 1, self.total_steps + 1):
             yield self.step(number)
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.data.dataset import documents_digest
 from phi3_lora.data.store import document_lengths, num_loss_tokens
-from phi3_lora.data.stream import Block, Pass, StreamedRows
+from phi3_lora.data.stream import Block, Pass, Stopped, StreamedRows
 from phi3_lora.data.tally import Tally
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import CheckpointError, DataError, listing
 from phi3_lora.packing import FirstSteps, Rows, shuffled_rows
 from phi3_lora.plan import Position, Step, step_pairs
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +44,29 @@ class Place:
     tally: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What became of the rows of the first pass, up to the end of the block."""
 
+    @classmethod
+    def from_position(cls, position: Position) -> Place:
+        """The inverse of dataclasses.asdict.
+
+        Raises:
+            CheckpointError: when it is not the position of a stream.
+        """
+        try:
+            place = cls(**position)
+            place.tallied  # noqa: B018
+        except (TypeError, ValueError) as cause:
+            raise _damaged(cause) from None
+        numbers = (place.epoch, place.block, place.row, place.num_documents)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise _damaged(f"numbers must be whole and not negative, got {numbers}")
+        if not (isinstance(place.rows_hash, str) and isinstance(place.plan_hash, str)):
+            raise _damaged("its hashes must be texts")
+        return place
+
     @property
     def tallied(self) -> Tally:
         """What became of the rows of the first pass."""
-        return Tally(**self.tally)
+        return Tally.from_dict(self.tally)
 
 
 class _Row(NamedTuple):
@@ -59,7 +75,7 @@ class _Row(NamedTuple):
     indices: Sequence[int]
     documents: Sequence[Document]
     after: Place
-    """Where the stream goes on after it; plan_hash is not yet that of its step."""
+    """Where the stream goes on after it; plan_hash is that of its step, and not yet there."""
 
 
 class StreamedPlan:
@@ -94,6 +110,7 @@ class StreamedPlan:
         self._seed = seed
         self._row_tokens = row_tokens
         self._note = note
+        self._told: set[str] = set()
         begun = Pass(rows)
         first = begun.read()
         if first is None:
@@ -112,12 +129,15 @@ class StreamedPlan:
         settings = [seed, rows_per_step, row_tokens, rows.buffer_size]
         held = f"{settings} {first.rows_hash} {documents_digest(first.documents)}"
         self._hash = hashlib.sha256(held.encode()).hexdigest()
-        for text in [*first.notes, *rows.told(first.tally)]:
+        self._tell(begun)
+        for text in rows.told(first.tally):
             note(text)
 
     def hash(self, position: Position | None = None) -> str:
         """sha256 of what is known before the first step; of a position, of all steps up to it."""
-        return self._hash if position is None else Place(**position).plan_hash
+        if position is None:
+            return self._hash
+        return Place.from_position(position).plan_hash
 
     def facts(self) -> dict[str, Any]:
         """Figures by name; None where they are not known before the run."""
@@ -131,53 +151,63 @@ class StreamedPlan:
 
     def notes(self, position: Position | None) -> list[str]:
         """What became of the rows that were read."""
-        place = None if position is None else Place(**position)
+        place = None if position is None else Place.from_position(position)
         # Of one block, all was said when it was read.
         is_more = place is not None and place.tallied.num_rows > self._rows.buffer_size
         return self._rows.told(place.tallied) if place and is_more else []
 
-    def steps(self, after: int = 0, position: Position | None = None) -> Iterator[Step]:
+    def steps(
+        self,
+        after: int = 0,
+        position: Position | None = None,
+        *,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Step]:
         """The steps that follow the after-th one, whose position is needed unless it is 0.
 
         Raises:
             DataError: as Pass.read; when a whole pass has nothing to learn from.
-            CheckpointError: when the rows up to the position are not those they were.
+            CheckpointError: when the rows up to the position are not those they were, or it is
+                not the position of a stream.
         """
-        place = Place(plan_hash=self._hash) if position is None else Place(**position)
-        number = after + 1
-        while True:
+        if position is None and after:
+            raise _damaged(f"there is none after step {after}")
+        place = Place(plan_hash=self._hash) if position is None else Place.from_position(position)
+        number = after
+        while number < self.total_steps:
             rows: list[_Row] = []
-            for row, is_last in _with_last(self._pass(place)):
-                rows.append(row)
-                if len(rows) < self._rows_per_step and not is_last:
-                    continue
-                step = self._step(number, rows, place, ends_epoch=is_last)
-                assert step.position is not None
-                place = Place(**step.position)
-                yield step
-                if number == self.total_steps:
-                    return
-                number, rows = number + 1, []
+            try:
+                for row, end in _with_end(self._pass(place, is_stopped)):
+                    rows.append(row)
+                    if len(rows) < self._rows_per_step and end is None:
+                        continue
+                    number += 1
+                    step = self._step(number, rows, place, end)
+                    assert step.position is not None
+                    place = Place(**step.position)
+                    yield step
+                    if number == self.total_steps:
+                        return
+                    rows = []
+            except Stopped:
+                return
 
-    def _step(self, number: int, rows: list[_Row], before: Place, *, ends_epoch: bool) -> Step:
+    def _step(self, number: int, rows: list[_Row], before: Place, end: Place | None) -> Step:
         indices = tuple(i for row in rows for i in row.indices)
         documents = [document for row in rows for document in row.documents]
         digest = hashlib.sha256(before.plan_hash.encode())
         digest.update(documents_digest(documents).encode())
         digest.update(step_pairs(number, indices))
-        place = dataclasses.replace(rows[-1].after, plan_hash=digest.hexdigest())
-        if ends_epoch:
-            place = Place(epoch=place.epoch + 1, plan_hash=place.plan_hash, tally=place.tally)
-        return Step(
-            number, float(place.epoch), ends_epoch, indices, documents, dataclasses.asdict(place)
-        )
+        place = dataclasses.replace(end or rows[-1].after, plan_hash=digest.hexdigest())
+        position = dataclasses.asdict(place)
+        return Step(number, float(place.epoch), end is not None, indices, documents, position)
 
-    def _pass(self, place: Place) -> Iterator[_Row]:
-        """Rows from a place to the end of its pass; one at least, or an error."""
+    def _pass(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[_Row | Place]:
+        """Rows from a place to the end of its pass, one at least, and where the next one begins."""
         num_documents = place.num_documents
         tally = place.tallied
         is_empty = True
-        for block in self._blocks(place):
+        for block in self._blocks(place, is_stopped):
             is_resumed = block.number == place.block and bool(place.rows_hash)
             if is_resumed and block.rows_hash != place.rows_hash:
                 raise self._other_rows()
@@ -188,7 +218,7 @@ class StreamedPlan:
                 block=block.number,
                 num_documents=num_documents,
                 rows_hash=block.rows_hash,
-                plan_hash=place.plan_hash,
+                plan_hash="",
                 tally=dataclasses.asdict(tally),
             )
             for row in self._rows_of(block, at, skip=place.row if is_resumed else 0):
@@ -198,12 +228,15 @@ class StreamedPlan:
         if is_empty and place.rows_hash:
             raise self._other_rows()
         if is_empty:
-            problem = f"{self._rows}: no row is left to learn from"
-            raise DataError(listing(problem, self._rows.told(tally)))
+            raise self._nothing_left(place, tally)
+        # Blocks without documents may have come after the last row.
+        yield Place(epoch=place.epoch + 1, plan_hash="", tally=dataclasses.asdict(tally))
 
     def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
         part = (at.epoch, block.number) if block.number else (at.epoch,)
         rows = self._in_rows(document_lengths(block.documents), part)
+        if skip > rows.num_rows:
+            raise self._other_rows()
         for i in range(skip, rows.num_rows):
             chosen = rows.documents[rows.starts[i] : rows.starts[i + 1]].tolist()
             yield _Row(
@@ -215,25 +248,48 @@ class StreamedPlan:
     def _in_rows(self, lengths: NDArray[np.int64], part: tuple[int, ...]) -> Rows:
         return shuffled_rows(lengths, seed=self._seed, part=part, row_tokens=self._row_tokens)
 
-    def _blocks(self, place: Place) -> Iterator[Block]:
+    def _blocks(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[Block]:
         """Blocks from that of a place on."""
-        begun, self._begun = self._begun, None
-        reading, block = begun if begun is not None else (Pass(self._rows), None)
+        block: Block | None = None
+        if self._begun is None:
+            reading = Pass(self._rows)
+        else:
+            # Held here alone, so that the block is gone when the next one is done with.
+            reading, block = self._begun
+            self._begun = None
+        reading.is_stopped = is_stopped
         if place.block:
             num_rows = place.block * self._rows.buffer_size
             self._note(f"reading past {num_rows:,} rows, up to where the run was")
-            while reading.number < place.block:
-                if not reading.skip():
-                    raise self._other_rows()
             block = None
+        while reading.number < place.block:
+            if not reading.skip():
+                raise self._other_rows()
         block = block or reading.read()
         if block is None and place.rows_hash:
             raise self._other_rows()
         while block is not None:
+            self._tell(reading)
             yield block
             block = reading.read()
-            for text in block.notes if block else ():
+        self._tell(reading)
+
+    def _tell(self, reading: Pass) -> None:
+        """Notes on the formats of what was read, each once a run."""
+        for text in reading.notes():
+            if text not in self._told:
+                self._told.add(text)
                 self._note(text)
+
+    def _nothing_left(self, place: Place, tally: Tally) -> DataError:
+        if place.epoch:
+            return DataError(
+                f"{self._rows}: no row is left to learn from when read again, after "
+                f"{place.epoch:,} whole pass(es); a pipe can be read but once: write its rows to a "
+                "file, or ask for fewer steps (--max-steps)"
+            )
+        problem = f"{self._rows}: no row is left to learn from"
+        return DataError(listing(problem, self._rows.told(tally)))
 
     def _other_rows(self) -> CheckpointError:
         return CheckpointError(
@@ -242,11 +298,23 @@ class StreamedPlan:
         )
 
 
-def _with_last(items: Iterator[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last one."""
-    held = list(itertools.islice(items, 1))
-    for item in items:
-        yield held[0], False
-        held = [item]
-    for item in held:
-        yield item, True
+def _with_end(items: Iterator[_Row | Place]) -> Iterator[tuple[_Row, Place | None]]:
+    """Each row of a pass; the last one with the place that follows the rows."""
+    held: _Row | None = None
+    try:
+        for item in items:
+            if held is not None:
+                yield held, item if isinstance(item, Place) else None
+            held = item if isinstance(item, _Row) else None
+    except DataError:
+        # Rows that cannot be used take nothing from the steps before them.
+        if held is not None:
+            yield held, None
+        raise
+
+
+def _damaged(why: object) -> CheckpointError:
+    return CheckpointError(
+        f"cannot resume: the checkpoint's position in the data is damaged: {why}; delete the "
+        "checkpoint, and the one before it is used"
+    )

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,8 +36,10 @@ class Block(NamedTuple):
     """What became of its rows."""
     rows_hash: str
     """sha256 of all rows of the pass up to its last one."""
-    notes: Sequence[str]
-    """What the user should know of the formats of files that ended."""
+
+
+class Stopped(Exception):
+    """Reading was to stop, and has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Pass:
     def __init__(self, rows: StreamedRows) -> None:
         """Begin at the first row."""
         self._of = rows
+        self.is_stopped: Callable[[], bool] = lambda: False
+        """Asked at each row whether to stop."""
         self._notes: list[str] = []
         self._rows = mixed_rows(rows.sources, self._notes)
         self._digest = hashlib.sha256()
@@ -82,12 +86,16 @@ class Pass:
         Raises:
             DataError: when a source does not exist or is damaged; when a row is bad or too long,
                 and that is to be an error.
+            Stopped: when it was to stop.
         """
         rows = self._next()
         if not rows:
             return None
         good = [row for row in rows if isinstance(row, Conversation)]
         bad = [row for row in rows if isinstance(row, BadRow)]
+        # Said when they are met: the end of their file may never be read.
+        plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
+        self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
         of = self._of
         first = (self.number - 1) * of.buffer_size + 1
         place = f"rows {first:,} to {first + len(rows) - 1:,} of {of}"
@@ -106,17 +114,28 @@ class Pass:
         documents = encoded.documents(index)
         shared = [document.source for document, _ in of.held_out.among(documents)]
         tally = tally.plus(LEAKED, len(shared), shared[:1])
-        notes, self._notes[:] = tuple(self._notes), ()
-        rows_hash = self._digest.hexdigest()
-        return Block(self.number - 1, documents, tally, rows_hash, notes)
+        return Block(self.number - 1, documents, tally, self._digest.hexdigest())
 
     def skip(self) -> bool:
-        """Read past the next block; False where there is none."""
+        """Read past the next block; False where there is none.
+
+        Raises:
+            DataError: when a source does not exist or is damaged.
+            Stopped: when it was to stop.
+        """
         return bool(self._next())
 
+    def notes(self) -> list[str]:
+        """What the user should know of the formats of what was read since they were asked for."""
+        notes, self._notes[:] = [*self._notes], []
+        return notes
+
     def _next(self) -> list[Conversation | BadRow]:
-        rows = list(itertools.islice(self._rows, self._of.buffer_size))
-        for row in rows:
+        rows = []
+        for row in itertools.islice(self._rows, self._of.buffer_size):
+            if self.is_stopped():
+                raise Stopped
+            rows.append(row)
             self._digest.update(_content(row))
         self.number += bool(rows)
         return rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from phi3_lora.errors import MAX_SHOWN, listing
 
@@ -29,6 +30,24 @@ class Tally:
     """Kind -> rows of it."""
     first: dict[str, list[str]] = field(default_factory=dict)
     """Kind -> file:line of the first one, or of those that are left out what is wrong, too."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Tally:
+        """The inverse of dataclasses.asdict.
+
+        Raises:
+            ValueError: when the values are not those of a tally.
+        """
+        try:
+            tally = cls(**values)
+            numbers = [tally.num_rows, tally.longest, tally.num_eaten, *tally.counts.values()]
+            named = [tally.first[kind] for kind in tally.counts]
+        except (TypeError, AttributeError, KeyError) as cause:
+            raise ValueError(f"no counts of rows: {cause}") from None
+        are_numbers = all(type(number) is int and number >= 0 for number in numbers)
+        if not are_numbers or not all(isinstance(n, list) and n for n in named):
+            raise ValueError(f"no counts of rows: {values}")
+        return tally
 
     def __add__(self, later: Tally) -> Tally:
         counts, first = dict(self.counts), dict(self.first)

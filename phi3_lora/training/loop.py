@@ -102,7 +102,9 @@ def fit(
         TrainingError: when the loss is not finite; nothing is saved after that.
     """
     config = task.config
-    for step in task.plan.steps(after=progress.step, position=progress.position):
+    saved = progress.step
+    steps = task.plan.steps(progress.step, progress.position, is_stopped=lambda: bool(stop))
+    for step in steps:
         loss, grad_norm = _take_step(engine, task, step, progress)
         hooks.on_step(progress, loss)
         number, is_last = step.number, step.number == task.plan.total_steps
@@ -124,8 +126,12 @@ def fit(
             _evaluate(engine, task, hooks, progress)
         if stop or is_last or task.is_due(step, config.save_strategy, config.save_steps):
             hooks.on_checkpoint(progress)
+            saved = number
         if stop:
             break
+    # Stopped while data was read.
+    if stop and saved < progress.step:
+        hooks.on_checkpoint(progress)
     return progress
 
 
