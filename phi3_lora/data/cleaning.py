@@ -99,11 +99,13 @@ class Cleaned:
 
     rows: list[Conversation]
     changes: list[Change] = field(default_factory=list)
+    steps: tuple[str, ...] = ()
+    """Fields of Cleaning that were taken, in order."""
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Step -> how many rows it `changed` and how many it `dropped`."""
+        """Step that was taken -> how many rows it `changed` and how many it `dropped`."""
         done = Counter((c.step, "dropped" if c.after is None else "changed") for c in self.changes)
-        steps = dict.fromkeys(c.step for c in self.changes)
+        steps = dict.fromkeys(self.steps)
         return {s: {what: done[s, what] for what in ("changed", "dropped")} for s in steps}
 
 
@@ -173,7 +175,7 @@ def _take(cleaned: Cleaned, name: str, findings: Iterable[Finding | None]) -> Cl
             changes.append(Change(name, row, after, finding.message))
         if after is not None:
             rows.append(after)
-    return Cleaned(rows, changes)
+    return Cleaned(rows, changes, (*cleaned.steps, name))
 
 
 def _repeats(rows: Sequence[Conversation], matches: Sequence[Match]) -> list[Finding | None]:

@@ -268,3 +268,9 @@ def test_patterns_and_limits_see_the_calls_of_tools() -> None:
     assert change.message == r"message 2 (assistant): 'ann@shop' matches '\\w+@shop'"
     assert clean(rows, Cleaning(min_chars=30)).rows == rows
     assert clean(rows, Cleaning(max_chars=30)).rows == []
+
+
+def test_a_step_that_finds_nothing_is_counted_as_such() -> None:
+    cleaned = clean([row("a")], Cleaning(white_space=True, patterns=("x", "z"), duplicates=True))
+    nothing = {"changed": 0, "dropped": 0}
+    assert cleaned.counts() == dict.fromkeys(("white_space", "patterns", "duplicates"), nothing)
