@@ -48,7 +48,8 @@ def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], told: Rows)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in _DTYPES}
         for part in parts:
-            texts = [(row.problem or row.source).encode() for row in part]
+            # Names of files need not be UTF-8.
+            texts = [(row.problem or row.source).encode(errors="surrogatepass") for row in part]
             documents = [row.document for row in part if row.document is not None]
             rows = np.array([row.facts for row in part], dtype=ROW)
             ends = num_tokens + np.cumsum(rows["num_tokens"], dtype=np.int64)
@@ -115,7 +116,8 @@ class Store:
     def source(self, row: int) -> str:
         """file:line of a row that can be rendered."""
         start = self._text_ends[row - 1] if row else 0
-        return self._texts[start : self._text_ends[row]].tobytes().decode()
+        text = self._texts[start : self._text_ends[row]].tobytes()
+        return text.decode(errors="surrogatepass")
 
     problem = source
     """`file:line: why` of a row that cannot."""

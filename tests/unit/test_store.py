@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -362,3 +363,12 @@ def test_a_plan_of_documents_on_the_disk_reads_no_document(
     monkeypatch.setattr(DocumentStore, "__getitem__", fails)
     assert train.num_tokens > train.loss_tokens > 0
     assert len(plan_of(train, packing=True, max_length=64).hash()) == 64
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_a_file_whose_name_is_no_utf8_is_cached_and_named(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    path = write_rows(Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jsonl")), [chat("q", "a")])
+    stored = [load(path, tokenizer, cached=cached)[0].documents[0] for cached in (False, True)]
+    assert stored[0].source == stored[1].source == f"{path}:1"
