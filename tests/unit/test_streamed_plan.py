@@ -101,6 +101,9 @@ def test_each_pass_takes_every_document_once_in_an_order_of_its_own(
     assert sorted(passes[0]) == sorted(passes[1]) == kept
     assert passes[0] != passes[1] and passes[0] != sorted(passes[0], key=int)
     assert sorted(i for step in first for i in step.indices) == list(range(48))
+    # Every block is shuffled anew: rows 11 to 20 are the second one.
+    orders = [[line for line in part if 10 < int(line) <= 20] for part in passes]
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0], key=int)
     # Rows are shuffled within their block alone.
     if row_tokens is None:
         assert sorted(passes[0][:9], key=int) == [str(i) for i in (1, 2, 3, 4, 5, 7, 8, 9, 10)]
@@ -193,6 +196,8 @@ def test_hash_runs_along_and_tells_data_settings_and_steps_apart(
         itertools.takewhile(lambda pair: pair[0] == pair[1], zip(found, other, strict=True))
     )
     assert 9 < len(same) < 13
+    # The hash is of all steps up to its own.
+    assert not {*found[len(same) :]} & {*other[len(same) :]}
 
 
 def test_a_bad_row_stops_the_stream_when_its_block_is_read(
