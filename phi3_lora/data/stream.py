@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -132,7 +133,7 @@ class Pass:
 
     def _next(self) -> list[Conversation | BadRow]:
         rows = []
-        for row in itertools.islice(self._rows, self._of.buffer_size):
+        for row in itertools.islice(self._rows, min(self._of.buffer_size, sys.maxsize)):
             if self.is_stopped():
                 raise Stopped
             rows.append(row)

@@ -172,6 +172,11 @@ def test_no_more_than_two_blocks_are_held(tokenizer: ChatTokenizer, path: Path) 
         assert sum(isinstance(o, Block) for o in gc.get_objects()) == 1
 
 
+def test_a_buffer_may_be_larger_than_any_data(tokenizer: ChatTokenizer, path: Path) -> None:
+    found = list(stream(tokenizer, path, buffer_size=10**20).steps())
+    assert found[11].ends_epoch and len(found) == 30
+
+
 def test_plain_text_is_told_at_once_and_once(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "text.jsonl", [{"text": "abc"}] * 20)
     said: list[str] = []
