@@ -9,7 +9,6 @@ import click
 
 from phi3_lora_cli.data_clean import clean
 from phi3_lora_cli.data_output import (
-    escape_what_cannot_be_shown,
     preview_console,
     print_report,
     say_split,
@@ -40,7 +39,6 @@ def command() -> None:
     Example:
       phi3-lora data check demo --model demo
     """
-    escape_what_cannot_be_shown()
 
 
 @command.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import sys
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 40
 _LONGEST_LABEL = 60
 """Characters shown; a label may be a whole text."""
-
-
-def escape_what_cannot_be_shown() -> None:
-    """Have what a terminal that is not UTF-8 cannot show written as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def print_report(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     from phi3_lora.errors import Phi3LoraError
 
     show_traceback = "--debug" in arguments
+    _escape_what_cannot_be_shown()
     try:
         result = group.main(args=list(arguments), prog_name="phi3-lora", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -36,9 +38,9 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
         is_stop = problem.exit_code in (130, 143)
         return _say(str(problem) if is_stop else f"error: {problem}", problem.exit_code)
     except MemoryError:
-        return _say("error: out of memory: lower --batch-size or --max-length", 2)
-    except BrokenPipeError:
-        # The reader of our output has left; nothing is wrong here.
+        return _say(f"error: out of memory: {_memory_advice(arguments)}", 2)
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output has left, which click makes an exit of; nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as fault:
@@ -51,6 +53,19 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
             "again with --debug and report the traceback.",
             1,
         )
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Have what a terminal that is not UTF-8 cannot show written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _memory_advice(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["data"]:
+        return "take the data in parts, or leave out near duplicates (--no-near-duplicates)"
+    return "lower --batch-size or --max-length"
 
 
 def _say(message: str, exit_code: int) -> int:

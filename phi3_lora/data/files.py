@@ -126,6 +126,8 @@ class _ZstdReader(io.RawIOBase):
 
 def _text_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
     kind = kind_of(path)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{path} is UTF-16: save it as UTF-8 (of a spreadsheet: CSV UTF-8)")
     if stream.peek(4)[:4] == _PARQUET:
         raise DataError(
             f"{path} is a compressed Parquet file: unpack it; Parquet itself compresses"

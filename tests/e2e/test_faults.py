@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from tests.e2e.program import phi3_lora, phi3_lora_here, train_arguments
+from phi3_lora_cli.faults import run_reporting_faults
+from tests.e2e.program import PROGRAM, phi3_lora, phi3_lora_here, train_arguments
 from tests.tiny import chat, write_model, write_rows
 
 
@@ -147,3 +150,29 @@ def test_doctor_notices_reference_blas_under_mlx() -> None:
     pyproject = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     pinned = next(line for line in pyproject.splitlines() if '"cmeel-openblas==' in line)
     assert f"pip install {pinned.split(';')[0].strip()[1:]}" in found.stdout
+
+
+@pytest.mark.parametrize("words", [["data", "preview", "demo", "--model", "demo"], ["--version"]])
+def test_a_reader_that_leaves_is_no_fault(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*PROGRAM, *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_memory_is_told_with_what_to_do_in_that_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    group = click.Group()
+
+    @group.command()
+    def data() -> None:
+        raise MemoryError
+
+    group.add_command(data, "train")
+    for name, advice in (("data", "--no-near-duplicates"), ("train", "--batch-size")):
+        assert run_reporting_faults(group, [name]) == 2
+        assert advice in capsys.readouterr().err

@@ -194,6 +194,8 @@ CUT_LIST = json.dumps(ROWS, indent=1).encode()[:-20]
         ("d.parquet", parquet(ROWS)[:-20], "is damaged after row 0"),
         ("d.parquet.gz", gzip.compress(parquet(ROWS)), "is a compressed Parquet file: unpack it"),
         ("d.zip", b"PK\x03\x04", "is a zip archive: unpack it first"),
+        ("d.csv", "text,label\na,b\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("d.jsonl", b"\xfe\xff\x00{\x00}", "is UTF-16: save it as UTF-8"),
         ("d.json", CUT_LIST, "d.json:12: not JSON: Unterminated"),
         ("d.json", b'[{"a": 1}\n{"a": 2}]', "d.json:2: not JSON: , or ] must come here, got {"),
         ("d.json", b'[{"a": 1}, nope, {"a": 2}]' + b" " * 100, "d.json:1: not JSON: "),
