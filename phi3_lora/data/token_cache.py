@@ -56,7 +56,8 @@ def encoded_sources(
             told = Rows()
             rows = usable_rows(sources, told, on_bad_row=encoding.on_bad_row)
             write_store(folder, encode_in_parts(rows, tokenizer, encoding), told)
-            if _key(sources, files, tokenizer, encoding) != key:
+            # Files may have come and gone, too.
+            if _key(sources, _files(sources) or (), tokenizer, encoding) != key:
                 raise DataError(f"{names} changed while being read: run again when it is whole")
 
         replace_folder(target, fill)

@@ -372,3 +372,22 @@ def test_a_file_whose_name_is_no_utf8_is_cached_and_named(
     path = write_rows(Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.jsonl")), [chat("q", "a")])
     stored = [load(path, tokenizer, cached=cached)[0].documents[0] for cached in (False, True)]
     assert stored[0].source == stored[1].source == f"{path}:1"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "c.jsonl"])
+def test_a_folder_whose_files_come_or_go_while_they_are_read_is_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "folder"
+    for kept in ("a.jsonl", "b.jsonl"):
+        write_rows(folder / kept, [chat("q", "a")])
+    encode = token_cache.encode_in_parts
+
+    def changing(*arguments: Any) -> Any:
+        path = folder / name
+        path.unlink() if path.exists() else write_rows(path, [chat("q", "a")])
+        yield from encode(*arguments)
+
+    monkeypatch.setattr(token_cache, "encode_in_parts", changing)
+    with pytest.raises(DataError, match="changed while being read"):
+        load(folder, tokenizer, cached=True)
