@@ -241,6 +241,8 @@ class RowReader:
             return self.name
         _refuse_preference(row)
         found = next((n for n, f in FORMATS.items() if all(k in row for k in f.needs)), None)
+        if found != self.name:
+            self._refuse_incomplete(row)
         if found is None:
             raise RowError(
                 "needs `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
@@ -253,6 +255,17 @@ class RowReader:
             f"is {found}, but {self._first} makes the file {self.name}: split the file, or set "
             "data.format"
         )
+
+    def _refuse_incomplete(self, row: Row) -> None:
+        """Refuse what is a row of the file's format but for a value; an empty cell is none."""
+        needs = () if self.name == "auto" else FORMATS[self.name].needs
+        missing = [key for key in needs if key not in row]
+        if missing and len(missing) < len(needs):
+            raise RowError(
+                f"`{'`, `'.join(missing)}` is missing or empty; the file is {self.name} by "
+                f"{self._first}",
+                EMPTY,
+            )
 
 
 def _refuse_preference(row: Row) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_lora.data.conversation import Conversation, RowError
+from phi3_lora.data.conversation import EMPTY, Conversation, RowError
 from phi3_lora.data.formats import COLUMNS, FORMATS, RowReader
 
 USER = {"role": "user", "content": "q"}
@@ -266,8 +266,10 @@ def test_first_usable_row_decides_the_format_of_a_file() -> None:
     with pytest.raises(RowError):
         reader.read({}, "f:1")
     assert not reader.read({"text": "q", "label": "a"}, "f:2").whole
-    with pytest.raises(RowError, match="is text, but f:2 makes the file classification"):
+    with pytest.raises(RowError, match="`label` is missing or empty; the file is classification"):
         reader.read({"text": "q"}, "f:3")
+    with pytest.raises(RowError, match="is prompt-completion, but f:2 makes the file class"):
+        reader.read({"prompt": "q", "completion": "a"}, "f:4")
 
 
 def test_formats_of_conversations_may_be_mixed() -> None:
@@ -339,3 +341,24 @@ TURN = st.fixed_dictionaries(
 @given(st.fixed_dictionaries({"messages": st.lists(TURN)}, optional={"tools": VALUES}))
 def test_any_turns_are_a_conversation_or_say_why_not(row: Any) -> None:
     check_read(row)
+
+
+@pytest.mark.parametrize(
+    ("first", "row", "missing"),
+    [
+        ({"prompt": "a", "completion": "b"}, {"prompt": "c"}, "completion"),
+        ({"prompt": "a", "completion": "b"}, {"completion": "c"}, "prompt"),
+        ({"text": "a", "label": "b"}, {"text": "c"}, "label"),
+        ({"text": "a", "label": "b"}, {"label": "c"}, "text"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d"}, "output"),
+    ],
+)
+def test_a_row_that_lacks_a_value_of_its_files_format_says_which(
+    first: Any, row: Any, missing: str
+) -> None:
+    reader = RowReader("auto", {})
+    reader.read(first, "f:1")
+    with pytest.raises(RowError) as problem:
+        reader.read(row, "f:2")
+    assert str(problem.value).startswith(f"`{missing}` is missing or empty; the file is ")
+    assert problem.value.kind == EMPTY
