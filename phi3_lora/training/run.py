@@ -193,8 +193,9 @@ class _Run:
         for text in prepared.plan.notes(progress.position):
             observer.note(text)
         if stop and progress.step < prepared.plan.total_steps:
+            saved = ", saved" if progress.step else ""
             raise TrainingInterrupted(
-                f"stopped at step {progress.step} of {prepared.plan.total_steps}, saved; go on "
+                f"stopped at step {progress.step} of {prepared.plan.total_steps}{saved}; go on "
                 f"with: phi3-lora train --resume --output {self.run_dir}",
                 stop.exit_code,
             )

@@ -188,3 +188,33 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
     assert phi3_lora_here(*arguments(model, data, whole, *STREAMED)).returncode == 0
     for key in ("loss", "plan_hash", "epoch"):
         assert [x[key] for x in lines(run)] == [x[key] for x in lines(whole)]
+
+
+@pytest.mark.parametrize(("at_row", "step"), [(4, 0), (7, 1)])
+def test_a_signal_before_the_next_rows_have_come_takes_no_more_steps(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_row: int, step: int
+) -> None:
+    is_first = True
+
+    def hub_rows(*named: Any, streaming: bool) -> Iterator[RawRow]:
+        nonlocal is_first
+        for number, row in enumerate(ROWS, start=1):
+            yield RawRow(number, row)
+            if is_first and number == at_row:
+                is_first = False
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sources_module, "hub_rows", hub_rows)
+    monkeypatch.setattr(sources_module, "hub_splits", lambda *named: ["train"])
+    run = tmp_path / "run"
+    # Of three rows at a time, four are needed for the first step.
+    buffer = ["--set", "data.streaming=true", "--set", f"data.buffer_size={3 + 2 * step}"]
+    ran = phi3_lora_here(*arguments(model, "owner/name", run, *buffer))
+    assert ran.returncode == 128 + signal.SIGTERM
+    saved = ", saved" if step else ""
+    assert f"stopped at step {step} of 12{saved}; go on with: phi3-lora train" in ran.stderr
+    assert (run / "checkpoints").exists() == bool(step)
+    assert resumed(run).returncode == 0
+    whole = tmp_path / "whole"
+    assert phi3_lora_here(*arguments(model, "owner/name", whole, *buffer)).returncode == 0
+    assert [x["loss"] for x in lines(run)] == [x["loss"] for x in lines(whole)]
