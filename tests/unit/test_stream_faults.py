@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi3_lora.data.dataset import encoding_of, load_split
+from phi3_lora.data.overlap import Known
 from phi3_lora.data.sources import Source
-from phi3_lora.data.stream import Block
+from phi3_lora.data.stream import Block, StreamedRows
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import CheckpointError, DataError
 from phi3_lora.packing import packed_rows
+from phi3_lora.streamed_plan import StreamedPlan
 from tests.tiny import chat, write_rows, write_tokenizer
 from tests.unit.test_streamed_plan import ROWS, sources_of, stream
 
@@ -254,3 +257,17 @@ def test_two_streams_of_one_plan_at_once_do_not_disturb_each_other(
     first, second = plan.steps(), plan.steps()
     pairs = list(zip(first, second, strict=True))
     assert all(a == b for a, b in pairs) and len(pairs) == 30
+
+
+def test_the_first_row_that_is_validated_on_is_named(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
+    encoding, limit = encoding_of(60, None)
+    named = [Source(path=str(path))]
+    documents = load_split(named, tokenizer, encoding, limit).documents
+    said: list[str] = []
+    rows = StreamedRows(named, tokenizer, encoding, limit, 5, Known(documents[1:]))
+    StreamedPlan(rows, rows_per_step=1, max_steps=1, seed=1, note=said.append)
+    assert len(said) == 1 and "4 of 5 rows are in the validation data" in said[0]
+    assert f"(first {path}:2)" in said[0]
