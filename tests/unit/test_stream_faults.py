@@ -271,3 +271,16 @@ def test_the_first_row_that_is_validated_on_is_named(
     StreamedPlan(rows, rows_per_step=1, max_steps=1, seed=1, note=said.append)
     assert len(said) == 1 and "4 of 5 rows are in the validation data" in said[0]
     assert f"(first {path}:2)" in said[0]
+
+
+def test_the_longest_row_and_rows_without_loss_are_told(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    silent = chat("q", "a")
+    silent["messages"] = [{**message, "weight": 0} for message in silent["messages"]]
+    rows = [chat("q", "a" * 80), LONG, chat("q", "a" * 90), silent, chat("q", "a")]
+    said: list[str] = []
+    plan = stream(tokenizer, write_rows(tmp_path / "rows.jsonl", rows), said=said, max_steps=2)
+    assert "dropped 3 of 5 rows" in said[0] and "(longest 105; first" in said[0]
+    assert "dropped 1 of 5 rows without a supervised token" in said[1]
+    assert [len(step.documents) for step in plan.steps()] == [1, 1]
