@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.data.dataset import documents_digest
+from phi3_lora.data.selection import NOTHING_LEFT
 from phi3_lora.data.store import document_lengths, num_loss_tokens
 from phi3_lora.data.stream import Block, Pass, Stopped, StreamedRows
 from phi3_lora.data.tally import Tally
@@ -41,6 +42,8 @@ class Place:
     """Of the pass, up to the end of the block; empty before its first step."""
     plan_hash: str
     """Of all steps so far."""
+    first_pass_hash: str = ""
+    """Of all rows of the first pass, once it has ended."""
     tally: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What became of the rows of the first pass, up to the end of the block."""
 
@@ -59,7 +62,8 @@ class Place:
         numbers = (place.epoch, place.block, place.row, place.num_documents)
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise _damaged(f"numbers must be whole and not negative, got {numbers}")
-        if not (isinstance(place.rows_hash, str) and isinstance(place.plan_hash, str)):
+        hashes = (place.rows_hash, place.plan_hash, place.first_pass_hash)
+        if not all(isinstance(text, str) for text in hashes):
             raise _damaged("its hashes must be texts")
         return place
 
@@ -206,7 +210,7 @@ class StreamedPlan:
         """Rows from a place to the end of its pass, one at least, and where the next one begins."""
         num_documents = place.num_documents
         tally = place.tallied
-        is_empty = True
+        is_empty, rows_hash = True, ""
         for block in self._blocks(place, is_stopped):
             is_resumed = block.number == place.block and bool(place.rows_hash)
             if is_resumed and block.rows_hash != place.rows_hash:
@@ -219,18 +223,30 @@ class StreamedPlan:
                 num_documents=num_documents,
                 rows_hash=block.rows_hash,
                 plan_hash="",
+                first_pass_hash=place.first_pass_hash,
                 tally=dataclasses.asdict(tally),
             )
             for row in self._rows_of(block, at, skip=place.row if is_resumed else 0):
                 yield row
                 is_empty = False
             num_documents += len(block.documents)
+            rows_hash = block.rows_hash
         if is_empty and place.rows_hash:
             raise self._other_rows()
         if is_empty:
             raise self._nothing_left(place, tally)
+        if place.first_pass_hash not in ("", rows_hash):
+            self._note(
+                f"{self._rows} changed since the first pass: pass {place.epoch + 1:,} read other "
+                "rows, so that the run cannot be repeated"
+            )
         # Blocks without documents may have come after the last row.
-        yield Place(epoch=place.epoch + 1, plan_hash="", tally=dataclasses.asdict(tally))
+        yield Place(
+            epoch=place.epoch + 1,
+            plan_hash="",
+            first_pass_hash=place.first_pass_hash or rows_hash,
+            tally=dataclasses.asdict(tally),
+        )
 
     def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
         part = (at.epoch, block.number) if block.number else (at.epoch,)
@@ -288,7 +304,7 @@ class StreamedPlan:
                 f"{place.epoch:,} whole pass(es); a pipe can be read but once: write its rows to a "
                 "file, or ask for fewer steps (--max-steps)"
             )
-        problem = f"{self._rows}: no row is left to learn from"
+        problem = f"{self._rows}: {NOTHING_LEFT}"
         return DataError(listing(problem, self._rows.told(tally)))
 
     def _other_rows(self) -> CheckpointError:

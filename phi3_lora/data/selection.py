@@ -23,6 +23,10 @@ from phi3_lora.data.tally import Tally
 from phi3_lora.data.tokenizer import Document
 from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
+NOTHING_LEFT = (
+    "no row is left to learn from; shorten rows, raise --max-length or set data.too_long, and look "
+    "at data.loss_on and weights of 0 (phi3-lora data check says what is wrong with each row)"
+)
 Index = NDArray[np.int64]
 """Numbers of rows."""
 
@@ -70,7 +74,7 @@ class Selection:
         index, tally = self.choose(index, name)
         notes = [*self.notes, *self.told(tally, name)]
         if not len(index):
-            raise DataError(listing(f"{name}: no row is left to learn from", notes))
+            raise DataError(listing(f"{name}: {NOTHING_LEFT}", notes))
         return Dataset(self.encoded.documents(index), notes)
 
     def told(self, tally: Tally, name: str) -> list[str]:
