@@ -19,22 +19,10 @@ from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import CheckpointError, DataError
 from phi3_lora.packing import packed_rows
 from phi3_lora.streamed_plan import StreamedPlan
-from tests.tiny import chat, write_rows, write_tokenizer
-from tests.unit.test_streamed_plan import ROWS, sources_of, stream
+from tests.tiny import chat, write_rows
+from tests.unit.streams import ROWS, sources_of, stream
 
 LONG = chat("q", "a" * 99)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return ChatTokenizer(folder, vocab_size=264)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 def test_nothing_follows_the_last_step(tokenizer: ChatTokenizer, path: Path) -> None:

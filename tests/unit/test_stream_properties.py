@@ -19,7 +19,7 @@ from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import DataError
 from phi3_lora.plan import Plan, Step
 from phi3_lora.streamed_plan import StreamedPlan
-from tests.tiny import chat, write_rows, write_tokenizer
+from tests.tiny import chat, write_rows
 
 MAX_LENGTH = 60
 ROWS = {
@@ -47,13 +47,6 @@ shapes = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return ChatTokenizer(folder, vocab_size=264)
 
 
 def written(folder: str, kinds: list[tuple[list[str], float]]) -> list[Source]:

@@ -14,53 +14,15 @@ import pytest
 
 from phi3_lora.data import sources as sources_module
 from phi3_lora.data.conversation import RawRow
-from phi3_lora.data.dataset import encoding_of, load_splits, resolve_data
+from phi3_lora.data.dataset import load_splits, resolve_data
 from phi3_lora.data.sources import Source
-from phi3_lora.data.stream import StreamedRows, mixed_rows
+from phi3_lora.data.stream import mixed_rows
 from phi3_lora.data.tokenizer import ChatTokenizer
 from phi3_lora.errors import CheckpointError, DataError
 from phi3_lora.plan import Plan, Step
 from phi3_lora.streamed_plan import StreamedPlan
-from tests.tiny import chat, write_rows, write_tokenizer
-
-ROWS: list[Any] = [
-    chat("q", "a" * 99) if i % 11 == 5 else chat(f"q{i}", f"a{i}" * (i % 5 + 1)) for i in range(53)
-]
-"""Rows of many lengths, some of them too long: 48 documents."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return ChatTokenizer(folder, vocab_size=264)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
-
-
-def stream(
-    tokenizer: ChatTokenizer,
-    *paths: Path | Source,
-    buffer_size: int = 10,
-    said: list[str] | None = None,
-    on_bad_row: str = "error",
-    too_long: str = "drop",
-    **changes: Any,
-) -> StreamedPlan:
-    sources = [p if isinstance(p, Source) else Source(path=str(p)) for p in paths]
-    encoding, limit = encoding_of(
-        60, None, loss_on="assistant", too_long=too_long, on_bad_row=on_bad_row
-    )
-    rows = StreamedRows(sources, tokenizer, encoding, limit, buffer_size)
-    settings = {"rows_per_step": 4, "max_steps": 30, "seed": 3, **changes}
-    return StreamedPlan(rows, note=([] if said is None else said).append, **settings)
-
-
-def sources_of(steps: list[Step]) -> list[list[str]]:
-    return [[d.source.rpartition(":")[2] for d in step.documents] for step in steps]
+from tests.tiny import chat, write_rows
+from tests.unit.streams import ROWS, sources_of, stream
 
 
 @pytest.mark.parametrize("packing", [False, True])
