@@ -99,10 +99,7 @@ def command(
         result["num_answers"] = len(answers)
     opened.engine.close()
     _show(answers[:samples])
-    if as_json:
-        print_json(result)
-    else:
-        _print_table(result)
+    (print_json if as_json else _print_table)(result)
 
 
 class _progress:
