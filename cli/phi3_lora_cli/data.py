@@ -9,7 +9,6 @@ import click
 
 from phi3_lora_cli.data_clean import clean
 from phi3_lora_cli.data_output import (
-    preview_console,
     print_report,
     say_split,
 )
@@ -177,7 +176,9 @@ def preview(
     elif page is not None:
         click.echo(f"wrote {result['html']}")
     else:
-        print_preview(shown, base.tokenizer, preview_console(), remarks)
+        from rich.console import Console
+
+        print_preview(shown, base.tokenizer, Console(highlight=False), remarks)
 
 
 def _page_path(page: str) -> Path:

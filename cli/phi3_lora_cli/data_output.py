@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +11,6 @@ import click
 from phi3_lora_cli.options import note, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from phi3_lora.data.check_report import Lengths, Report
     from phi3_lora.data.splitting import Split
 
@@ -75,19 +71,6 @@ def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
 def _printable(text: str) -> str:
     """A line that cannot drive the terminal, whatever the data holds."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def preview_console() -> Console:
-    """Where a preview is printed; when its reader leaves, as `head` does, that is no fault."""
-    from rich.console import Console
-
-    class Piped(Console):
-        def on_broken_pipe(self) -> None:
-            # Rich and click would exit with 1. Nothing more is to be written anywhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise click.exceptions.Exit(0)
-
-    return Piped(highlight=False)
 
 
 def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> None:

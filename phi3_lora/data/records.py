@@ -128,8 +128,7 @@ def as_sources(named: Named) -> Sequence[Source]:
 
 def bad_rows_listed(title: str, first: Sequence[BadRow], total: int) -> str:
     """One message for bad rows of which only the first ones are at hand."""
-    text = listing(title, [str(row) for row in first])
-    return text + (f"\n  ... and {total - len(first):,} more" if total > len(first) else "")
+    return listing(title, [str(row) for row in first], total=total)
 
 
 def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
