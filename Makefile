@@ -10,7 +10,10 @@ RUN ?= runs/demo
 BACKEND ?= auto
 DEVICE ?= auto
 ON := --backend $(BACKEND) --device $(DEVICE)
-TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# One thread a worker: on tiny models thread pools spin against each other.
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# A worker a core; a file's tests share a worker, and so its models.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n logical --dist loadfile --durations=10
 
 EXTRAS := mlx,cuda,nf4,dev
 
@@ -52,10 +55,10 @@ check: $(STAMP)
 
 test: check
 	@echo "tests: unit, command line, backends, parity laws, end to end"
-	@$(TEST_ENV) $(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-all: check
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi3_lora.adapters.adapter import Adapter
-    from phi3_lora.backend import Engine
     from phi3_lora.config.schema import RunConfig
-    from phi3_lora.data.records import Message
-    from phi3_lora.data.sources import Source
-    from phi3_lora.evaluation import Evaluation
-    from phi3_lora.loading import BaseModel
-    from phi3_lora.report.observer import Observer
+    from phi3_lora.data.rows.conversation import Message
+    from phi3_lora.data.sources.source import Source
+    from phi3_lora.engine.protocol import Engine
+    from phi3_lora.inference.base_model import BaseModel
+    from phi3_lora.inference.evaluation import Evaluation
+    from phi3_lora.training.observer import Observer
     from phi3_lora.training.run import TrainResult
 
 
@@ -37,7 +37,7 @@ def train(
     """
     from phi3_lora.config.load import RunSettings, load_settings
     from phi3_lora.config.schema import RunConfig
-    from phi3_lora.report.observer import LoggingObserver
+    from phi3_lora.training.observer import LoggingObserver
     from phi3_lora.training.run import train as run_training
 
     if isinstance(config, (str, Path)):
@@ -83,7 +83,7 @@ class LoadedModel:
         seed: int = 0,
     ) -> list[str]:
         """The model's answer to each prompt, the same as alone, in less time."""
-        from phi3_lora.backend import Sampling
+        from phi3_lora.engine.request import Sampling
 
         tokenizer = self.base.tokenizer
         ids = [
@@ -123,9 +123,9 @@ class LoadedModel:
             ConfigError: when loss_on or on_bad_row is none of its values.
             DataError: when the data cannot be used.
         """
-        from phi3_lora.data.scoring import load_to_score
-        from phi3_lora.evaluation import evaluate
-        from phi3_lora.report.observer import LoggingObserver
+        from phi3_lora.inference.evaluation import evaluate
+        from phi3_lora.inference.scoring_data import load_to_score
+        from phi3_lora.training.observer import LoggingObserver
 
         dataset, _ = load_to_score(
             data,
@@ -145,7 +145,7 @@ class LoadedModel:
             AdapterError: when there is no adapter, the layout cannot hold it, or the folder holds
                 something else.
         """
-        from phi3_lora.adapters.folder import check_replaceable, write_adapter_folder
+        from phi3_lora.adapters.formats.folder import check_replaceable, write_adapter_folder
         from phi3_lora.errors import AdapterError
 
         if self.adapter is None:
@@ -193,8 +193,9 @@ def load(
     Raises:
         Phi3LoraError: with what is wrong and what to do.
     """
-    from phi3_lora.loading import load_adapter, look_at_model, open_engine
-    from phi3_lora.report.observer import LoggingObserver
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.training.observer import LoggingObserver
 
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(str(adapter), base)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from phi3_lora.adapters.initialization import initial_weights
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.adapters.start import initial_weights
-from phi3_lora.backend import LoraSpec
-from phi3_lora.data.tokenizer import Document
-from phi3_lora.family import FamilyMember
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
-from phi3_lora.tensor_files import encode
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.family import FamilyMember
+from phi3_lora.storage.safetensors import encode
 
 MARKERS = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
 TEMPLATE = (

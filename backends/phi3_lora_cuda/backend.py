@@ -13,7 +13,8 @@ import peft  # noqa: F401
 import torch
 import transformers  # noqa: F401
 
-from phi3_lora.backend import Float32, Int32, LoadRequest
+from phi3_lora.arrays import Float32, Int32
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import BackendUnavailableError
 from phi3_lora_cuda.engine import CudaEngine
 from phi3_lora_cuda.model import load_model

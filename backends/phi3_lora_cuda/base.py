@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import transformers
 
-from phi3_lora.backend import LoadRequest
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.models import ModelConfig
-from phi3_lora.tensor_files import TensorInfo, read_parts
-from phi3_lora.weights import tensor_index
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.weights import tensor_index
+from phi3_lora.storage.safetensors import TensorInfo, read_parts
 from phi3_lora_cuda.documents import ATTENTION_NAME
 from phi3_lora_cuda.quantized import Nf4Linear, use_stored
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from phi3_lora.backend import Float32
-from phi3_lora.decoding import DecodingPass
-from phi3_lora.rope import tables_at
+from phi3_lora.arrays import Float32
+from phi3_lora.engine.decoding import DecodingPass
+from phi3_lora.engine.rope import tables_at
 from phi3_lora_cuda.documents import Documents, KeyValues
 from phi3_lora_cuda.model import LoadedPhi3
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from phi3_lora.backend import Float32, Int32
+from phi3_lora.arrays import Float32, Int32
 
 varlen_attn: Any
 try:

@@ -1,4 +1,4 @@
-"""The core's counter-hash dropout in PyTorch, bit-equal to phi3_lora.dropout.
+"""The core's counter-hash dropout in PyTorch, bit-equal to phi3_lora.engine.dropout.
 
 PyTorch has no full uint32 arithmetic: int32 multiplies with the same wrap-around, and a logical
 shift is an arithmetic one with the copied sign bits masked away.
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from phi3_lora.dropout import MULTIPLIERS, UInt32, feature_keys, module_key, threshold
+from phi3_lora.engine.dropout import MULTIPLIERS, UInt32, feature_keys, module_key, threshold
 
 
 class DropoutKeys:

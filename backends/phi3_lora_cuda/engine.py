@@ -11,22 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from phi3_lora.adapters.initialization import trained_masks
 from phi3_lora.adapters.names import is_b
-from phi3_lora.adapters.start import trained_masks
-from phi3_lora.backend import (
-    Batch,
-    Float32,
-    Int32,
-    LoadRequest,
-    Sampling,
-    Scores,
-    StepResult,
-    Tensors,
-)
-from phi3_lora.decoding import PrefixCache, decode
-from phi3_lora.dropout import row_keys
-from phi3_lora.errors import TrainingError
-from phi3_lora.layout import (
+from phi3_lora.arrays import Float32, Int32, Tensors
+from phi3_lora.engine.batching import (
     micro_batches,
     out_of_memory_advice,
     per_document,
@@ -34,7 +22,12 @@ from phi3_lora.layout import (
     split_batch,
     unused_precision,
 )
-from phi3_lora.rope import rotary_tables
+from phi3_lora.engine.decoding import PrefixCache, decode
+from phi3_lora.engine.dropout import row_keys
+from phi3_lora.engine.protocol import Batch, Scores, StepResult
+from phi3_lora.engine.request import LoadRequest, Sampling
+from phi3_lora.engine.rope import rotary_tables
+from phi3_lora.errors import TrainingError
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.documents import Documents, KeyValues
 from phi3_lora_cuda.head import Head, RowScores, head_loss, head_scores

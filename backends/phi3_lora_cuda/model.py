@@ -16,16 +16,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from phi3_lora.adapters.names import (
-    EMBEDDING,
-    lora_a_name,
-    lora_b_name,
-    magnitude_name,
-    saved_name,
-)
-from phi3_lora.backend import LoadRequest, LoraSpec
+from phi3_lora.adapters.names import EMBEDDING, lora_a_name, lora_b_name, magnitude_name, saved_name
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_cuda.base import load_base, resolve_dtype
 from phi3_lora_cuda.documents import GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout

@@ -1,6 +1,7 @@
 """Linear layers whose weights are stored in few bits and made dense when used.
 
-Source: phi3_lora.grid for the shared grids; bitsandbytes for nf4, QLoRA, arXiv 2305.14314.
+Source: phi3_lora.models.quantization.grid for the shared grids;
+bitsandbytes for nf4, QLoRA, arXiv 2305.14314.
 """
 
 from __future__ import annotations

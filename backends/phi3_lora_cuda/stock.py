@@ -10,7 +10,7 @@ import peft
 import torch
 import transformers
 
-from phi3_lora.backend import Float32, Int32
+from phi3_lora.arrays import Float32, Int32
 from phi3_lora.errors import AdapterError
 
 

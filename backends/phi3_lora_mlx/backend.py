@@ -12,7 +12,8 @@ import numpy as np
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
-from phi3_lora.backend import Float32, Int32, LoadRequest
+from phi3_lora.arrays import Float32, Int32
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import AdapterError, BackendUnavailableError
 from phi3_lora_mlx.blas import OPENBLAS_WHEEL, uses_reference_blas
 from phi3_lora_mlx.engine import MlxEngine

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from phi3_lora.backend import Float32
-from phi3_lora.decoding import DecodingPass
-from phi3_lora.rope import tables_at
+from phi3_lora.arrays import Float32
+from phi3_lora.engine.decoding import DecodingPass
+from phi3_lora.engine.rope import tables_at
 from phi3_lora_mlx.model import LoadedPhi3
 from phi3_lora_mlx.phi3 import Angles
 

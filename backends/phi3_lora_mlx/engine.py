@@ -12,27 +12,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from phi3_lora.adapters.names import (
-    is_b,
-    lora_a_name,
-    lora_b_name,
-    magnitude_name,
-    saved_name,
-)
-from phi3_lora.adapters.start import trained_masks
-from phi3_lora.backend import (
-    Batch,
-    Float32,
-    Int32,
-    LoadRequest,
-    Sampling,
-    Scores,
-    StepResult,
-    Tensors,
-)
-from phi3_lora.decoding import PrefixCache, decode
-from phi3_lora.errors import TrainingError
-from phi3_lora.layout import (
+from phi3_lora.adapters.initialization import trained_masks
+from phi3_lora.adapters.names import is_b, lora_a_name, lora_b_name, magnitude_name, saved_name
+from phi3_lora.arrays import Float32, Int32, Tensors
+from phi3_lora.engine.batching import (
     micro_batch_documents,
     micro_batches,
     out_of_memory_advice,
@@ -41,6 +24,10 @@ from phi3_lora.layout import (
     split_batch,
     unused_precision,
 )
+from phi3_lora.engine.decoding import PrefixCache, decode
+from phi3_lora.engine.protocol import Batch, Scores, StepResult
+from phi3_lora.engine.request import LoadRequest, Sampling
+from phi3_lora.errors import TrainingError
 from phi3_lora_mlx.decoder import CachedDecoder, KeyValues
 from phi3_lora_mlx.head import RowScores, head_loss, head_scores
 from phi3_lora_mlx.layout import (

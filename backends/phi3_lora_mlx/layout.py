@@ -11,10 +11,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from phi3_lora.backend import Batch
-from phi3_lora.dropout import row_keys
-from phi3_lora.models import ModelConfig
-from phi3_lora.rope import positions, rotary_tables
+from phi3_lora.engine.dropout import row_keys
+from phi3_lora.engine.protocol import Batch
+from phi3_lora.engine.rope import positions, rotary_tables
+from phi3_lora.models.config import ModelConfig
 from phi3_lora_mlx.attention import Attention
 from phi3_lora_mlx.phi3 import Angles
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from phi3_lora.dropout import MULTIPLIERS, feature_keys, module_key, threshold
+from phi3_lora.engine.dropout import MULTIPLIERS, feature_keys, module_key, threshold
 from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.phi3 import dequantized
 
@@ -157,7 +157,7 @@ def linear_shape(linear: Any) -> tuple[int, int]:
 
 
 def _lowbias32(x: mx.array) -> mx.array:
-    """Mix 32 bits; bit-equal to phi3_lora.dropout.lowbias32."""
+    """Mix 32 bits; bit-equal to phi3_lora.engine.dropout.lowbias32."""
     first, second = (mx.array(m, mx.uint32) for m in MULTIPLIERS)
     x = (x ^ (x >> 16)) * first
     x = (x ^ (x >> 15)) * second

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from phi3_lora.backend import Tensors
+from phi3_lora.arrays import Tensors
 from phi3_lora.errors import AdapterError, ConfigError, listing
 from phi3_lora_mlx.loralib_layers import Embedding, Linear, LoRALayer, MergedLinear
 
@@ -74,7 +74,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, mx.array]
 
 
 def to_numpy(state: Mapping[str, mx.array]) -> Tensors:
-    """A state dict in float32, as phi3_lora.adapters.torch_file.encode_torch_file takes it."""
+    """A state dict in float32, as torch_pickle.encode_torch_file takes it."""
     return {name: np.array(value.astype(mx.float32)) for name, value in state.items()}
 
 

@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
 from phi3_lora.adapters.names import EMBEDDING
-from phi3_lora.backend import LoadRequest, LoraSpec
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_mlx.lora import LoRAEmbedding, LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Embedding, Phi3
 

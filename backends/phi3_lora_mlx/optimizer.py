@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 import mlx.core as mx
 
-from phi3_lora.backend import OptimSpec
+from phi3_lora.engine.request import OptimSpec
 from phi3_lora_mlx.numerics import square_norm
 
 Arrays = dict[str, mx.array]

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from phi3_lora.models import ModelConfig
+from phi3_lora.models.config import ModelConfig
 from phi3_lora_mlx.attention import Attention, attend
 from phi3_lora_mlx.numerics import on_cpu, staged_sum
 

@@ -50,10 +50,10 @@ def command(
       phi3-lora convert mlx_adapter peft_adapter --to peft --verify
     """
     from phi3_lora.adapters.convert import Job, convert
-    from phi3_lora.adapters.folder import check_unused
-    from phi3_lora.adapters.loralib_layout import Untold
-    from phi3_lora.hub import resolve_adapter_dir
-    from phi3_lora.loading import look_at_model
+    from phi3_lora.adapters.formats.folder import check_unused
+    from phi3_lora.adapters.formats.loralib import Untold
+    from phi3_lora.hub.download import resolve_adapter_dir
+    from phi3_lora.inference.base_model import look_at_model
 
     layout = _layout(to, consumer)
     base = None if model is None else look_at_model(model, with_weights=verify)
@@ -85,7 +85,7 @@ def command(
 
 
 def _layout(to: str | None, consumer: str | None) -> str:
-    from phi3_lora.adapters.consumers import CONSUMERS
+    from phi3_lora.adapters.formats.tools import CONSUMERS
 
     layout = to or (CONSUMERS[consumer].layout if consumer else None)
     if layout is None:
@@ -97,8 +97,8 @@ def _layout(to: str | None, consumer: str | None) -> str:
 
 
 def _write_modelfile(folder: Path, base: Any) -> None:
-    from phi3_lora.ollama import modelfile_for
-    from phi3_lora.storage import replace_file
+    from phi3_lora.export.ollama import modelfile_for
+    from phi3_lora.storage.atomic import replace_file
 
     text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
     replace_file(folder / "Modelfile", text.encode())
@@ -111,8 +111,8 @@ def _write_modelfile(folder: Path, base: Any) -> None:
 def _verify(job: Any, result: Any, base: Any) -> dict[str, Any]:
     """The differences, and whether they are only roundings."""
     from phi3_lora.adapters.convert import SAME
-    from phi3_lora.conversion_check import compare_answers
-    from phi3_lora.registry import available_backends
+    from phi3_lora.engine.registry import available_backends
+    from phi3_lora.verification.conversion import compare_answers
 
     found = {
         "max_relative_difference": result.max_relative_difference,

@@ -76,9 +76,9 @@ def check(
     Example:
       phi3-lora data check chats.jsonl --valid held-out.jsonl --model demo
     """
-    from phi3_lora.data.checking import check_rows
-    from phi3_lora.data.cleaning import Cleaning
-    from phi3_lora.data.records import check_any, iterate_rows
+    from phi3_lora.data.quality.checks import check_rows
+    from phi3_lora.data.quality.cleaning import Cleaning
+    from phi3_lora.data.sources.reading import check_any, iterate_rows
 
     limits = Cleaning(
         min_chars=min_chars, max_chars=max_chars, patterns=patterns, language=language
@@ -106,7 +106,7 @@ def check(
 
 def _look_for_near(near: bool | None) -> bool:
     """What was asked for; if nothing was, what is possible, and a word on it."""
-    from phi3_lora.data.duplicates import can_find_near
+    from phi3_lora.data.quality.duplicates import can_find_near
 
     if near is None and not can_find_near():
         note("near duplicates are not looked for: pip install 'phi3-lora[data]'")
@@ -141,7 +141,7 @@ def preview(
     Example:
       phi3-lora data preview demo --model demo --limit 2
     """
-    from phi3_lora.data.checking import as_trained, first_rows
+    from phi3_lora.data.quality.checks import as_trained, first_rows
     from phi3_lora.errors import ConfigError
     from phi3_lora.report.preview import loss_mask, print_preview, write_preview
 
@@ -223,7 +223,12 @@ def split(
     Example:
       phi3-lora data split demo --output runs/split --valid-fraction 0.05
     """
-    from phi3_lora.data.splitting import check_unused, read_split_rows, split_rows, write_split
+    from phi3_lora.data.quality.splitting import (
+        check_unused,
+        read_split_rows,
+        split_rows,
+        write_split,
+    )
 
     folder = Path(output).expanduser()
     check_unused(folder)

@@ -49,10 +49,10 @@ def clean(
     Example:
       phi3-lora data clean chats.jsonl --output cleaned --white-space --duplicates
     """
-    from phi3_lora.data.clean_files import read_for_cleaning, write_cleaned
-    from phi3_lora.data.cleaning import Cleaning
-    from phi3_lora.data.cleaning import clean as clean_rows
-    from phi3_lora.data.splitting import check_unused
+    from phi3_lora.data.quality.cleaned_files import read_for_cleaning, write_cleaned
+    from phi3_lora.data.quality.cleaning import Cleaning
+    from phi3_lora.data.quality.cleaning import clean as clean_rows
+    from phi3_lora.data.quality.splitting import check_unused
 
     chosen = Cleaning(**steps)  # type: ignore[arg-type]
     if chosen == Cleaning():

@@ -11,8 +11,8 @@ import click
 from phi3_lora_cli.options import note, print_json
 
 if TYPE_CHECKING:
-    from phi3_lora.data.check_report import Lengths, Report
-    from phi3_lora.data.splitting import Split
+    from phi3_lora.data.quality.report import Lengths, Report
+    from phi3_lora.data.quality.splitting import Split
 
 _BAR_WIDTH = 40
 _LONGEST_LABEL = 60
@@ -21,7 +21,7 @@ _LONGEST_LABEL = 60
 
 def print_report(report: Report) -> None:
     """A check for people: problems of every kind, lengths, counts."""
-    from phi3_lora.data.check_report import spread
+    from phi3_lora.data.quality.report import spread
     from phi3_lora.errors import MAX_SHOWN
 
     for problem in spread(report.problems, MAX_SHOWN):
@@ -75,7 +75,7 @@ def _printable(text: str) -> str:
 
 def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> None:
     """Where the rows went, and how many."""
-    from phi3_lora.data.splitting import TRAIN_NAME, VALID_NAME
+    from phi3_lora.data.quality.splitting import TRAIN_NAME, VALID_NAME
     from phi3_lora.errors import MAX_SHOWN
 
     num_valid = len(split.valid)

@@ -12,8 +12,8 @@ from phi3_lora_cli.options import note
 
 if TYPE_CHECKING:
     from phi3_lora.config.schema import RunConfig
-    from phi3_lora.data.checking import Base
-    from phi3_lora.data.dataset import DataFiles
+    from phi3_lora.data.documents.dataset import DataFiles
+    from phi3_lora.data.quality.checks import Base
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +42,7 @@ def settings(
 ) -> tuple[RunConfig, DataFiles]:
     """What train would make of the same settings: the configuration and the sources."""
     from phi3_lora.config.load import load_settings
-    from phi3_lora.data.dataset import resolve_data
+    from phi3_lora.data.documents.dataset import resolve_data
     from phi3_lora.errors import ConfigError
 
     if flags["data_train"] is None and config_file is None and not assignments:
@@ -60,8 +60,8 @@ def settings(
 
 def base_of(config: RunConfig) -> Base:
     """The base model's tokenizer and context, with the settings' own template and loss."""
-    from phi3_lora.data.checking import Base
-    from phi3_lora.loading import look_at_model
+    from phi3_lora.data.quality.checks import Base
+    from phi3_lora.inference.base_model import look_at_model
 
     data = config.data
     model = look_at_model(

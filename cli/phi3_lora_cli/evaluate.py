@@ -69,9 +69,10 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
-    from phi3_lora.data.scoring import load_to_score
-    from phi3_lora.evaluation import evaluate
-    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.evaluation import evaluate
+    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.inference.scoring_data import load_to_score
 
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
@@ -122,8 +123,8 @@ class _progress:
 
 
 def _answers(engine: Any, base: Any, rows: Any, max_new_tokens: int) -> Any:
-    from phi3_lora.backend import Sampling
-    from phi3_lora.evaluation import answer_conversations
+    from phi3_lora.engine.request import Sampling
+    from phi3_lora.inference.evaluation import answer_conversations
 
     sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
     with _progress(len(rows), "answering") as advance:

@@ -44,9 +44,10 @@ def command(
     Example:
       phi3-lora generate --model demo --prompt "Hello"
     """
-    from phi3_lora.backend import Sampling
-    from phi3_lora.data.records import Message
-    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+    from phi3_lora.data.rows.conversation import Message
+    from phi3_lora.engine.request import Sampling
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter, open_engine
 
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")

@@ -38,10 +38,10 @@ def command(
     Example:
       phi3-lora inspect runs/demo/adapter
     """
+    from phi3_lora.adapters.formats.loralib import Untold
     from phi3_lora.adapters.inspection import inspect_adapter
-    from phi3_lora.adapters.loralib_layout import Untold
-    from phi3_lora.hub import resolve_adapter_dir
-    from phi3_lora.loading import look_at_model
+    from phi3_lora.hub.download import resolve_adapter_dir
+    from phi3_lora.inference.base_model import look_at_model
     from phi3_lora.report.heatmap import check_name, write_heat_map
 
     path = None if plot is None else Path(plot).expanduser()

@@ -72,11 +72,12 @@ def command(
       phi3-lora merge --model demo --adapter runs/demo/adapter --output runs/merged
     """
     from phi3_lora.adapters.deltas import Weighted
-    from phi3_lora.adapters.folder import check_apart
-    from phi3_lora.hub import resolve_adapter_dir
-    from phi3_lora.loading import load_adapter, look_at_model, other_base_notes
-    from phi3_lora.merge import merge, merge_to_gguf
-    from phi3_lora.weights import check_weights, model_identity
+    from phi3_lora.adapters.formats.folder import check_apart
+    from phi3_lora.export.merge import merge, merge_to_gguf
+    from phi3_lora.hub.download import resolve_adapter_dir
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter, other_base_notes
+    from phi3_lora.models.weights import check_weights, model_identity
 
     _check_types(to, dtype, outtype, dequantize=dequantize)
     if not all(map(math.isfinite, weights)):
@@ -115,7 +116,7 @@ def _write_sum(parts: Any, target: Path, *, as_json: bool) -> None:
     """Write one adapter for several."""
     from phi3_lora.adapters.adapter import adapter_problems
     from phi3_lora.adapters.deltas import concatenated
-    from phi3_lora.adapters.folder import check_unused, write_adapter_folder
+    from phi3_lora.adapters.formats.folder import check_unused, write_adapter_folder
     from phi3_lora.errors import AdapterError, listing
 
     check_unused(target)
@@ -145,7 +146,7 @@ def _check_types(to: str, dtype: str, outtype: str, *, dequantize: bool) -> None
 
 
 def _tell(result: Any, *, as_json: bool) -> None:
-    from phi3_lora.gguf_model import OUT_TYPES
+    from phi3_lora.export.gguf_model import OUT_TYPES
 
     for text in result.notes:
         note(text)

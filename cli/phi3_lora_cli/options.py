@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from phi3_lora.models import QUANTIZATIONS
+from phi3_lora.models.config import QUANTIZATIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -44,11 +44,12 @@ def command(
     Example:
       phi3-lora parity --model demo --data demo --steps 5 --device cpu
     """
-    from phi3_lora.backend import LoraSpec
+    from phi3_lora.engine.lora_spec import LoraSpec
+    from phi3_lora.engine.registry import available_backends
     from phi3_lora.errors import BackendUnavailableError
-    from phi3_lora.loading import load_adapter, look_at_model, prepare_weights
-    from phi3_lora.parity import Trial, cross_laws, measure, own_laws, random_start
-    from phi3_lora.registry import available_backends
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter, prepare_weights
+    from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
 
     base = look_at_model(model, revision, quantize=quantize)
     weights = None if adapter is None else load_adapter(adapter, base)
@@ -83,9 +84,9 @@ def command(
 
 
 def _documents(base: Any, data: str | None, limit: int) -> Any:
-    from phi3_lora.adapters.fingerprint import probe_documents
-    from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-    from phi3_lora.data.records import read_conversations
+    from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
+    from phi3_lora.data.sources.reading import read_conversations
+    from phi3_lora.verification.fingerprint import probe_documents
 
     if data is None:
         return probe_documents(base.tokenizer)

@@ -36,7 +36,7 @@ def command(
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from phi3_lora.hub_push import push
+    from phi3_lora.hub.push import push
 
     if not sys.stderr.isatty():
         disable_progress_bars()

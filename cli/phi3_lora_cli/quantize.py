@@ -26,11 +26,11 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
       phi3-lora quantize --model demo --output runs/demo-4bit
     """
     from phi3_lora.errors import ModelError
-    from phi3_lora.hub import resolve_model_dir
-    from phi3_lora.model_folder import read_model_config
-    from phi3_lora.quantized_folder import write_quantized_folder
-    from phi3_lora.storage import is_unused
-    from phi3_lora.weights import check_weights
+    from phi3_lora.hub.download import resolve_model_dir
+    from phi3_lora.models.config_json import read_model_config
+    from phi3_lora.models.quantization.folder import write_quantized_folder
+    from phi3_lora.models.weights import check_weights
+    from phi3_lora.storage.atomic import is_unused
 
     target = Path(output).expanduser()
     if not is_unused(target):

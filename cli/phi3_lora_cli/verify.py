@@ -32,9 +32,11 @@ def command(
     Example:
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
-    from phi3_lora.adapters.fingerprint import check_vocabulary, compare, read_fingerprint
-    from phi3_lora.hub import resolve_adapter_dir
-    from phi3_lora.loading import load_adapter, look_at_model, open_engine
+    from phi3_lora.adapters.fingerprint import read_fingerprint
+    from phi3_lora.hub.download import resolve_adapter_dir
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.verification.fingerprint import check_vocabulary, compare
 
     folder = resolve_adapter_dir(adapter)
     stored = read_fingerprint(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lora.adapters.decompositions import balanced_factors, product_norm
+from phi3_lora.adapters.factorization import balanced_factors, product_norm
 from phi3_lora.adapters.names import (
     EMBEDDING,
     HEAD,
@@ -24,7 +24,8 @@ from phi3_lora.adapters.names import (
     saved_name,
     split_name,
 )
-from phi3_lora.backend import Float32, LoraLayer, LoraSpec, Tensors, lora_scaling
+from phi3_lora.arrays import Float32, Tensors
+from phi3_lora.engine.lora_spec import LoraLayer, LoraSpec, lora_scaling
 from phi3_lora.errors import AdapterError, listing
 
 

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, with_factors
-from phi3_lora.adapters.decompositions import balanced_factors, product_norm
+from phi3_lora.adapters.factorization import balanced_factors, product_norm
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.backend import Block, LoraSpec, lora_alpha_of
+from phi3_lora.engine.lora_spec import Block, LoraSpec, lora_alpha_of
 from phi3_lora.errors import AdapterError
 
 

@@ -11,24 +11,24 @@ import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, check_fits, uniform_adapter
 from phi3_lora.adapters.compress import compressed
-from phi3_lora.adapters.consumers import adapted_for
 from phi3_lora.adapters.deltas import relative_difference
-from phi3_lora.adapters.folder import (
+from phi3_lora.adapters.formats.folder import (
     FINGERPRINT_NAME,
     TEMPLATE_NAME,
     check_apart,
     check_unused,
     write_adapter_folder,
 )
-from phi3_lora.adapters.fused import RowNorms
-from phi3_lora.adapters.gguf_layout import write_gguf_adapter
-from phi3_lora.adapters.loralib_layout import Untold, to_loralib
+from phi3_lora.adapters.formats.fused import RowNorms
+from phi3_lora.adapters.formats.gguf import write_gguf_adapter
+from phi3_lora.adapters.formats.loralib import Untold, to_loralib
+from phi3_lora.adapters.formats.sources import read_source, with_layers
+from phi3_lora.adapters.formats.tools import adapted_for
+from phi3_lora.adapters.formats.torch_pickle import encode_torch_file
 from phi3_lora.adapters.names import EMBEDDING, HEAD, lora_a_name, lora_b_name
-from phi3_lora.adapters.sources import read_source, with_layers
-from phi3_lora.adapters.torch_file import encode_torch_file
 from phi3_lora.errors import AdapterError
-from phi3_lora.models import ModelConfig
-from phi3_lora.storage import explained, replace_file
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.storage.atomic import explained, replace_file
 
 FILE_LAYOUTS = ("loralib", "gguf")
 """Layouts that are one file."""

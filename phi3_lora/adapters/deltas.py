@@ -11,14 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.adapters.adapter import Adapter, with_factors
-from phi3_lora.adapters.decompositions import product_norm
-from phi3_lora.adapters.names import (
-    EMBEDDING,
-    lora_a_name,
-    lora_b_name,
-    magnitude_name,
-    saved_name,
-)
+from phi3_lora.adapters.factorization import product_norm
+from phi3_lora.adapters.names import EMBEDDING, lora_a_name, lora_b_name, magnitude_name, saved_name
 from phi3_lora.errors import AdapterError
 
 Float64 = NDArray[np.float64]

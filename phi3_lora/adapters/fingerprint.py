@@ -6,24 +6,16 @@ adapter. Replayed elsewhere, they tell whether the adapter behaves there as it d
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.folder import FINGERPRINT_NAME
-from phi3_lora.backend import Batch, Engine, Float32, Int32
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.data.records import Conversation
-from phi3_lora.data.tokenizer import ChatTokenizer, Document
+from phi3_lora.adapters.formats.folder import FINGERPRINT_NAME
+from phi3_lora.arrays import Float32, Int32
 from phi3_lora.errors import AdapterError
-from phi3_lora.tensor_files import encode, read_header, read_metadata, read_raw
+from phi3_lora.storage.safetensors import encode, read_header, read_metadata, read_raw
 
-THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
-"""Nats that a log-probability may differ by, for the coarser of the two dtypes."""
 _ARRAYS = {
     "tokens": np.int32,
     "doc_starts": np.int32,
@@ -31,16 +23,6 @@ _ARRAYS = {
     "logprobs": np.float32,
     "greedy": np.int32,
 }
-_PROBES = (
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("Add 17 and 25.", "17 + 25 = 42."),
-    ("Write one line of Python that reverses a list.", "numbers[::-1]"),
-    (
-        "A customer in Lisbon ordered three blue lamps for Monday. What should we prepare?",
-        "Prepare three blue lamps and send them to Lisbon, so that they arrive by Monday.",
-    ),
-    ("Translate into German: good morning", "Guten Morgen"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,61 +41,6 @@ class Fingerprint:
     """(T,) the most likely next token with the adapter."""
     origin: dict[str, str]
     """backend, dtype and model_identity."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How far an adapter's behaviour here is from where it was trained."""
-
-    max_difference: float
-    """Nats, over all next tokens."""
-    mean_difference: float
-    greedy_agreement: float
-    """Share of positions whose most likely next token is the same."""
-    base_max_difference: float
-    """Nats; the base model alone."""
-    threshold: float
-    """Nats."""
-    equal: bool
-    same_base: bool
-    """Whether the base model is, by its identity, the one that the adapter was trained on."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
-
-
-def _whole_documents(ids: Sequence[Int32]) -> Batch:
-    """Documents of which every next token counts."""
-    return make_batch([Document(i, np.ones(len(i), bool), "probe") for i in ids])
-
-
-def probe_documents(tokenizer: ChatTokenizer) -> list[Document]:
-    """The probe texts as this model's tokenizer and template write them, answers supervised."""
-    rows = [
-        Conversation(
-            ({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
-            f"probe {i}",
-        )
-        for i, (question, answer) in enumerate(_PROBES, 1)
-    ]
-    return tokenizer.encode_conversations(rows)
-
-
-def probe_batch(tokenizer: ChatTokenizer) -> Batch:
-    """The probe texts, every next token counted."""
-    return _whole_documents([d.tokens for d in probe_documents(tokenizer)])
-
-
-def take_fingerprint(engine: Engine, batch: Batch, origin: dict[str, str]) -> Fingerprint:
-    """Score the probes with and without the adapter."""
-    with engine.base_only():
-        base = engine.logprobs(batch)
-    rows = np.arange(len(batch.tokens), dtype=np.int32)
-    greedy = engine.logits(batch, rows).argmax(axis=-1).astype(np.int32)
-    return Fingerprint(
-        batch.tokens, batch.doc_starts, base, engine.logprobs(batch), greedy, dict(origin)
-    )
 
 
 def encode_fingerprint(fingerprint: Fingerprint) -> bytes:
@@ -159,44 +86,3 @@ def base_identity(folder: Path) -> str | None:
         return None
     read_header(path, AdapterError)
     return read_metadata(path).get("model_identity")
-
-
-def check_vocabulary(stored: Fingerprint, vocab_size: int) -> None:
-    """Make sure that a base model has the probes' token ids.
-
-    Raises:
-        AdapterError: when it has not, so that it cannot be the base.
-    """
-    if stored.tokens.min() < 0 or stored.tokens.max() >= vocab_size:
-        raise AdapterError(
-            f"the fingerprint holds token id {stored.tokens.max()}, and this base model has "
-            f"{vocab_size:,}: the adapter was trained on another one"
-        )
-
-
-def compare(stored: Fingerprint, engine: Engine, identity: str) -> Verdict:
-    """Replay a fingerprint on an engine that holds the adapter.
-
-    Args:
-        stored: taken where the adapter was trained.
-        engine: here.
-        identity: of the base model here.
-    """
-    bounds = itertools.pairwise(stored.doc_starts.tolist())
-    batch = _whole_documents([stored.tokens[a:b] for a, b in bounds])
-    here = take_fingerprint(engine, batch, {})
-    counted = batch.loss_mask
-    difference = np.abs(here.logprobs - stored.logprobs)[counted]
-    base = np.abs(here.base_logprobs - stored.base_logprobs)[counted]
-    dtypes: Sequence[str] = (engine.dtype, stored.origin.get("dtype", "float32"))
-    threshold = max(THRESHOLDS.get(dtype, max(THRESHOLDS.values())) for dtype in dtypes)
-    largest = float(difference.max(initial=0.0))
-    return Verdict(
-        max_difference=largest,
-        mean_difference=float(difference.mean()),
-        greedy_agreement=float((here.greedy == stored.greedy).mean()),
-        base_max_difference=float(base.max(initial=0.0)),
-        threshold=threshold,
-        equal=bool(largest <= threshold),
-        same_base=stored.origin.get("model_identity") == identity,
-    )

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.consumers import CONSUMERS, faults_of
 from phi3_lora.adapters.deltas import delta_norm
-from phi3_lora.adapters.folder import find_layouts, read_adapter
-from phi3_lora.adapters.loralib_layout import Untold
+from phi3_lora.adapters.formats.folder import find_layouts, read_adapter
+from phi3_lora.adapters.formats.loralib import Untold
+from phi3_lora.adapters.formats.sources import other_layout, read_source
+from phi3_lora.adapters.formats.tools import CONSUMERS, faults_of
 from phi3_lora.adapters.names import split_layer
-from phi3_lora.adapters.sources import other_layout, read_source
-from phi3_lora.models import ModelConfig
+from phi3_lora.models.config import ModelConfig
 
 
 def inspect_adapter(

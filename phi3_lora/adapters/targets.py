@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from phi3_lora.adapters.fused import fused_module, part_slices
+from phi3_lora.adapters.formats.fused import fused_module, part_slices
+from phi3_lora.adapters.formats.peft import by_pattern
 from phi3_lora.adapters.names import EMBEDDING, HEAD, ends_with, split_layer
-from phi3_lora.adapters.peft_layout import by_pattern
-from phi3_lora.backend import Block, LoraLayer, LoraSpec, lora_scaling
-from phi3_lora.config.schema import LoraConfig
+from phi3_lora.config.adapter import LoraConfig
+from phi3_lora.engine.lora_spec import Block, LoraLayer, LoraSpec, lora_scaling
 from phi3_lora.errors import AdapterError, ConfigError
-from phi3_lora.models import ModelConfig
+from phi3_lora.models.config import ModelConfig
 
 Names = str | Sequence[str]
 

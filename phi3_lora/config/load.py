@@ -13,8 +13,11 @@ from typing import Any
 
 import yaml
 
+from phi3_lora.config.adapter import LoraConfig
+from phi3_lora.config.data import DataConfig
 from phi3_lora.config.known import ALIASES, INSTEAD, NO_EFFECT, ONLY, PRESETS
-from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingConfig
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.config.training import TrainingConfig
 from phi3_lora.errors import ConfigError, listing
 
 _SECTIONS: dict[str, type[Any]] = {

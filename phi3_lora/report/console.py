@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from phi3_lora.report.observer import Progressing
+from phi3_lora.training.observer import Progressing
 
 
 class ConsoleObserver:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from phi3_lora.engine.registry import backend_names, load_backend
 from phi3_lora.errors import Phi3LoraError
-from phi3_lora.registry import backend_names, load_backend
 
 
 def examine() -> dict[str, Any]:

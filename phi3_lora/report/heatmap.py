@@ -12,8 +12,8 @@ from typing import Any
 
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError, ConfigError, listing
-from phi3_lora.optional import optional_package
-from phi3_lora.storage import replace_file
+from phi3_lora.storage.atomic import replace_file
+from phi3_lora.storage.optional import optional_package
 
 _SUFFIXES = (".png", ".html")
 _STOPS = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from phi3_lora.data.tokenizer import ChatTokenizer, Document
-from phi3_lora.storage import replace_file
+from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.storage.atomic import replace_file
 
 MOST_TOKENS = 4096
 """Tokens of a document that are shown; of a longer one the first and the last of them."""

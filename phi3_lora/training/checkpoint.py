@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.folder import CONFIG_NAME
-from phi3_lora.adapters.peft_layout import WEIGHTS_NAME, peft_config
-from phi3_lora.backend import Tensors
+from phi3_lora.adapters.formats.folder import CONFIG_NAME
+from phi3_lora.adapters.formats.peft import WEIGHTS_NAME, peft_config
+from phi3_lora.arrays import Tensors
 from phi3_lora.errors import CheckpointError, listing
-from phi3_lora.storage import replace_folder, write_bytes
-from phi3_lora.tensor_files import encode, read_all_float32
+from phi3_lora.storage.atomic import replace_folder, write_bytes
+from phi3_lora.storage.safetensors import encode, read_all_float32
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"

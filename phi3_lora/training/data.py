@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from phi3_lora.cache_folder import Note
-from phi3_lora.config.schema import DataConfig, RunConfig
-from phi3_lora.data.dataset import (
+from phi3_lora.config.data import DataConfig
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.documents.dataset import (
     DataFiles,
-    Dataset,
     encoding_of,
     load_split,
     load_splits,
     resolve_data,
 )
-from phi3_lora.data.overlap import Known, overlap_note
-from phi3_lora.data.stream import StreamedRows
+from phi3_lora.data.documents.overlap import Known, overlap_note
+from phi3_lora.data.documents.selection import Dataset
+from phi3_lora.data.documents.stream import StreamedRows
 from phi3_lora.errors import ConfigError
-from phi3_lora.loading import BaseModel
-from phi3_lora.plan import Plan, StepPlan
-from phi3_lora.streamed_plan import StreamedPlan
+from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.storage.cache import Note
+from phi3_lora.training.plan.fixed import Plan
+from phi3_lora.training.plan.protocol import StepPlan
+from phi3_lora.training.plan.streamed import StreamedPlan
 
 
 class RunData(NamedTuple):

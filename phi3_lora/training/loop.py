@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi3_lora.backend import Engine
-from phi3_lora.config.schema import TrainingConfig
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.data.tokenizer import Document
+from phi3_lora.config.training import TrainingConfig
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.batching import rank_share
+from phi3_lora.engine.protocol import Engine
 from phi3_lora.errors import TrainingError
-from phi3_lora.evaluation import Evaluation, evaluate
-from phi3_lora.plan import Position, Step, StepPlan, rank_share
-from phi3_lora.schedule import learning_rate
+from phi3_lora.inference.evaluation import Evaluation, evaluate
 from phi3_lora.training.metrics import Window
+from phi3_lora.training.plan.protocol import Position, Step, StepPlan
+from phi3_lora.training.plan.schedule import learning_rate
 from phi3_lora.training.signals import StopRequest
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_lora.storage import explained, replace_file
+from phi3_lora.storage.atomic import explained, replace_file
 
 FILE_NAME = "metrics.jsonl"
 

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.fused import with_blocks
-from phi3_lora.adapters.start import num_trained
+from phi3_lora.adapters.formats.fused import with_blocks
+from phi3_lora.adapters.initialization import num_trained
 from phi3_lora.adapters.targets import in_model_order
 from phi3_lora.adapters.targets import resolve as resolve_lora
-from phi3_lora.backend import LoraSpec
-from phi3_lora.config.schema import LoraConfig, RunConfig
-from phi3_lora.data.dataset import Dataset
+from phi3_lora.config.adapter import LoraConfig
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.documents.selection import Dataset
+from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.errors import ConfigError
-from phi3_lora.family import recognise
-from phi3_lora.loading import BaseModel, load_adapter, look_at_model
-from phi3_lora.plan import StepPlan
-from phi3_lora.report.observer import Observer
+from phi3_lora.inference.base_model import BaseModel, look_at_model
+from phi3_lora.inference.loading import load_adapter
+from phi3_lora.models.family import recognise
+from phi3_lora.models.weights import num_parameters
 from phi3_lora.training.data import read_data
 from phi3_lora.training.loop import Task
-from phi3_lora.weights import num_parameters
+from phi3_lora.training.observer import Observer
+from phi3_lora.training.plan.protocol import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

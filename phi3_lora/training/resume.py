@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from phi3_lora.backend import Backend, Engine
+from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.errors import CheckpointError, listing
 from phi3_lora.training.checkpoint import Checkpoint
 

@@ -11,26 +11,28 @@ from typing import Any
 from phi3_lora.adapters.adapter import Adapter, with_spec
 from phi3_lora.adapters.compress import settled
 from phi3_lora.adapters.deltas import changes_nothing
-from phi3_lora.adapters.fingerprint import encode_fingerprint, probe_batch, take_fingerprint
-from phi3_lora.adapters.folder import FINGERPRINT_NAME, TEMPLATE_NAME, write_adapter_folder
-from phi3_lora.adapters.start import initial_weights
-from phi3_lora.backend import Backend, Engine, LoadRequest
+from phi3_lora.adapters.fingerprint import encode_fingerprint
+from phi3_lora.adapters.formats.folder import FINGERPRINT_NAME, TEMPLATE_NAME, write_adapter_folder
+from phi3_lora.adapters.initialization import initial_weights
 from phi3_lora.config.load import resolve
 from phi3_lora.config.schema import RunConfig
-from phi3_lora.data.dataset import documents_digest
+from phi3_lora.data.documents.batch import documents_digest
+from phi3_lora.engine.protocol import Backend, Engine
+from phi3_lora.engine.registry import choose_backend
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import DataError, TrainingError, TrainingInterrupted
-from phi3_lora.evaluation import Evaluation
-from phi3_lora.loading import other_base_notes, prepare_weights
-from phi3_lora.registry import choose_backend
-from phi3_lora.report.model_card import model_card
-from phi3_lora.report.observer import Observer, SilentObserver
+from phi3_lora.inference.evaluation import Evaluation
+from phi3_lora.inference.loading import other_base_notes, prepare_weights
 from phi3_lora.training import resume as resuming
 from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
 from phi3_lora.training.loop import Hooks, Progress, fit
 from phi3_lora.training.metrics import MetricsFile
+from phi3_lora.training.model_card import model_card
+from phi3_lora.training.observer import Observer, SilentObserver
 from phi3_lora.training.prepare import Prepared, prepare
 from phi3_lora.training.rundir import check_same_run, locked, read_config, write_config
 from phi3_lora.training.signals import stop_on_signal
+from phi3_lora.verification.fingerprint import probe_batch, take_fingerprint
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import yaml
 from phi3_lora.config.load import read_yaml
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.errors import RunFolderError, listing
-from phi3_lora.storage import explained, replace_file
+from phi3_lora.storage.atomic import explained, replace_file
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import Phi3Model
 
-from phi3_lora.backend import Engine, LoadRequest, Sampling
-from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.protocol import Engine
+from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.errors import TrainingError
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine

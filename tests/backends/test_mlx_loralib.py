@@ -17,8 +17,8 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from phi3_lora.adapters.loralib_layout import Untold, from_loralib  # noqa: E402
-from phi3_lora.adapters.torch_file import read_torch_file  # noqa: E402
+from phi3_lora.adapters.formats.loralib import Untold, from_loralib  # noqa: E402
+from phi3_lora.adapters.formats.torch_pickle import read_torch_file  # noqa: E402
 from phi3_lora.errors import ConfigError  # noqa: E402
 from phi3_lora_mlx.loralib import to_numpy  # noqa: E402
 

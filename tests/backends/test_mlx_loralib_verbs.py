@@ -18,7 +18,7 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from phi3_lora.adapters.torch_file import encode_torch_file, read_torch_file  # noqa: E402
+from phi3_lora.adapters.formats.torch_pickle import encode_torch_file, read_torch_file  # noqa: E402
 from phi3_lora.errors import AdapterError, ConfigError  # noqa: E402
 from phi3_lora_mlx.loralib import to_numpy  # noqa: E402
 from tests.backends.test_mlx_loralib import (  # noqa: E402

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from phi3_lora.backend import LoadRequest
-from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model, write_tokenizer

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.folder import write_adapter_folder
-from phi3_lora.backend import LoadRequest, Sampling
-from phi3_lora.data.dataset import make_batch
+from phi3_lora.adapters.formats.folder import write_adapter_folder
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.errors import ModelError
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.tensor_files import encode, read_all_float32
-from phi3_lora.weights import check_weights
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import check_weights
+from phi3_lora.storage.safetensors import encode, read_all_float32
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.backend import LoadRequest, LoraSpec
-from phi3_lora.data.dataset import build_dataset, make_batch
-from phi3_lora.data.records import read_conversations
-from phi3_lora.data.tokenizer import Document
-from phi3_lora.loading import look_at_model
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.registry import load_backend
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.data.documents.dataset import build_dataset
+from phi3_lora.data.sources.reading import read_conversations
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.registry import load_backend
+from phi3_lora.engine.request import LoadRequest
+from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.models.config_json import read_model_config
 from tests.tiny import start_weights
 
 RANK, SCALING, LEARNING_RATE = 16, 2.0, 1e-4

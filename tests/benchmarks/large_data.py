@@ -15,13 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-from phi3_lora.data.dataset import encoding_of, load_splits, resolve_data
-from phi3_lora.data.sources import Source
-from phi3_lora.data.stream import StreamedRows
-from phi3_lora.data.tokenizer import ChatTokenizer
+from phi3_lora.data.chat.tokenizer import ChatTokenizer
+from phi3_lora.data.documents.dataset import encoding_of, load_splits, resolve_data
+from phi3_lora.data.documents.stream import StreamedRows
+from phi3_lora.data.sources.source import Source
 from phi3_lora.demo import DEMO_MODEL_DIR
-from phi3_lora.plan import Plan
-from phi3_lora.streamed_plan import StreamedPlan
+from phi3_lora.training.plan.fixed import Plan
+from phi3_lora.training.plan.streamed import StreamedPlan
 
 
 def main() -> None:

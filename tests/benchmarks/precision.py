@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from phi3_lora.backend import LoraSpec
-from phi3_lora.data.dataset import build_dataset, resolve_scoring_file
-from phi3_lora.data.records import read_conversations
-from phi3_lora.loading import look_at_model, prepare_weights
-from phi3_lora.parity import Trial, cross_laws, measure, own_laws, random_start
-from phi3_lora.registry import load_backend
+from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
+from phi3_lora.data.sources.reading import read_conversations
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.registry import load_backend
+from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.loading import prepare_weights
+from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
 
 SETTINGS = (
     *(("float32", q) for q in ("none", "8bit", "4bit")),

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from phi3_lora.family import FAMILY
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.family import FAMILY
 from tests.tiny import member_config, tiny_config, write_tokenizer
 
 BFLOAT16 = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from phi3_lora.data.records import Conversation, read_conversations
-from phi3_lora.data.tokenizer import ChatTokenizer
+from phi3_lora.data.chat.tokenizer import ChatTokenizer
+from phi3_lora.data.rows.conversation import Conversation
+from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.demo import DEMO_DATA_DIR, DEMO_MODEL_DIR
 
 

@@ -13,20 +13,20 @@ import pytest
 from phi3_lora.adapters.adapter import Adapter, with_spec
 from phi3_lora.adapters.compress import settled
 from phi3_lora.adapters.convert import Job, convert
-from phi3_lora.adapters.decompositions import product_norm
 from phi3_lora.adapters.deltas import Weighted, concatenated, relative_difference
-from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
-from phi3_lora.adapters.fused import part_slices, with_blocks
-from phi3_lora.adapters.loralib_layout import Untold, from_loralib
+from phi3_lora.adapters.factorization import product_norm
+from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
+from phi3_lora.adapters.formats.fused import part_slices, with_blocks
+from phi3_lora.adapters.formats.loralib import Untold, from_loralib
+from phi3_lora.adapters.formats.torch_pickle import encode_torch_file
+from phi3_lora.adapters.initialization import initial_weights, trained_masks
 from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name, saved_name
-from phi3_lora.adapters.start import initial_weights, trained_masks
 from phi3_lora.adapters.targets import resolve
-from phi3_lora.adapters.torch_file import encode_torch_file
-from phi3_lora.config.schema import LoraConfig
+from phi3_lora.config.adapter import LoraConfig
 from phi3_lora.errors import AdapterError
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
-from phi3_lora.tensor_files import read_all_float32
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.storage.safetensors import read_all_float32
 from tests.cli.test_contract import Capture, run, run_json
 from tests.tiny import random_adapter, write_model
 
@@ -217,7 +217,7 @@ def test_a_pair_of_zeros_goes_everywhere(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_read_back_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phi3_lora.adapters import peft_layout
+    from phi3_lora.adapters.formats import peft as peft_layout
 
     write_adapter_folder(tmp_path / "a", plain(), to="mlx")
     whole = peft_layout.peft_config

@@ -8,8 +8,8 @@ import click
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import COMMANDS, group
 from tests.tiny import chat, random_adapter, write_model, write_rows

@@ -11,9 +11,9 @@ import pytest
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.deltas import relative_difference
-from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
+from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.names import lora_a_name, magnitude_name
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.models.config_json import read_model_config
 from tests.cli.test_contract import Capture, run, run_json
 from tests.tiny import random_adapter, write_model
 
@@ -160,7 +160,7 @@ def test_verify_sees_a_stock_tool_that_answers_otherwise(
     capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check can fail: here the file that PEFT reads has lost its scale."""
-    from phi3_lora.adapters import peft_layout
+    from phi3_lora.adapters.formats import peft as peft_layout
 
     write_adapter_folder(tmp_path / "a", adapter_for(model, use_rslora=False), to="mlx")
     whole = peft_layout.peft_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phi3_lora.data.check_report import KINDS, Lengths, Problem, spread
+from phi3_lora.data.quality.report import KINDS, Lengths, Problem, spread
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import group
 from tests.tiny import TEMPLATE, chat, write_model, write_rows

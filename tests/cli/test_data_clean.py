@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lora.data.records import read_conversations
+from phi3_lora.data.sources.reading import read_conversations
 from tests.cli.test_contract import Capture, run, run_json
 from tests.tiny import chat, write_rows
 

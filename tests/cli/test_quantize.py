@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi3_lora.engine.registry import load_backend
 from phi3_lora.errors import ModelError
-from phi3_lora.loading import look_at_model, prepare_weights
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.quantized_cache import cache_dir
-from phi3_lora.quantized_folder import MLX_FILE, read_grid
-from phi3_lora.registry import load_backend
-from phi3_lora.tensor_files import encode, read_header, read_raw
-from phi3_lora.weights import check_weights, model_identity, tensor_index
+from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.loading import prepare_weights
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.quantization.cache import cache_dir
+from phi3_lora.models.quantization.folder import MLX_FILE, read_grid
+from phi3_lora.models.weights import check_weights, model_identity, tensor_index
+from phi3_lora.storage.safetensors import encode, read_header, read_raw
 from tests.cli.test_contract import Capture, run, run_json
 from tests.tiny import chat, write_model, write_rows
 

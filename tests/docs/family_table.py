@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phi3_lora.family import FAMILY, FamilyMember
+from phi3_lora.models.family import FAMILY, FamilyMember
 
 COLUMNS = (
     *("Model", "Hidden", "Layers", "Heads (key-value)", "Fused rows q + k + v", "Vocabulary"),

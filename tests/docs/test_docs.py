@@ -20,7 +20,10 @@ import click
 import pytest
 import torch
 
-from phi3_lora.config.schema import DataConfig, LoraConfig, RunConfig, TrainingConfig
+from phi3_lora.config.adapter import LoraConfig
+from phi3_lora.config.data import DataConfig
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.config.training import TrainingConfig
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import COMMANDS, group
 from tests.docs.family_table import table

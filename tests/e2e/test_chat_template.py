@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phi3_lora.loading import load_adapter, look_at_model
+from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.loading import load_adapter
 from tests.e2e.program import phi3_lora_here
 from tests.tiny import chat, write_rows
 

@@ -58,7 +58,7 @@ def test_a_wrong_scale_of_one_backend_is_a_miss(
 
 
 def test_one_backend_alone_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phi3_lora.registry._auto_order", lambda: ["mlx"])
+    monkeypatch.setattr("phi3_lora.engine.registry._auto_order", lambda: ["mlx"])
     found = parity(model)
     assert found.returncode == 0 and "verify needs just one" in found.stderr
 
@@ -74,5 +74,5 @@ def test_an_adapter_and_data_of_ones_own(model: str, tmp_path: Path) -> None:
 
 
 def test_no_backend_at_all_is_an_error(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phi3_lora.registry._auto_order", lambda: [])
+    monkeypatch.setattr("phi3_lora.engine.registry._auto_order", lambda: [])
     assert parity(model).returncode == 2

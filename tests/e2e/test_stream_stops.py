@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from phi3_lora.data import sources as sources_module
-from phi3_lora.data.conversation import RawRow
+from phi3_lora.data.rows.conversation import RawRow
+from phi3_lora.data.sources import source as sources_module
 from phi3_lora.errors import DataError
 from tests.e2e.program import PROGRAM, phi3_lora_here
 from tests.tiny import chat, write_model, write_rows

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.errors import AdapterError
-from phi3_lora.tensor_files import read_all_float32
+from phi3_lora.storage.safetensors import read_all_float32
 from tests.e2e.program import PROGRAM, phi3_lora, phi3_lora_here, train_arguments
 from tests.tiny import chat, write_model, write_rows
 

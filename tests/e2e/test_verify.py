@@ -10,7 +10,7 @@ import pytest
 
 from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
 from phi3_lora.errors import AdapterError
-from phi3_lora.tensor_files import encode, read_all_float32
+from phi3_lora.storage.safetensors import encode, read_all_float32
 from tests.e2e.program import phi3_lora_here, train_arguments
 from tests.tiny import chat, write_model, write_rows
 

@@ -16,10 +16,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Phi3ForCausalLM
 
-from phi3_lora.backend import Engine, LoadRequest, OptimSpec, Sampling
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.registry import load_backend
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.protocol import Engine
+from phi3_lora.engine.registry import load_backend
+from phi3_lora.engine.request import LoadRequest, OptimSpec, Sampling
+from phi3_lora.models.config_json import read_model_config
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
 
 pytestmark = pytest.mark.gpu

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_lora.backend import LoadRequest, Sampling
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.family import FAMILY, FamilyMember
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.request import LoadRequest, Sampling
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.family import FAMILY, FamilyMember
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine

@@ -12,27 +12,22 @@ import pytest
 
 from phi3_lora.adapters.adapter import Adapter, with_spec
 from phi3_lora.adapters.deltas import Weighted
-from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
-from phi3_lora.adapters.start import initial_weights, row_norms, trained_masks
+from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
+from phi3_lora.adapters.initialization import initial_weights, row_norms, trained_masks
 from phi3_lora.adapters.targets import resolve
-from phi3_lora.backend import (
-    Batch,
-    Engine,
-    LoadRequest,
-    LoraSpec,
-    OptimSpec,
-    Sampling,
-    Tensors,
-)
-from phi3_lora.config.schema import LoraConfig
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.data.tokenizer import Document
+from phi3_lora.arrays import Tensors
+from phi3_lora.config.adapter import LoraConfig
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.protocol import Batch, Engine
+from phi3_lora.engine.request import LoadRequest, OptimSpec, Sampling
 from phi3_lora.errors import ModelError
-from phi3_lora.merge import merge
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
-from phi3_lora.tensor_files import read_all_float32
-from phi3_lora.weights import check_weights
+from phi3_lora.export.merge import merge
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import check_weights
+from phi3_lora.storage.safetensors import read_all_float32
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.backends.test_conformance import open_mlx_padded
@@ -332,8 +327,8 @@ def test_dora_and_whole_weights_on_a_quantised_base(
     folder: Path, tmp_path: Path, kind: str
 ) -> None:
     """Norms and starts are those of the weights that the base really has."""
-    from phi3_lora.quantized_folder import dense_weight, write_quantized_folder
-    from phi3_lora.weights import check_weights, tensor_index
+    from phi3_lora.models.quantization.folder import dense_weight, write_quantized_folder
+    from phi3_lora.models.weights import check_weights, tensor_index
 
     config = read_model_config(folder)
     target = tmp_path / "q"

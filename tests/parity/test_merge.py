@@ -13,14 +13,14 @@ from mlx_lm.utils import load_model as load_with_mlx_lm
 from transformers import Phi3ForCausalLM
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.folder import write_adapter_folder
-from phi3_lora.backend import LoadRequest
-from phi3_lora.data.dataset import make_batch
+from phi3_lora.adapters.formats.folder import write_adapter_folder
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.model_writer import write_shards
-from phi3_lora.tensor_files import NewTensor, from_float32, read_float32, read_header
-from phi3_lora.weights import check_weights
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import check_weights
+from phi3_lora.models.writer import write_shards
+from phi3_lora.storage.safetensors import NewTensor, from_float32, read_float32, read_header
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.cli.test_contract import Capture, run, run_json

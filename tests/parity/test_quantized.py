@@ -11,15 +11,17 @@ import torch
 from mlx_lm.utils import load_model as load_with_mlx_lm
 from transformers import Phi3ForCausalLM
 
-from phi3_lora.backend import Engine, LoadRequest, LoraSpec
-from phi3_lora.data.dataset import make_batch
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.engine.protocol import Engine
+from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.grid import dequantize
-from phi3_lora.model_folder import read_model_config
-from phi3_lora.models import ModelConfig
-from phi3_lora.quantized_folder import MLX_FILE, read_grid, write_quantized_folder
-from phi3_lora.tensor_files import read_float32, read_header
-from phi3_lora.weights import check_weights
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.quantization.folder import MLX_FILE, read_grid, write_quantized_folder
+from phi3_lora.models.quantization.grid import dequantize
+from phi3_lora.models.weights import check_weights
+from phi3_lora.storage.safetensors import read_float32, read_header
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.model import load_model

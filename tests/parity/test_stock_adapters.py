@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.convert import Job, convert
-from phi3_lora.adapters.loralib_layout import Untold
-from phi3_lora.adapters.sources import read_source
-from phi3_lora.backend import LoadRequest
-from phi3_lora.data.dataset import make_batch
-from phi3_lora.model_folder import read_model_config
+from phi3_lora.adapters.formats.loralib import Untold
+from phi3_lora.adapters.formats.sources import read_source
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.engine.request import LoadRequest
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import random_documents, write_model
@@ -158,9 +158,10 @@ def test_adapters_of_stock_mlx_lm(
 
 def test_dora_of_separate_q_and_v_takes_the_base_rows_for_k(model: Path, tmp_path: Path) -> None:
     """A llama-style adapter that leaves k out: its magnitude in the fused weight is the norm."""
-    from phi3_lora.adapters.folder import read_adapter, write_adapter_folder
+    from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
     from phi3_lora.errors import AdapterError
-    from phi3_lora.loading import load_adapter, look_at_model
+    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.loading import load_adapter
 
     config = read_model_config(model)
     made_by_peft(model, tmp_path / "a", use_dora=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lora.data.tokenizer import ChatTokenizer
+from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from tests.tiny import write_rows, write_tokenizer
 from tests.unit.streams import ROWS
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_lora.data.dataset import encoding_of
-from phi3_lora.data.sources import Source
-from phi3_lora.data.stream import StreamedRows
-from phi3_lora.data.tokenizer import ChatTokenizer
-from phi3_lora.plan import Step
-from phi3_lora.streamed_plan import StreamedPlan
+from phi3_lora.data.chat.tokenizer import ChatTokenizer
+from phi3_lora.data.documents.dataset import encoding_of
+from phi3_lora.data.documents.stream import StreamedRows
+from phi3_lora.data.sources.source import Source
+from phi3_lora.training.plan.protocol import Step
+from phi3_lora.training.plan.streamed import StreamedPlan
 from tests.tiny import chat
 
 ROWS: list[Any] = [

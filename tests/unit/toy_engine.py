@@ -8,16 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from phi3_lora.backend import (
-    Batch,
-    Float32,
-    Int32,
-    OptimSpec,
-    Sampling,
-    Scores,
-    StepResult,
-    Tensors,
-)
+from phi3_lora.arrays import Float32, Int32, Tensors
+from phi3_lora.engine.protocol import Batch, Scores, StepResult
+from phi3_lora.engine.request import OptimSpec, Sampling
 from tests.tiny import start_weights
 
 MODULE = "model.layers.0.mlp.down_proj"

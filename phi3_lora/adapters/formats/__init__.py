@@ -1,0 +1,1 @@
+"""Adapter formats, each with its reader and writer."""

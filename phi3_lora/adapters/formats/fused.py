@@ -1,0 +1,239 @@
+"""Adapters of q, k, v and gate, up on their own, as one adapter of the fused projections, and back.
+
+Llama-style copies of Phi-3 (Unsloth, litgpt, torchtune) split the fused weights by rows. Both ways
+are exact: a fused B is cut by rows; separate factors are stacked and laid out block-diagonally.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.adapters.adapter import Adapter, with_factors
+from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name
+from phi3_lora.arrays import Float32, Tensors
+from phi3_lora.engine.lora_spec import Block, LoraSpec, lora_alpha_of
+from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models.config import ModelConfig
+
+FUSED_PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""Fused projection -> its parts, in the order of the rows."""
+RowNorms = Callable[[str], Float32]
+"""From a module of the base model to the norms of its weight's rows, (out,)."""
+_FUSED_OF = {part: fused for fused, parts in FUSED_PARTS.items() for part in parts}
+
+
+def fused_module(module: str) -> str | None:
+    """The fused module that a module is a part of, or None."""
+    for part, fused in _FUSED_OF.items():
+        if module.endswith(f".{part}"):
+            return module.removesuffix(part) + fused
+    return None
+
+
+def part_rows(config: ModelConfig) -> dict[str, int]:
+    """Rows of each part of a fused projection."""
+    heads = config.num_attention_heads * config.head_dim
+    key_values = config.num_key_value_heads * config.head_dim
+    sizes = (heads, key_values, key_values, config.intermediate_size, config.intermediate_size)
+    return dict(zip(_FUSED_OF, sizes, strict=True))
+
+
+def fuse(
+    adapter: Adapter, config: ModelConfig | None, row_norms: RowNorms | None = None
+) -> Adapter:
+    """The same deltas on fused modules, each with the ranks of its parts.
+
+    Unchanged if nothing is split.
+
+    Args:
+        adapter: whose tensors come in pairs.
+        config: the base model's shape; needed where a part is not adapted.
+        row_norms: of the base's weights; needed by DoRA where a part is not adapted.
+
+    Raises:
+        AdapterError: when a part is adapted beside its fused module, or its size is not known.
+    """
+    members: dict[str, list[str]] = {}
+    for module in adapter.modules:
+        members.setdefault(fused_module(module) or module, []).append(module)
+    if all(found == [module] for module, found in members.items()):
+        return adapter
+    problems: list[str] = []
+    weights = adapter.saved_weights
+    alphas: dict[str, float] = {}
+    for module, found in members.items():
+        if found == [module]:
+            new, alpha = _own(adapter, module), adapter.alpha_of(module)
+        elif module in found:
+            problems.append(f"{module}: adapted as a whole and in parts")
+            continue
+        else:
+            try:
+                new, alpha = _Stack(adapter, module, set(found), config).fused(row_norms)
+            except AdapterError as cause:
+                problems.append(str(cause))
+                continue
+        weights |= new
+        alphas[module] = alpha
+    if problems:
+        raise AdapterError(listing("the parts cannot be fused:", problems))
+    return with_factors(adapter, weights, alphas, use_rslora=adapter.use_rslora)
+
+
+def _own(adapter: Adapter, module: str) -> Tensors:
+    """A module's tensors as they are."""
+    names = (lora_a_name(module), lora_b_name(module), magnitude_name(module))
+    return {name: adapter.weights[name] for name in names if name in adapter.weights}
+
+
+class _Stack:
+    """The parts of a fused module, on their way to being one."""
+
+    def __init__(
+        self, adapter: Adapter, module: str, found: set[str], config: ModelConfig | None
+    ) -> None:
+        fused = next(name for name in FUSED_PARTS if module.endswith(name))
+        self.adapter = adapter
+        self.module = module
+        self.parts = [module.removesuffix(fused) + part for part in FUSED_PARTS[fused]]
+        self.found = [part for part in self.parts if part in found]
+        self.rows = _rows(adapter, self.parts, found, config)
+
+    def fused(self, row_norms: RowNorms | None) -> tuple[Tensors, float]:
+        """The tensors of the fused module, and its lora_alpha."""
+        adapter = self.adapter
+        pairs = {part: adapter.pair(part) for part in self.found}
+        first = self.found[0]
+        scaling = adapter.scaling_of(first)
+        shared_a = pairs[first][0]
+        # Parts that were cut from a fused adapter share A: then its own rank is enough.
+        is_shared = all(np.array_equal(a, shared_a) for a, _ in pairs.values())
+        ranks = [len(a) for a, _ in pairs.values()]
+        r = ranks[0] if is_shared else sum(ranks)
+        b = np.zeros((sum(self.rows.values()), r), np.float32)
+        row = column = 0
+        for part in self.parts:
+            if part in pairs:
+                own = _rescaled(pairs[part][1], adapter.scaling_of(part) / scaling)
+                b[row : row + self.rows[part], column : column + own.shape[1]] = own
+                column += 0 if is_shared else own.shape[1]
+            row += self.rows[part]
+        a = shared_a if is_shared else np.concatenate([a for a, _ in pairs.values()])
+        new = {lora_a_name(self.module): a, lora_b_name(self.module): b}
+        if adapter.use_dora:
+            new[magnitude_name(self.module)] = self._magnitude(row_norms)
+        if r == ranks[0]:
+            return new, adapter.alpha_of(first)
+        return new, lora_alpha_of(scaling, r, use_rslora=adapter.use_rslora)
+
+    def _magnitude(self, row_norms: RowNorms | None) -> Float32:
+        """Of all parts; that of a part that is not adapted is the norm of its rows in the base."""
+        pieces, row = [], 0
+        for part in self.parts:
+            end = row + self.rows[part]
+            if part in self.found:
+                pieces.append(self.adapter.weights[magnitude_name(part)])
+            elif row_norms is None:
+                raise AdapterError(
+                    f"{part}: not adapted, and DoRA then needs the base's weights; pass --model, a "
+                    "folder with them"
+                )
+            else:
+                pieces.append(row_norms(self.module)[row:end])
+            row = end
+        return np.concatenate(pieces)
+
+
+def _rescaled(b: Float32, ratio: float) -> Float32:
+    return b if abs(ratio - 1.0) <= 1e-12 else (b.astype(np.float64) * ratio).astype(np.float32)
+
+
+def _rows(
+    adapter: Adapter, parts: list[str], found: set[str], config: ModelConfig | None
+) -> dict[str, int]:
+    known = {} if config is None else part_rows(config)
+    rows = {}
+    for part in parts:
+        suffix = next(name for name in _FUSED_OF if part.endswith(f".{name}"))
+        given = len(adapter.pair(part)[1]) if part in found else None
+        if given is not None and known.get(suffix, given) != given:
+            raise AdapterError(f"{part}: B has {given} rows, the base model needs {known[suffix]}")
+        if given is None and suffix not in known:
+            raise AdapterError(
+                f"{part}: not adapted, so its size is not known; pass --model, the fused base model"
+            )
+        rows[part] = known[suffix] if given is None else given
+    return rows
+
+
+def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
+    """The same deltas on q, k, v and gate, up; rank and scale stay."""
+    weights = adapter.saved_weights
+    alphas: dict[str, float] = {}
+    for module in adapter.modules:
+        parts = part_slices(module, config)
+        for part, rows in (parts or {module: slice(None)}).items():
+            a, b = adapter.pair(module)
+            weights[lora_a_name(part)] = a
+            weights[lora_b_name(part)] = np.ascontiguousarray(b[rows])
+            magnitude = adapter.weights.get(magnitude_name(module))
+            if magnitude is not None:
+                weights[magnitude_name(part)] = np.ascontiguousarray(magnitude[rows])
+            if module in adapter.alphas:
+                alphas[part] = adapter.alphas[module]
+    return dataclasses.replace(adapter, weights=weights, alphas=alphas)
+
+
+def part_slices(module: str, config: ModelConfig) -> dict[str, slice]:
+    """Full path -> rows of each part of a fused module; empty for any other module."""
+    fused = next((name for name in FUSED_PARTS if module.endswith(f".{name}")), None)
+    if fused is None:
+        return {}
+    rows, start, found = part_rows(config), 0, {}
+    for part in FUSED_PARTS[fused]:
+        found[module.removesuffix(fused) + part] = slice(start, start + rows[part])
+        start += rows[part]
+    return found
+
+
+def with_blocks(spec: LoraSpec, weights: Tensors, config: ModelConfig) -> LoraSpec:
+    """A spec in which each rank of a fused module trains only the parts that it acts on now.
+
+    An adapter of q and v alone is 0 in the rows of k, exactly, and stays so when it is trained on.
+    A rank that is 0 throughout trains the parts that any other acts on.
+    """
+    layers = dict(spec.layers)
+    for module, layer in spec.layers.items():
+        b, parts = weights[lora_b_name(module)], part_slices(module, config)
+        acts = {part: b[rows].any(axis=0) for part, rows in parts.items()}
+        touched = [part for part, ranks in acts.items() if ranks.any()]
+        if not touched:
+            continue
+        idle = ~np.any(list(acts.values()), axis=0)
+        blocks = tuple(
+            Block(part, (rows.start, rows.stop), run)
+            for part, rows in parts.items()
+            if part in touched
+            for run in _runs(acts[part] | idle)
+        )
+        if not all((acts[part] | idle).all() for part in parts):
+            layers[module] = dataclasses.replace(layer, blocks=blocks)
+    return dataclasses.replace(spec, layers=layers)
+
+
+def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """First and end index of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]])))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def is_unfused(names: Mapping[str, object]) -> bool:
+    """Whether PEFT tensor names hold parts of fused projections."""
+    return any(name.endswith(f".{part}.lora_A.weight") for name in names for part in _FUSED_OF)

@@ -1,0 +1,158 @@
+"""llama.cpp's layout: one GGUF file of lora_a and lora_b, with one alpha for all.
+
+llama.cpp multiplies by alpha / rank whatever the adapter was trained with, so an rsLoRA scale is
+put into alpha.
+
+Source: llama.cpp, convert_lora_to_gguf.py, src/llama-adapter.cpp; llm_build_inp_embd for the
+embedding, whose lora_a is not transposed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
+from phi3_lora.arrays import Float32
+from phi3_lora.errors import AdapterError, listing
+from phi3_lora.storage.atomic import explained, fsync_folder
+from phi3_lora.storage.optional import gguf_package
+
+_IN_LAYER = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTSIDE = {EMBEDDING: "token_embd", HEAD: "output"}
+_TENSOR = re.compile(r"^(.+)\.weight\.lora_([ab])$")
+_ALPHA = "adapter.lora.alpha"
+
+
+def _gguf_name(module: str) -> str:
+    place = split_layer(module)
+    if place is None:
+        return _OUTSIDE[module]
+    return f"blk.{place[0]}.{_IN_LAYER[place[1]]}"
+
+
+def _module(name: str) -> str | None:
+    """The module of a GGUF name without its ending."""
+    match = re.match(r"^blk\.(\d+)\.(.+)$", name)
+    if match is None:
+        return {short: module for module, short in _OUTSIDE.items()}.get(name)
+    path = {short: path for path, short in _IN_LAYER.items()}.get(match[2])
+    return None if path is None else f"model.layers.{match[1]}.{path}"
+
+
+def why_not_gguf(adapter: Adapter) -> str | None:
+    """The reason why llama.cpp cannot hold an adapter, or None."""
+    if adapter.use_dora:
+        return "it uses DoRA"
+    if adapter.saved:
+        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+    foreign = [m for m in adapter.modules if _is_foreign(m)]
+    return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
+
+
+def _is_foreign(module: str) -> bool:
+    place = split_layer(module)
+    return module not in _OUTSIDE if place is None else place[1] not in _IN_LAYER
+
+
+def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
+    """Write an adapter of fused modules as one file, in float32.
+
+    Raises:
+        AdapterError: when llama.cpp cannot hold it, or the package gguf is missing.
+        StorageError: when it cannot be written.
+    """
+    gguf = gguf_package(AdapterError)
+    reason = why_not_gguf(adapter)
+    if reason is not None:
+        raise AdapterError(f"llama.cpp cannot hold this adapter: {reason}: merge it instead")
+    adapter = uniform_adapter(adapter)
+    part = path.with_name(f".{path.name}.part")
+    with explained(path):
+        try:
+            _write(gguf, part, adapter)
+            os.replace(part, path)
+            fsync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _write(gguf: Any, path: Path, adapter: Adapter) -> None:
+    writer = gguf.GGUFWriter(path, "phi3")
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(_ALPHA, adapter.scaling * adapter.r)
+        for module in adapter.modules:
+            a, b = adapter.pair(module)
+            name = f"{_gguf_name(module)}.weight"
+            a = np.ascontiguousarray(a.T) if module == EMBEDDING else a
+            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def read_gguf_adapter(path: Path) -> Adapter:
+    """The adapter in a GGUF file; its numbers and pairs are still to be judged.
+
+    Raises:
+        AdapterError: when it is not whole, is no LoRA adapter, or is none of Phi-3's.
+    """
+    reader = _reader(path)
+    kind, alpha = _field(reader, "general.type"), _field(reader, _ALPHA)
+    if kind != "adapter" or _field(reader, "adapter.type") != "lora":
+        raise AdapterError(f"{path} is no LoRA adapter: its general.type is {kind!r}")
+    if not isinstance(alpha, float):
+        raise AdapterError(f"{path} has no {_ALPHA}")
+    pairs: dict[str, dict[str, Float32]] = {}
+    problems = []
+    for tensor in reader.tensors:
+        match = _TENSOR.match(tensor.name)
+        module = None if match is None else _module(match[1])
+        if match is None or module is None:
+            problems.append(f"{tensor.name}: not a LoRA tensor of Phi-3")
+            continue
+        # In float32 that is the mapped file itself, not a second copy of it.
+        value = gguf_package(AdapterError).quants.dequantize(tensor.data, tensor.tensor_type)
+        pairs.setdefault(module, {})[match[2]] = np.asarray(value, np.float32)
+    for module, pair in pairs.items():
+        if set(pair) != {"a", "b"} or any(value.ndim != 2 for value in pair.values()):
+            problems.append(f"{module}: needs a matrix lora_a and a matrix lora_b")
+    if problems or not pairs:
+        raise AdapterError(listing(f"{path} cannot be used:", problems or ["no tensors in it"]))
+    found = {
+        m: (np.ascontiguousarray(p["a"].T) if m == EMBEDDING else p["a"], p["b"])
+        for m, p in pairs.items()
+    }
+    # llama.cpp takes an alpha of 0 for a scale of 1.
+    scalings = {m: alpha / len(a) if alpha else 1.0 for m, (a, _) in found.items()}
+    return with_scalings(found, scalings)
+
+
+def _reader(path: Path) -> Any:
+    gguf = gguf_package(AdapterError)
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as cause:
+        raise AdapterError(f"{path} is no whole GGUF file: {cause}") from None
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()

@@ -1,0 +1,179 @@
+"""loralib's layout: a .pt file of lora_A and lora_B by module path, without rank, scale or config.
+
+Source: microsoft/LoRA, loralib/layers.py (Linear, Embedding, MergedLinear) and utils.py
+(lora_state_dict).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from phi3_lora.adapters.adapter import Adapter, with_scalings
+from phi3_lora.adapters.formats.fused import FUSED_PARTS, part_rows
+from phi3_lora.adapters.names import lora_a_name, lora_b_name
+from phi3_lora.arrays import Float32, Tensors
+from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models.config import ModelConfig
+
+_NAME = re.compile(r"^(.+)\.(lora_[AB])$")
+_MODULE = re.compile(r"(?:^|\.)(model\.layers\.\d+\..+|model\.embed_tokens|lm_head)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """What the file does not say."""
+
+    alpha: float | None = None
+    """lora_alpha; loralib's own default is 1."""
+    prefix: str = ""
+    """What stands before the module paths of Phi-3."""
+    enable: Sequence[str] = ()
+    """The parts of a fused projection that MergedLinear adapts, such as q, v."""
+    parts: str | None = None
+    """equal, as loralib cuts a MergedLinear, or model, by the model's own sizes."""
+
+
+def from_loralib(
+    tensors: Mapping[str, Float32], untold: Untold, where: str, config: ModelConfig | None = None
+) -> Adapter:
+    """The adapter in a state dict; what is no LoRA tensor (a full state dict) is left aside.
+
+    Args:
+        tensors: by name.
+        untold: what they do not say.
+        where: the file, for messages.
+        config: the base model's shape; tells unequal parts of a MergedLinear from equal ones.
+
+    Raises:
+        AdapterError: when alpha is not told, a pair is not whole, or a module is none of Phi-3's.
+    """
+    if untold.alpha is None:
+        raise AdapterError(
+            f"{where}: loralib stores no alpha; pass --alpha to phi3-lora convert, as the "
+            "layers had it"
+        )
+    pairs: dict[str, dict[str, Float32]] = {}
+    for name, value in tensors.items():
+        match = _NAME.match(name)
+        if match is not None:
+            pairs.setdefault(match[1], {})[match[2]] = value
+    problems, found, scalings = [], {}, {}
+    for path, pair in pairs.items():
+        try:
+            a, b = _factors(path, pair, untold, config)
+            module = _module(path, untold.prefix)
+            found[module] = a, b
+            scalings[module] = untold.alpha / pair["lora_B"].shape[1]
+        except AdapterError as cause:
+            problems.append(str(cause))
+    if problems or not found:
+        problems = problems or ["no lora_A and lora_B in it"]
+        raise AdapterError(listing(f"{where} cannot be used:", problems))
+    return with_scalings(found, scalings)
+
+
+def _module(path: str, prefix: str) -> str:
+    match = _MODULE.search(path.removeprefix(prefix))
+    if match is None:
+        raise AdapterError(
+            f"{path}: no module path of Phi-3 (model.layers.N...); pass --prefix if it starts with "
+            "a name of your own"
+        )
+    return match[1]
+
+
+def _factors(
+    path: str, pair: Mapping[str, Float32], untold: Untold, config: ModelConfig | None
+) -> tuple[Float32, Float32]:
+    """A (ranks, in) and B (out, ranks) of Linear, or of MergedLinear."""
+    if set(pair) != {"lora_A", "lora_B"}:
+        raise AdapterError(f"{path}: {' and '.join(pair)} without its pair")
+    a, b = pair["lora_A"], pair["lora_B"]
+    if a.ndim != 2 or b.ndim != 2 or b.shape[1] < 1 or len(a) % b.shape[1]:
+        raise AdapterError(f"{path}: A {a.shape} and B {b.shape} do not belong together")
+    count, r = len(a) // b.shape[1], b.shape[1]
+    fused = next((name for name in FUSED_PARTS if path.endswith(name)), None)
+    if fused is None:
+        if count > 1:
+            raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
+        return a, b
+    parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
+    whole = sum(_own_rows(parts, config).values())
+    chosen = [part for part in parts if part in untold.enable] or parts
+    if count == 1 and (len(b) == whole or (not whole and len(chosen) != 1)):
+        return a, b
+    if len(chosen) != count:
+        raise AdapterError(
+            f"{path}: {count} of {', '.join(parts)} are adapted; pass --enable with their names"
+        )
+    own = _own_rows(parts, config) if untold.parts != "equal" else {}
+    rows = _part_rows(path, len(b), parts, chosen, own, told=untold.parts)
+    wide = np.zeros((sum(rows.values()), len(a)), np.float32)
+    start = used = column = 0
+    for part in parts:
+        if part in chosen:
+            block = b[used : used + rows[part]]
+            wide[start : start + rows[part], column : column + r] = block
+            used, column = used + rows[part], column + r
+        start += rows[part]
+    return a, wide
+
+
+def _own_rows(parts: Sequence[str], config: ModelConfig | None) -> dict[str, int]:
+    """Rows of the parts in the model; nothing where it is not known."""
+    if config is None:
+        return {}
+    rows = {n.split(".")[1].removesuffix("_proj"): count for n, count in part_rows(config).items()}
+    return {part: rows[part] for part in parts}
+
+
+def _part_rows(
+    path: str,
+    given: int,
+    parts: Sequence[str],
+    chosen: Sequence[str],
+    own: Mapping[str, int],
+    *,
+    told: str | None,
+) -> dict[str, int]:
+    """Rows of each part: equal ones, as loralib cuts whatever the model's own are, or those."""
+    fits_own = bool(own) and sum(own[part] for part in chosen) == given
+    equal = given // len(chosen)
+    fits_equal = given % len(chosen) == 0 and (not own or equal * len(parts) == sum(own.values()))
+    if fits_own and fits_equal and len(set(own.values())) > 1 and told is None:
+        raise AdapterError(
+            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib itself "
+            "cuts them, cannot be told from the model's own: pass --parts equal or --parts model"
+        )
+    if fits_own and told != "equal":
+        return dict(own)
+    if fits_equal and told != "model":
+        return dict.fromkeys(parts, equal)
+    raise AdapterError(
+        f"{path}: B has {given} rows for {', '.join(chosen)}, which are neither equal parts nor "
+        f"those of the model ({dict(own) or 'pass --model'})"
+    )
+
+
+def to_loralib(adapter: Adapter, prefix: str = "") -> Tensors:
+    """The tensors of lora_state_dict of a model with loralib's Linear and Embedding layers.
+
+    Args:
+        adapter: of one rank and scale (uniform_adapter).
+        prefix: before each name.
+
+    Raises:
+        AdapterError: when loralib cannot hold the adapter.
+    """
+    if adapter.use_dora or adapter.saved:
+        what = "DoRA" if adapter.use_dora else "whole weights"
+        raise AdapterError(f"loralib has no {what}: merge the adapter, or convert it to peft")
+    tensors = {}
+    for module in adapter.modules:
+        tensors[f"{prefix}{module}.lora_A"] = adapter.weights[lora_a_name(module)]
+        tensors[f"{prefix}{module}.lora_B"] = adapter.weights[lora_b_name(module)]
+    return tensors

@@ -1,0 +1,125 @@
+"""Tools that load adapters: what each takes, and what each would do wrong in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from phi3_lora.adapters.adapter import Adapter, uniform_adapter
+from phi3_lora.adapters.formats.gguf import why_not_gguf
+from phi3_lora.adapters.formats.mlx_lm import why_not_mlx
+from phi3_lora.adapters.names import split_layer
+from phi3_lora.errors import AdapterError
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.family import peer_differences
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM's --max-lora-rank takes; 16 is its default."""
+
+
+class Consumer(NamedTuple):
+    """A tool that loads adapters."""
+
+    layout: str
+    """What it reads."""
+    refusal: Callable[[Adapter], str | None]
+    """Why it cannot hold an adapter, or None."""
+    is_uniform: bool
+    """Whether it knows one rank and one alpha / r alone."""
+    hints: Callable[[Adapter], list[str]]
+    """What to say to the tool."""
+    peer: str | None = None
+    """Its name among peer_differences."""
+
+
+def _vllm_refusal(adapter: Adapter) -> str | None:
+    """Source: vLLM, lora/peft_helper.py."""
+    if adapter.use_dora:
+        return "it uses DoRA"
+    if adapter.saved:
+        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+    outside = [module for module in adapter.modules if split_layer(module) is None]
+    if outside:
+        return f"it adapts {outside[0]}, outside the decoder layers"
+    r = _largest_rank(adapter)
+    if r > _VLLM_RANKS[-1]:
+        return f"its rank is {r}, and at most {_VLLM_RANKS[-1]} is taken; --rank cuts it, with loss"
+    return None
+
+
+def _vllm_hints(adapter: Adapter) -> list[str]:
+    r = _largest_rank(adapter)
+    needed = next((n for n in _VLLM_RANKS if n >= r), r)
+    return [f"start vLLM with --enable-lora --max-lora-rank {needed} (this rank is {r})"]
+
+
+def _llama_hints(adapter: Adapter) -> list[str]:
+    return ["llama.cpp loads it beside the base's GGUF: llama-cli -m BASE.gguf --lora FILE.gguf"]
+
+
+def _no_hints(adapter: Adapter) -> list[str]:
+    return []
+
+
+def _never(adapter: Adapter) -> str | None:
+    return None
+
+
+CONSUMERS: Mapping[str, Consumer] = {
+    "vllm": Consumer("peft", _vllm_refusal, True, _vllm_hints, "vLLM"),
+    "llama.cpp": Consumer("gguf", why_not_gguf, True, _llama_hints, "llama.cpp"),
+    "ollama": Consumer("gguf", why_not_gguf, True, _no_hints, "llama.cpp"),
+    "mlx-lm": Consumer("mlx", why_not_mlx, True, _no_hints, "mlx-lm"),
+    "peft": Consumer("peft", _never, False, _no_hints),
+}
+
+
+def _largest_rank(adapter: Adapter) -> int:
+    return max((adapter.rank(module) for module in adapter.modules), default=0)
+
+
+def adapted_for(
+    name: str, adapter: Adapter, config: ModelConfig | None
+) -> tuple[Adapter, list[str]]:
+    """The same adapter in the shape that a tool takes, and what the user should know.
+
+    Raises:
+        AdapterError: when the tool cannot hold it.
+    """
+    consumer = CONSUMERS[name]
+    reason = consumer.refusal(adapter)
+    if reason is not None:
+        raise AdapterError(
+            f"{name} cannot load this adapter: {reason}; merge it into its base instead (phi3-lora "
+            "merge)"
+        )
+    notes = consumer.hints(adapter)
+    if config is not None and consumer.peer in (found := peer_differences(config)):
+        notes.append(f"{consumer.peer} {found[consumer.peer]}")
+        if consumer.peer != "mlx-lm":
+            limit = config.original_max_position_embeddings
+            option = "--max-model-len" if consumer.peer == "vLLM" else "-c (Ollama: num_ctx)"
+            notes.append(f"keep {option} at {limit:,} or less")
+    if not consumer.is_uniform or adapter.is_uniform:
+        return adapter, notes
+    plain = uniform_adapter(adapter)
+    notes.append(f"{name} knows one rank and one scale: all modules are padded to rank {plain.r}")
+    return plain, notes
+
+
+def faults_of(name: str, adapter: Adapter, layouts: set[str]) -> str:
+    """Yes, or what a tool would do with an adapter as it is stored, and the way out."""
+    consumer = CONSUMERS[name]
+    reason = consumer.refusal(adapter)
+    if reason is not None:
+        return f"no: {reason}"
+    convert = f"phi3-lora convert --for {name}"
+    if "unfused" in layouts:
+        if name == "peft":
+            return "yes, on a base that keeps q, k, v and gate, up apart"
+        return f"no, it keeps q, k, v and gate, up apart: {convert} --model BASE"
+    if consumer.layout not in layouts:
+        return f"no, it reads another layout: {convert}"
+    if name == "vllm" and not adapter.is_uniform:
+        return f"it would ignore rank_pattern and alpha_pattern: {convert}"
+    return "yes"

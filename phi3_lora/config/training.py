@@ -1,0 +1,159 @@
+"""The run (`training_config`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phi3_lora.config.require import require
+from phi3_lora.engine.request import OptimSpec
+
+STRATEGIES = ("no", "steps", "epoch")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+OPTIMIZERS = {"adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+"""Accepted names and the update rule they mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The run (`training_config`)."""
+
+    learning_rate: float = 2e-4
+    """Largest learning rate of the schedule."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data, when max_steps is not positive."""
+    max_steps: int = -1
+    """Optimizer steps; a positive number wins over num_train_epochs."""
+    per_device_train_batch_size: int = 4
+    """Documents (with packing: rows) a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches an optimizer step; documents a step are the product, on any number of ranks."""
+    lr_scheduler_type: str = "cosine"
+    """linear, cosine, constant or constant_with_warmup."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    warmup_steps: int = 0
+    """Steps of warm-up; positive wins over warmup_ratio."""
+    optim: str = "adamw_torch"
+    """adamw_torch (also adamw, adamw_torch_fused) or sgd."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    loraplus_lr_ratio: float = 1.0
+    """The learning rate of every B over that of A (LoRA+); 1 is none."""
+    max_length: int = 2048
+    """Tokens a document may have; longer ones are dropped and counted."""
+    packing: bool = False
+    """A step takes as many whole documents as fit into its rows of max_length tokens."""
+    seed: int = 0
+    """Of the adapter's start, the order of documents, and dropout."""
+    logging_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_strategy: str = "epoch"
+    """When to score the validation data: no, steps or epoch; with the last two also at the end."""
+    eval_steps: int = 0
+    """Steps between two evaluations; positive turns eval_strategy epoch into steps."""
+    save_strategy: str = "steps"
+    """When to save a checkpoint: no, steps or epoch; the end always counts."""
+    save_steps: int = 100
+    """Steps between two checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept; 0 keeps all."""
+    bf16: bool = False
+    """Compute in bfloat16 on a GPU."""
+    fp16: bool = False
+    """Compute in float16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    torch_compile: bool = False
+    """Fuse each layer's small operations: CUDA in half precision, after a minute of compiling."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            value = getattr(self, name)
+            require(
+                math.isfinite(value) and value >= smallest,
+                f"training_config.{name} must be >= {smallest}, got {value}",
+            )
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            require(
+                value in allowed,
+                f"training_config.{name} must be one of {', '.join(allowed)}; got {value!r}",
+            )
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"training_config.{name} must be in [0, 1), got {value}")
+        require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate must be > 0 and finite, got {self.learning_rate} (--lr)",
+        )
+        require(
+            self.max_steps == -1 or 0 < self.max_steps <= _MOST_STEPS,
+            f"max_steps must be -1 (num_train_epochs decides) or 1 to {_MOST_STEPS:,}, got "
+            f"{self.max_steps}",
+        )
+        require(
+            self.max_steps > 0 or 0 < self.num_train_epochs < math.inf,
+            f"nothing to do: max_steps is {self.max_steps} and num_train_epochs is "
+            f"{self.num_train_epochs}; one must be > 0",
+        )
+        require(not (self.bf16 and self.fp16), "bf16 and fp16 cannot both be true")
+        if self.eval_steps > 0 and self.eval_strategy == "epoch":
+            object.__setattr__(self, "eval_strategy", "steps")
+
+    @property
+    def documents_per_step(self) -> int:
+        """Documents (with packing: rows) an optimizer step takes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def optim_spec(self) -> OptimSpec:
+        """What a backend needs of the optimizer."""
+        return OptimSpec(
+            name=OPTIMIZERS[self.optim],
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            lr_ratio=self.loraplus_lr_ratio,
+        )
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of this length."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+
+
+_MOST_STEPS = 100_000_000
+
+
+_SMALLEST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 0,
+    "adam_epsilon": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "loraplus_lr_ratio": 1e-6,
+    "max_length": 2,
+    "seed": 0,
+    "logging_steps": 1,
+    "eval_steps": 0,
+    "save_steps": 1,
+    "save_total_limit": 0,
+}
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "lr_scheduler_type": SCHEDULERS,
+    "optim": tuple(OPTIMIZERS),
+    "eval_strategy": STRATEGIES,
+    "save_strategy": STRATEGIES,
+}

@@ -1,0 +1,150 @@
+"""Which tokens of a conversation the loss counts on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.arrays import Bool, Int32
+from phi3_lora.data.chat.markers import Span
+from phi3_lora.data.rows.conversation import Conversation
+
+
+class LossSpans(NamedTuple):
+    """The loss in the characters of a rendered conversation."""
+
+    everywhere: bool
+    """Whether every token counts but those of the spans, or none but those."""
+    spans: list[Span]
+
+
+class Between(NamedTuple):
+    """The loss of a rendered conversation in the markers that its template wrote."""
+
+    everywhere: bool
+    """Whether every token counts but those of the ranges, or none but those."""
+    marker_ids: Int32
+    """(M,) all markers, in order."""
+    opening: Int32
+    """(R,) the marker after which each range begins."""
+    closing: Int32
+    """(R,) the marker with which it ends."""
+
+
+def messages_in_loss(row: Conversation, loss_on: str = "assistant") -> tuple[bool, ...]:
+    """Whether the loss counts on each message of a row; the row's own weights win.
+
+    Args:
+        row: a conversation.
+        loss_on: assistant (every answer), last (the last answer) or all (every message).
+    """
+    is_answer = [message["role"] == "assistant" for message in row.messages]
+    default = _DEFAULTS[loss_on](is_answer)
+    own = row.weights or (None,) * len(is_answer)
+    return tuple(d if w is None else w for d, w in zip(default, own, strict=True))
+
+
+def _last_only(is_answer: list[bool]) -> list[bool]:
+    last = len(is_answer) - 1 - is_answer[::-1].index(True) if True in is_answer else -1
+    return [i == last for i in range(len(is_answer))]
+
+
+_DEFAULTS: Mapping[str, Callable[[list[bool]], list[bool]]] = {
+    "assistant": list,
+    "last": _last_only,
+    "all": lambda is_answer: [True] * len(is_answer),
+}
+
+
+def loss_spans(
+    in_loss: Sequence[bool], turns: Sequence[Span | None], *, everywhere: bool
+) -> LossSpans:
+    """The loss of a rendered conversation.
+
+    Args:
+        in_loss: of each message.
+        turns: each message's content with the token that ends it; None where the template leaves
+            the message out.
+        everywhere: whether what is no message's content, such as a header, counts too.
+    """
+    chosen = [
+        turn
+        for counts, turn in zip(in_loss, turns, strict=True)
+        if turn is not None and counts != everywhere
+    ]
+    return LossSpans(everywhere, chosen)
+
+
+def supervised_tokens(
+    tokens: Int32, offsets: Sequence[Span], loss: LossSpans, marker_ids: Int32
+) -> Bool:
+    """Which ids are to be learnt: (N,) bool.
+
+    A token belongs to a span when it has a character in it. The first id has nothing before it,
+    so that it never counts where everything does.
+
+    Args:
+        tokens: (N,) ids.
+        offsets: characters of each id in the rendered text.
+        loss: where it counts.
+        marker_ids: ids of the special tokens.
+    """
+    supervised = np.full(len(tokens), loss.everywhere, dtype=bool)
+    supervised[:1] = False
+    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    # A marker's characters reach over the white space it eats, even an answer's own.
+    marker = np.isin(tokens, marker_ids)
+    for start, end in loss.spans:
+        touches = (places[:, 1] > start) & (places[:, 0] < end)
+        supervised[touches & (~marker | (places[:, 0] >= start))] = not loss.everywhere
+    return supervised
+
+
+def supervised_between(
+    tokens: Int32, ends: NDArray[np.int64], losses: Sequence[Between], is_marker: Bool
+) -> tuple[Bool, list[int]]:
+    """As supervised_tokens, for many documents at once, without the characters of their tokens.
+
+    Args:
+        tokens: (T,) ids of all documents, end to end.
+        ends: (D,) the place after each document's last id.
+        losses: of each.
+        is_marker: (vocabulary,) whether an id is a special token's.
+
+    Returns:
+        (T,) what is to be learnt; and which documents hold other markers than their template
+        wrote, so that nothing is known of them.
+    """
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends])[:-1]
+    places = np.flatnonzero(is_marker[tokens])
+    first = np.searchsorted(places, starts)
+    counts = np.searchsorted(places, ends) - first
+    written = _joined([loss.marker_ids for loss in losses])
+    is_counted = np.array_equal(counts, [len(loss.marker_ids) for loss in losses])
+    strange: list[int] = []
+    if not (is_counted and np.array_equal(tokens[places], written)):
+        strange = [
+            i
+            for i, (loss, at, count) in enumerate(zip(losses, first, counts, strict=True))
+            if not np.array_equal(tokens[places[at : at + count]], loss.marker_ids)
+        ]
+    left_out = set(strange)
+    known = [loss for i, loss in enumerate(losses) if i not in left_out]
+    num_ranges = np.array([len(loss.opening) for loss in known], dtype=np.int64)
+    before = np.repeat(np.delete(first, strange), num_ranges)
+    changes = np.zeros(len(tokens) + 1, dtype=np.int8)
+    changes[places[before + _joined([loss.opening for loss in known])] + 1] += 1
+    changes[places[before + _joined([loss.closing for loss in known])] + 1] -= 1
+    everywhere = np.repeat(
+        np.array([loss.everywhere for loss in losses], dtype=bool), ends - starts
+    )
+    supervised = (np.cumsum(changes[:-1], dtype=np.int8) > 0) != everywhere
+    supervised[starts] = False
+    return supervised, strange
+
+
+def _joined(parts: Sequence[Int32]) -> Int32:
+    return np.concatenate([np.zeros(0, dtype=np.int32), *parts])

@@ -1,0 +1,234 @@
+"""Conversations as text: what the template writes, where each turn lies, where the loss counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from phi3_lora.data.chat.markers import Markers, Span
+from phi3_lora.data.chat.masking import LossSpans, loss_spans, messages_in_loss
+from phi3_lora.data.chat.template import ChatTemplate
+from phi3_lora.data.rows.conversation import Conversation, Message
+from phi3_lora.errors import DataError
+
+_CARRIED = ("tools", "tool_calls")
+"""What a message may hold beside its content that a template must not leave out."""
+_PROBE = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+
+
+class Remarks(NamedTuple):
+    """What is worth telling about a row."""
+
+    has_marker_text: bool = False
+    """A message holds the text of a special token, which is encoded as text."""
+    num_eaten: int = 0
+    """Characters of white space at the edges of messages that the model never sees."""
+    lacks_system: bool = False
+    """The template has no place for the row's system message."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as text with its structure."""
+
+    text: str
+    contents: list[Span]
+    """Of each message, in order."""
+    loss: LossSpans
+    borders: list[int] = []  # noqa: RUF012 - never changed in place
+    """Characters at which a token must begin."""
+    remarks: Remarks = Remarks()
+    is_plain: bool = False
+    """Text without a template."""
+
+
+class Renderer:
+    """A chat template with the markers of its tokenizer."""
+
+    def __init__(self, template: ChatTemplate, markers: Markers) -> None:
+        """Find the token that ends an answer.
+
+        Raises:
+            DataError: when the template cannot write a conversation that can be followed.
+        """
+        self.template = template
+        self.markers = markers
+        text, contents = template.content_spans(_PROBE)
+        closing = markers.at(text, contents[-1][1])
+        self.end_of_turn = None if closing is None else text[slice(*closing)]
+
+    def notes(self) -> list[str]:
+        """What the user should know of the template."""
+        found = []
+        if self.end_of_turn is None:
+            found.append(
+                "the chat template puts no special token of this tokenizer after an answer, so "
+                "the model does not learn where to stop; the tokenizer's special tokens: "
+                f"{', '.join(self.markers.texts[:12])}"
+            )
+        text, contents = self.template.content_spans(_PROBE)
+        prompt = self.template.render(_PROBE[:-1], add_generation_prompt=True)
+        if text[: contents[-1][0]] != prompt:
+            found.append(
+                "the chat template opens an answer differently when it is asked for one "
+                "(add_generation_prompt), so generate sees another text than training"
+            )
+        return found
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """A conversation up to where the assistant's next answer begins.
+
+        Raises:
+            DataError: when the template cannot write it.
+        """
+        messages = [m for m in messages if not _is_empty_system(m)]
+        _check_text(messages)
+        text, contents = self.template.content_spans(messages, add_generation_prompt=True)
+        self._check_carried(messages, text, add_generation_prompt=True)
+        turns = self._turns(messages, text, contents)
+        borders = self._borders(messages, text, contents, turns)
+        remarks = Remarks(has_marker_text=self.markers.touch(text, contents))
+        return Rendered(text, contents, LossSpans(False, []), borders, remarks)
+
+    def conversation(self, row: Conversation, loss_on: str = "assistant") -> Rendered:
+        """A row as text.
+
+        Args:
+            row: a conversation, or plain text, of which every token counts.
+            loss_on: assistant, last or all.
+
+        Raises:
+            DataError: when the row is none that can be trained, or the template cannot write it.
+        """
+        _check_text(row.messages)
+        if row.whole:
+            return self._plain_text(row.messages[0]["content"])
+        in_loss = messages_in_loss(row, loss_on)
+        kept = [i for i, m in enumerate(row.messages) if not _is_empty_system(m)]
+        messages = [row.messages[i] for i in kept]
+        for i in kept:
+            message = row.messages[i]
+            if message["role"] == "assistant" and not (
+                message["content"].strip() or message.get("tool_calls")
+            ):
+                raise DataError(f"message {i + 1}: the assistant's answer is empty")
+        text, contents = self.template.content_spans(messages)
+        self._check_carried(messages, text)
+        turns = self._turns(messages, text, contents)
+        return Rendered(
+            text,
+            contents,
+            loss_spans([in_loss[i] for i in kept], turns, everywhere=loss_on == "all"),
+            self._borders(messages, text, contents, turns),
+            self._remarks(messages, text, contents),
+        )
+
+    def _plain_text(self, text: str) -> Rendered:
+        remarks = Remarks(has_marker_text=self.markers.any_in(text))
+        return Rendered(text, [(0, len(text))], LossSpans(True, []), remarks=remarks, is_plain=True)
+
+    def _remarks(self, messages: Sequence[Message], text: str, contents: Sequence[Span]) -> Remarks:
+        lacks_system = messages[0]["role"] == "system" and contents[0][0] == contents[0][1]
+        spoken = sum(len(m["content"]) for m in messages[lacks_system:])
+        trimmed = spoken - sum(end - start for start, end in contents)
+        return Remarks(
+            has_marker_text=self.markers.touch(text, contents),
+            num_eaten=trimmed + self.markers.eaten(text, contents),
+            lacks_system=lacks_system and bool(messages[0]["content"]),
+        )
+
+    def _turns(
+        self, messages: Sequence[Message], text: str, contents: Sequence[Span]
+    ) -> list[Span | None]:
+        """Each message's content with the token that ends it; None where there is no content."""
+        turns: list[Span | None] = []
+        for i, (message, (start, end)) in enumerate(zip(messages, contents, strict=True)):
+            if message.get("tool_calls"):
+                turns.append(self._call_turn(messages, i, text, end))
+                continue
+            closing = self.markers.at(text, end) if start < end else None
+            turns.append((start, closing[1] if closing else end) if start < end else None)
+        return turns
+
+    def _call_turn(self, messages: Sequence[Message], i: int, text: str, at: int) -> Span:
+        """An answer that calls tools: from where a prompt ends to the token that ends the turn."""
+        opening = self.template.render(messages[:i], add_generation_prompt=True)
+        closing = None
+        if text.startswith(opening) and self.end_of_turn is not None:
+            # No call holds a marker's text, so that the first one is the turn's own.
+            closing = text.find(self.end_of_turn, max(at, len(opening)))
+        if closing is None or closing < 0:
+            raise DataError(
+                f"message {i + 1}: cannot tell where the chat template's text of the tool_calls "
+                "begins and ends"
+            )
+        return len(opening), closing + len(self.end_of_turn or "")
+
+    def _borders(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        contents: Sequence[Span],
+        turns: Sequence[Span | None],
+    ) -> list[int]:
+        """Where answers begin that could share a token with the template's text before them.
+
+        A prompt ends there, so that the model never sees such a token before its own answer.
+        """
+        found, floor = [], 0
+        for message, turn, (_, end) in zip(messages, turns, contents, strict=True):
+            is_answer = message["role"] == "assistant" and turn is not None
+            if is_answer and turn and not self.markers.closes(text[floor : turn[0]]):
+                found.append(turn[0])
+            floor = end
+        return found
+
+    def _check_carried(
+        self, messages: Sequence[Message], text: str, *, add_generation_prompt: bool = False
+    ) -> None:
+        """Check that tools and calls of them are in the text, and hold no marker's text."""
+        for i, message in enumerate(messages):
+            if len(message) == 2:
+                continue
+            held = {k: v for k, v in message.items() if k not in ("role", "content")}
+            if self.markers.any_in(json.dumps(held, ensure_ascii=False)):
+                raise DataError(
+                    f"message {i + 1}: {', '.join(held)} hold the text of a special token, which "
+                    "the chat template would write as a token: remove it"
+                )
+            for name in _CARRIED:
+                if message.get(name) and text == self._without(
+                    messages, i, name, add_generation_prompt
+                ):
+                    raise DataError(f"the chat template leaves out the {name} of message {i + 1}")
+
+    def _without(
+        self, messages: Sequence[Message], i: int, name: str, add_generation_prompt: bool
+    ) -> str | None:
+        """The text without what a message carries; None when the template refuses that."""
+        bare: list[dict[str, Any]] = [dict(m) for m in messages]
+        del bare[i][name]
+        try:
+            return self.template.render(bare, add_generation_prompt=add_generation_prompt)
+        except DataError:
+            return None
+
+
+def _is_empty_system(message: Message) -> bool:
+    """Whether a system message says nothing: it is as if it were not there."""
+    return (
+        message["role"] == "system" and not message["content"].strip() and not message.get("tools")
+    )
+
+
+def _check_text(messages: Sequence[Message]) -> None:
+    for i, message in enumerate(messages, start=1):
+        try:
+            message["content"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(
+                f"message {i} ({message['role']}): holds half a surrogate pair"
+            ) from None

@@ -1,0 +1,141 @@
+"""Rows written as their template writes them, without running it for each.
+
+Rows of the same roles have the same text around their contents, if the template provably only
+places contents (opaque.py). It is then known, too, which of its markers their loss lies between,
+so that tokens need no characters to be judged by.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from phi3_lora.data.chat.markers import Span
+from phi3_lora.data.chat.masking import Between, LossSpans
+from phi3_lora.data.chat.rendering import Rendered, Renderer
+from phi3_lora.data.rows.conversation import Conversation
+
+_SHAPES_KEPT = 10_000
+_Key = tuple[object, ...]
+
+
+class Quick(NamedTuple):
+    """A row as text."""
+
+    text: str
+    loss: Between
+    num_eaten: int
+    """Characters of white space at the edges of messages that the model never sees."""
+
+
+class _Shape(NamedTuple):
+    literals: list[str]
+    """The text before, between and after the contents."""
+    loss: Between
+
+
+class Shapes:
+    """What is known of rows by their roles, their weights and what the loss counts on."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        """Know nothing yet; rows that the renderer wrote in full teach it."""
+        self._renderer = renderer
+        self._markers = renderer.markers
+        self._known: dict[_Key, _Shape | None] = {}
+        self._begin_markers = sorted({text[0] for text in self._markers.texts})
+        """Characters; no marker lies in, or begins in, a content without them."""
+
+    def quick(self, row: Conversation, loss_on: str) -> Quick | None:
+        """A row as text, the very one that the template writes; None where that is not known."""
+        shape = self._known.get(_key(row, loss_on))
+        if shape is None:
+            return None
+        contents = [message["content"] for message in row.messages]
+        text = _joined(shape.literals, contents)
+        is_bare = all(c and not c[0].isspace() and not c[-1].isspace() for c in contents)
+        may_hold_marker = any(c in content for content in contents for c in self._begin_markers)
+        # An empty turn, half a surrogate and a marker's text are for the renderer to judge.
+        if not (is_bare or all(map(str.strip, contents))) or not _is_unicode(text):
+            return None
+        if is_bare and not may_hold_marker:
+            return Quick(text, shape.loss, 0)
+        spans = _spans(shape.literals, contents)
+        if may_hold_marker and self._markers.touch(text, spans):
+            return None
+        return Quick(text, shape.loss, 0 if is_bare else self._markers.eaten(text, spans))
+
+    def learn(self, row: Conversation, loss_on: str, rendered: Rendered) -> None:
+        """Take a row that was rendered in full as the pattern of those like it, if it can be."""
+        key = _key(row, loss_on)
+        contents = [message["content"] for message in row.messages]
+        is_usual = not rendered.remarks.has_marker_text and all(map(str.strip, contents))
+        if len(self._known) < _SHAPES_KEPT and key not in self._known and key and is_usual:
+            self._known[key] = self._shape(row, contents, rendered)
+
+    def _shape(
+        self, row: Conversation, contents: Sequence[str], rendered: Rendered
+    ) -> _Shape | None:
+        literals = self._renderer.template.literals([message["role"] for message in row.messages])
+        if literals is None or rendered.borders or rendered.remarks.lacks_system:
+            return None
+        # Where the template's text may begin a marker, a content may finish it.
+        if rendered.text != _joined(literals, contents) or any(
+            map(self._markers.may_begin_at_end, literals)
+        ):
+            return None
+        loss = self._between(rendered.text, _spans(literals, contents), rendered.loss)
+        return None if loss is None else _Shape(literals, loss)
+
+    def _between(self, text: str, contents: Sequence[Span], loss: LossSpans) -> Between | None:
+        """The loss in markers; None where it begins or ends elsewhere."""
+        written = list(self._markers.written(text, contents))
+        ends = [end for _, end, _ in written]
+        opening: list[int] = []
+        closing: list[int] = []
+        for start, end in loss.spans:
+            last = int(np.searchsorted(ends, start, side="right")) - 1
+            if last < 0 or end not in ends:
+                return None
+            if not self._markers.closes(text[written[last][0] : start]):
+                return None
+            opening.append(last)
+            closing.append(ends.index(end))
+        ids = [marker.id for _, _, marker in written]
+        arrays = [np.array(values, dtype=np.int32) for values in (ids, opening, closing)]
+        return Between(loss.everywhere, *arrays)
+
+
+def _key(row: Conversation, loss_on: str) -> _Key:
+    """What rows of one shape share; empty for a row that is like no other."""
+    messages = row.messages
+    if row.whole or len(messages) * 2 != sum(map(len, messages)):
+        return ()
+    return (loss_on, row.weights, *[message["role"] for message in messages])
+
+
+def _joined(literals: Sequence[str], contents: Sequence[str]) -> str:
+    parts = [""] * (len(literals) + len(contents))
+    parts[::2], parts[1::2] = literals, contents
+    return "".join(parts)
+
+
+def _spans(literals: Sequence[str], contents: Sequence[str]) -> list[Span]:
+    """Characters of each content in the joined text."""
+    lengths = itertools.chain.from_iterable(
+        (len(literal), len(content)) for literal, content in zip(literals, contents, strict=False)
+    )
+    edges = list(itertools.accumulate(lengths))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Rows encoded as documents: kept, counted, cached, streamed."""

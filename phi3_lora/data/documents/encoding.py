@@ -1,0 +1,181 @@
+"""Rows of sources as documents, part by part, with what must be told of each.
+
+The result is in memory here; store.py has the same on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.documents.truncation import LEFT, RIGHT, shorten
+from phi3_lora.data.rows.conversation import Conversation
+
+UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, LACKS_SYSTEM = (1 << i for i in range(5))
+"""Flags of a row: it could not be rendered; it does not fit; it fits without some turns; ..."""
+ROW = np.dtype(
+    [
+        ("length", "<i4"),
+        ("num_tokens", "<i4"),
+        ("loss_tokens", "<i4"),
+        ("num_eaten", "<i4"),
+        ("flags", "<u4"),
+    ]
+)
+"""What is known of a row: its tokens as it was, those of its document (0 when there is none),
+those of them in the loss, characters of white space that markers eat, flags."""
+_ROWS_AT_ONCE = 8_000
+_CHARACTERS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """How rows become documents."""
+
+    limit: int
+    """Tokens that a document may have."""
+    loss_on: str = "assistant"
+    """What the loss counts on: assistant, last or all; a row's own weights win."""
+    too_long: str = "drop"
+    """What becomes of longer rows: drop, truncate_left, truncate_right or error."""
+    on_bad_row: str = "error"
+    """What becomes of rows that cannot be used: error or skip."""
+
+
+class EncodedRow(NamedTuple):
+    """A row and what became of it."""
+
+    document: Document | None
+    """None when it cannot be rendered, or does not fit."""
+    source: str
+    """file:line."""
+    length: int
+    """Tokens before it was shortened."""
+    flags: int
+    problem: str = ""
+    """`file:line: why`, when it cannot be rendered."""
+
+    @property
+    def facts(self) -> tuple[int, ...]:
+        """A ROW."""
+        document = self.document
+        if document is None:
+            return self.length, 0, 0, 0, self.flags
+        remarks = document.remarks
+        flags = self.flags | HAS_MARKER_TEXT * remarks.has_marker_text
+        flags |= LACKS_SYSTEM * remarks.lacks_system
+        num_tokens = len(document.tokens)
+        return self.length, num_tokens, document.loss_tokens, remarks.num_eaten, flags
+
+
+class EncodedRows(Protocol):
+    """Rows of sources, encoded."""
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """(N,) of ROW."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Rows of each source, in order."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of what was read."""
+
+    def source(self, row: int) -> str:
+        """file:line of a row."""
+
+    def problem(self, row: int) -> str:
+        """Why a row cannot be rendered, with its file:line."""
+
+    def documents(self, rows: NDArray[np.int64]) -> Sequence[Document]:
+        """The documents of rows that have one, in the order given."""
+
+
+class InMemory:
+    """Rows encoded in memory."""
+
+    def __init__(
+        self, encoded: Sequence[EncodedRow], counts: Sequence[int] = (), notes: Sequence[str] = ()
+    ) -> None:
+        """Keep rows."""
+        self._encoded = encoded
+        self.rows = np.array([row.facts for row in encoded], dtype=ROW)
+        self.counts = counts
+        self.notes = notes
+
+    def source(self, row: int) -> str:
+        """file:line of a row."""
+        return self._encoded[row].source
+
+    def problem(self, row: int) -> str:
+        """Why a row cannot be rendered, with its file:line."""
+        return self._encoded[row].problem
+
+    def documents(self, rows: NDArray[np.int64]) -> list[Document]:
+        """The documents of rows that have one, in the order given."""
+        found = [self._encoded[row].document for row in rows.tolist()]
+        return [document for document in found if document is not None]
+
+
+def encode_in_parts(
+    rows: Iterable[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
+) -> Iterator[list[EncodedRow]]:
+    """Encode rows without keeping more than a part of them.
+
+    Raises:
+        DataError: when a row without some of its turns cannot be rendered.
+    """
+    for part in _parts(rows):
+        yield _encode_part(part, tokenizer, encoding)
+
+
+def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    part: list[Conversation] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += sum(len(message["content"]) for message in row.messages)
+        if len(part) >= _ROWS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _encode_part(
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
+) -> list[EncodedRow]:
+    documents, problems = tokenizer.encode_rows(rows, loss_on=encoding.loss_on)
+    why = iter(problems)
+    longer = [
+        i for i, d in enumerate(documents) if d is not None and len(d.tokens) > encoding.limit
+    ]
+    shorter: dict[int, Document | None] = dict.fromkeys(longer)
+    if encoding.too_long in (LEFT, RIGHT):
+        found = shorten(
+            [rows[i] for i in longer],
+            functools.partial(tokenizer.encode_conversations, loss_on=encoding.loss_on),
+            limit=encoding.limit,
+            side=encoding.too_long,
+            loss_on=encoding.loss_on,
+        )
+        shorter = dict(zip(longer, found, strict=True))
+    encoded = []
+    for i, (row, document) in enumerate(zip(rows, documents, strict=True)):
+        if document is None:
+            encoded.append(EncodedRow(None, row.source, 0, UNRENDERED, next(why)))
+            continue
+        flags = 0
+        if i in shorter:
+            flags = TOO_LONG if shorter[i] is None else SHORTENED
+        kept = shorter.get(i, document)
+        encoded.append(EncodedRow(kept, row.source, len(document.tokens), flags))
+    return encoded

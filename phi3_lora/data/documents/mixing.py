@@ -1,0 +1,48 @@
+"""How often an epoch takes each row of several weighted sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.arrays import Bool
+from phi3_lora.engine.random_streams import permutation
+from phi3_lora.errors import DataError
+
+
+def copies(
+    weights: Sequence[float],
+    counts: Sequence[int],
+    left_out: Bool,
+    seed: int,
+) -> NDArray[np.int64]:
+    """How often each row is taken, (N,), the rows of one source after those of another.
+
+    A weight's whole part is how often every row of the source is taken; its fraction is the share
+    of them, chosen by the seed, that is taken once more.
+
+    Args:
+        weights: of each source; positive.
+        counts: rows of each source.
+        left_out: (N,) rows that are not there to take.
+        seed: of the choice.
+
+    Raises:
+        DataError: when a weight takes no row of a source that has some.
+    """
+    taken = np.zeros(len(left_out), dtype=np.int64)
+    ends = np.cumsum(counts)
+    for i, (weight, end, count) in enumerate(zip(weights, ends, counts, strict=True)):
+        there = np.flatnonzero(~left_out[end - count : end]) + end - count
+        whole = int(weight)
+        num_more = round((weight - whole) * len(there))
+        if len(there) and not whole and not num_more:
+            raise DataError(
+                f"source {i + 1}: a weight of {weight:g} takes none of its {len(there):,} rows: "
+                "use a larger weight, or leave the source out"
+            )
+        taken[there] = whole
+        taken[there[permutation(seed, "weight", i, size=len(there))[:num_more]]] += 1
+    return taken

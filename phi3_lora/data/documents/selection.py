@@ -1,0 +1,148 @@
+"""Encoded rows as a data set, with what was left out, shortened or changed counted and named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.documents import tally as tallies
+from phi3_lora.data.documents.encoding import (
+    HAS_MARKER_TEXT,
+    LACKS_SYSTEM,
+    SHORTENED,
+    TOO_LONG,
+    UNRENDERED,
+    EncodedRows,
+    Encoding,
+)
+from phi3_lora.data.documents.store import document_lengths, num_loss_tokens
+from phi3_lora.data.documents.tally import Tally
+from phi3_lora.errors import MAX_SHOWN, DataError, listing
+
+NOTHING_LEFT = (
+    "no row is left to learn from; shorten rows, raise --max-length or set data.too_long, and look "
+    "at data.loss_on and weights of 0 (phi3-lora data check says what is wrong with each row)"
+)
+Index = NDArray[np.int64]
+"""Numbers of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Documents of one split."""
+
+    documents: Sequence[Document]
+    notes: list[str] = field(default_factory=list)
+    """What was left out and why, for the user."""
+
+    @property
+    def loss_tokens(self) -> int:
+        """Supervised tokens of all documents."""
+        return num_loss_tokens(self.documents)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(document_lengths(self.documents).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Encoded rows of which some become a data set."""
+
+    encoded: EncodedRows
+    encoding: Encoding
+    limit: str
+    """What the limit is called in messages."""
+    notes: Sequence[str]
+    """On the chat template."""
+
+    def dataset(self, index: Index, name: str) -> Dataset:
+        """The documents of rows, in the order given, and notes on those that are left out.
+
+        Args:
+            index: the rows; one may come more than once.
+            name: what to call them in notes.
+
+        Raises:
+            DataError: when nothing is left to learn from; as choose.
+        """
+        index, tally = self.choose(index, name)
+        notes = [*self.notes, *self.told(tally, name)]
+        if not len(index):
+            raise DataError(listing(f"{name}: {NOTHING_LEFT}", notes))
+        return Dataset(self.encoded.documents(index), notes)
+
+    def told(self, tally: Tally, name: str) -> list[str]:
+        """What is to be said of rows that were counted."""
+        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
+
+    def choose(self, index: Index, name: str) -> tuple[Index, Tally]:
+        """Those of some rows that there is something to learn from, and what became of all.
+
+        Args:
+            index: the rows; one may come more than once.
+            name: what to call them in messages.
+
+        Raises:
+            DataError: when rows are too long or cannot be rendered, and that is to be an error.
+        """
+        num_rows = len(index)
+        unrendered, index = self._split(index, UNRENDERED)
+        problems = [self.encoded.problem(int(i)) for i in unrendered[:MAX_SHOWN]]
+        if problems and self.encoding.on_bad_row == "error":
+            title = f"{len(unrendered):,} row(s) cannot be rendered:"
+            raise DataError(listing(title, problems, total=len(unrendered)))
+        if self.encoding.too_long == "error":
+            self._refuse_longer(index, f"{name}: longer than {self.limit}")
+        shortened, _ = self._split(index, SHORTENED)
+        dropped, index = self._split(index, TOO_LONG)
+        rows = self.encoded.rows
+        is_heard = rows["loss_tokens"][index] > 0
+        silent, index = index[~is_heard], index[is_heard]
+        num_eaten = rows["num_eaten"][index]
+        tally = Tally(
+            num_rows,
+            int(rows["length"][dropped].max(initial=0)),
+            int(num_eaten.sum(dtype=np.int64)),
+        )
+        found = {
+            tallies.SHORTENED: shortened,
+            tallies.DROPPED: dropped,
+            tallies.SILENT: silent,
+            tallies.MARKED: self._split(index, HAS_MARKER_TEXT)[0],
+            tallies.EATEN: index[num_eaten > 0],
+            tallies.SYSTEMLESS: self._split(index, LACKS_SYSTEM)[0],
+        }
+        tally = tally.plus(tallies.UNRENDERED, len(unrendered), problems)
+        for kind, some in found.items():
+            first = [self.encoded.source(int(i)) for i in some[:1]]
+            tally = tally.plus(kind, len(some), first)
+        return index, tally
+
+    def _split(self, index: Index, flag: int) -> tuple[Index, Index]:
+        """Rows with a flag, and the others."""
+        has = (self.encoded.rows["flags"][index] & flag) != 0
+        return index[has], index[~has]
+
+    def _refuse_longer(self, index: Index, title: str) -> None:
+        longer, _ = self._split(index, TOO_LONG)
+        if not len(longer):
+            return
+        texts = [
+            f"{self.encoded.source(int(i))}: {self.encoded.rows['length'][i]:,} tokens"
+            for i in longer[:MAX_SHOWN]
+        ]
+        raise DataError(
+            listing(
+                f"{title}: {len(longer):,} of {len(index):,} rows. Shorten them, raise the "
+                "limit (--max-length), or set data.too_long to drop, truncate_left or "
+                "truncate_right:",
+                texts,
+                total=len(longer),
+            )
+        )

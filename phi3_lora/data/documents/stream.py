@@ -1,0 +1,175 @@
+"""Rows of sources read block by block, for data that no run passes over as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.documents.encoding import Encoding, InMemory, encode_in_parts
+from phi3_lora.data.documents.overlap import Known
+from phi3_lora.data.documents.selection import Selection
+from phi3_lora.data.documents.tally import BAD, LEAKED, Tally
+from phi3_lora.data.rows.conversation import BadRow, Conversation
+from phi3_lora.data.sources.reading import bad_rows_listed, iterate_rows
+from phi3_lora.data.sources.source import Source
+from phi3_lora.errors import MAX_SHOWN, DataError
+
+NAME = "training data"
+
+
+class Block(NamedTuple):
+    """Consecutive rows."""
+
+    number: int
+    """From 0."""
+    documents: Sequence[Document]
+    """Those there is something to learn from, in the order of the rows."""
+    tally: Tally
+    """What became of its rows."""
+    rows_hash: str
+    """sha256 of all rows of the pass up to its last one."""
+
+
+class Stopped(Exception):
+    """Reading was to stop, and has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedRows:
+    """Rows that can be passed over again and again."""
+
+    sources: Sequence[Source]
+    tokenizer: ChatTokenizer
+    encoding: Encoding
+    limit: str
+    """What the limit of tokens is called."""
+    buffer_size: int
+    """Rows a block."""
+    held_out: Known = field(default_factory=lambda: Known(()))
+    """What is validated on; rows that are, too, are counted."""
+
+    def __str__(self) -> str:
+        """As messages name them."""
+        return ", ".join(map(str, self.sources))
+
+    def told(self, tally: Tally) -> list[str]:
+        """What is to be said of rows that were counted."""
+        name = f"{NAME}, of {tally.num_rows:,} rows read"
+        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
+
+
+class Pass:
+    """One pass over the rows, from the first one on."""
+
+    def __init__(self, rows: StreamedRows) -> None:
+        """Begin at the first row."""
+        self._of = rows
+        self.is_stopped: Callable[[], bool] = lambda: False
+        """Asked at each row whether to stop."""
+        self._notes: list[str] = []
+        self._rows = mixed_rows(rows.sources, self._notes)
+        self._digest = hashlib.sha256()
+        self.number = 0
+        """Of the next block."""
+
+    def read(self) -> Block | None:
+        """The next block; None after the last one.
+
+        Raises:
+            DataError: when a source does not exist or is damaged; when a row is bad or too long,
+                and that is to be an error.
+            Stopped: when it was to stop.
+        """
+        rows = self._next()
+        if not rows:
+            return None
+        good = [row for row in rows if isinstance(row, Conversation)]
+        bad = [row for row in rows if isinstance(row, BadRow)]
+        # Said when they are met: the end of their file may never be read.
+        plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
+        self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
+        of = self._of
+        first = (self.number - 1) * of.buffer_size + 1
+        place = f"rows {first:,} to {first + len(rows) - 1:,} of {of}"
+        if bad and of.encoding.on_bad_row == "error":
+            title = (
+                f"{len(bad):,} bad row(s) among {place}; correct or remove them (or leave them "
+                "out: --on-bad-row skip):"
+            )
+            raise DataError(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+        parts = encode_in_parts(good, of.tokenizer, of.encoding)
+        encoded = InMemory([*itertools.chain.from_iterable(parts)])
+        selection = Selection(encoded, of.encoding, of.limit, ())
+        index, tally = selection.choose(np.arange(len(good)), f"{NAME}, {place}")
+        tally += Tally(num_rows=len(bad))
+        tally = tally.plus(BAD, len(bad), [str(row) for row in bad[:MAX_SHOWN]])
+        documents = encoded.documents(index)
+        shared = [document.source for document, _ in of.held_out.among(documents)]
+        tally = tally.plus(LEAKED, len(shared), shared[:1])
+        return Block(self.number - 1, documents, tally, self._digest.hexdigest())
+
+    def skip(self) -> bool:
+        """Read past the next block; False where there is none.
+
+        Raises:
+            DataError: when a source does not exist or is damaged.
+            Stopped: when it was to stop.
+        """
+        return bool(self._next())
+
+    def notes(self) -> list[str]:
+        """What the user should know of the formats of what was read since they were asked for."""
+        notes, self._notes[:] = [*self._notes], []
+        return notes
+
+    def _next(self) -> list[Conversation | BadRow]:
+        rows = []
+        for row in itertools.islice(self._rows, min(self._of.buffer_size, sys.maxsize)):
+            if self.is_stopped():
+                raise Stopped
+            rows.append(row)
+            self._digest.update(_content(row))
+        self.number += bool(rows)
+        return rows
+
+
+def mixed_rows(
+    sources: Sequence[Source], notes: list[str] | None = None
+) -> Iterator[Conversation | BadRow]:
+    """Rows of sources in turn, each source as often as its weight says, until all have ended.
+
+    Args:
+        sources: what to read; one that ends drops out.
+        notes: gets what the user should know of a file's format.
+
+    Raises:
+        DataError: when a source does not exist or is damaged.
+
+    Source: stride scheduling, Waldspurger and Weihl (1995), MIT/LCS/TM-528.
+    """
+    rows = [iterate_rows(source, notes) for source in sources]
+    # When each source is due next; the first of those that are due at once goes first.
+    due = [(1 / source.weight, i) for i, source in enumerate(sources)]
+    heapq.heapify(due)
+    while due:
+        time, i = heapq.heappop(due)
+        row = next(rows[i], None)
+        if row is not None:
+            yield row
+            heapq.heappush(due, (time + 1 / sources[i].weight, i))
+
+
+def _content(row: Conversation | BadRow) -> bytes:
+    """What a row says, wherever it lies."""
+    if isinstance(row, BadRow):
+        return b"bad row\n"
+    return (json.dumps([row.messages, row.weights, row.whole]) + "\n").encode()

@@ -1,0 +1,75 @@
+"""Rows that are longer than the model or the settings allow: shortened by whole turns, or not.
+
+A turn is a user's message with all that follows it up to the next one. No message is ever cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from phi3_lora.data.chat.masking import messages_in_loss
+from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.rows.conversation import Conversation
+
+Encode = Callable[[Sequence[Conversation]], list[Document]]
+LEFT, RIGHT = "truncate_left", "truncate_right"
+
+
+def shorten(
+    rows: Sequence[Conversation], encode: Encode, *, limit: int, side: str, loss_on: str
+) -> list[Document | None]:
+    """Each row without as few whole turns as needed to fit; None where even one does not.
+
+    Args:
+        rows: rows that are too long.
+        encode: conversations to documents.
+        limit: tokens that a document may have.
+        side: truncate_left drops the oldest turns, but never the system message;
+            truncate_right drops the last turns.
+        loss_on: assistant, last or all; of the row as it was, so that no other answer becomes
+            the last one.
+    """
+    rows = [dataclasses.replace(r, weights=messages_in_loss(r, loss_on)) for r in rows]
+    fitting: list[Document | None] = [None] * len(rows)
+    fewest, most = [1] * len(rows), [num_turns(row) for row in rows]
+    # Bisection, all rows at once: one pass over the texts for each halving.
+    while pending := [i for i in range(len(rows)) if fewest[i] < most[i]]:
+        tried = {i: (fewest[i] + most[i]) // 2 for i in pending}
+        cut = [without_turns(rows[i], tried[i], side) for i in pending]
+        for i, document in zip(pending, encode(cut), strict=True):
+            if len(document.tokens) <= limit:
+                fitting[i], most[i] = document, tried[i]
+            else:
+                fewest[i] = tried[i] + 1
+    return fitting
+
+
+def num_turns(row: Conversation) -> int:
+    """Turns that can be dropped as a whole; plain text is one."""
+    return 1 if row.whole else max(1, len(_starts(row)))
+
+
+def without_turns(row: Conversation, count: int, side: str) -> Conversation:
+    """A row without its oldest or last turns, its weights with it.
+
+    Args:
+        row: a conversation.
+        count: turns to drop; fewer than it has.
+        side: truncate_left or truncate_right.
+    """
+    starts = _starts(row)
+    kept = list(range(len(row.messages)))
+    if side == LEFT:
+        kept = kept[: starts[0]] + kept[starts[count] :]
+    else:
+        kept = kept[: starts[len(starts) - count]]
+    return dataclasses.replace(
+        row,
+        messages=tuple(row.messages[i] for i in kept),
+        weights=None if row.weights is None else tuple(row.weights[i] for i in kept),
+    )
+
+
+def _starts(row: Conversation) -> list[int]:
+    return [i for i, message in enumerate(row.messages) if message["role"] == "user"]

@@ -1,0 +1,175 @@
+"""Cleaned rows as files: what is left, and what was done, so that each change can be taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi3_lora.data.quality.cleaning import Change, Cleaned
+from phi3_lora.data.quality.splitting import TRAIN_NAME, as_json, write_lines
+from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow
+from phi3_lora.data.rows.formats import COLUMNS, FORMATS, RowReader
+from phi3_lora.data.sources.reading import bad_rows_listed
+from phi3_lora.data.sources.source import Part, Source, conversations_of, parts_of
+from phi3_lora.errors import MAX_SHOWN, DataError
+from phi3_lora.storage.atomic import replace_folder
+
+CHANGES_NAME = "changes.jsonl"
+TEXT_NAME = "train-text.jsonl"
+"""Rows of plain text, where there are others, too: one file cannot hold both."""
+_OF_ANY = ("system", "tools")
+_OF_ALPACA = ("input", "history")
+_MISTAKEN = ("messages", "system", "tools", "completion", "chosen", "rejected")
+"""Keys under which a row of messages would be read as something else."""
+Others = dict[str, dict[str, Any]]
+"""file:line -> what a row holds beside its conversation, such as a label or the key of a group."""
+
+
+def read_for_cleaning(
+    sources: Sequence[Source], *, on_bad_row: str, notes: list[str]
+) -> tuple[list[Conversation], Others]:
+    """Every row of sources, with what it holds beside its conversation.
+
+    Args:
+        sources: in order; weights do not count.
+        on_bad_row: error, or skip: leave bad rows out and note them.
+        notes: gets what the user should know.
+
+    Raises:
+        DataError: when a source does not exist, rows are bad, or none is left.
+    """
+    rows: list[Conversation] = []
+    others: Others = {}
+    bad: list[BadRow] = []
+    for source in sources:
+        for part in parts_of(source):
+            reader = RowReader(source.format, source.columns)
+            for row, value in _rows_with_values(part, reader):
+                if isinstance(row, BadRow):
+                    bad.append(row)
+                    continue
+                rows.append(row)
+                if beside := other_keys(value, source):
+                    others[row.source] = beside
+            notes += [f"{part.name}: {note}" for note in reader.notes()]
+    names = ", ".join(map(str, sources))
+    if bad and on_bad_row == "error":
+        title = (
+            f"{len(bad):,} bad row(s) in {names}; correct or remove them (phi3-lora data check "
+            "lists them), or leave them out with --set data.on_bad_row=skip:"
+        )
+        raise DataError(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+    if bad:
+        title = f"left out {len(bad):,} bad row(s) of {len(bad) + len(rows):,} in {names}:"
+        notes.append(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+    if not rows:
+        raise DataError(f"{names}: no rows to clean")
+    return rows, others
+
+
+def _rows_with_values(part: Part, reader: RowReader) -> Iterator[tuple[Conversation | BadRow, Any]]:
+    last: list[RawRow] = []
+
+    def seen() -> Iterator[RawRow]:
+        for raw in part.rows():
+            last[:] = [raw]
+            yield raw
+
+    for row in conversations_of(part._replace(rows=seen), reader):
+        yield row, last[0].value
+
+
+def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """What a row holds beside its conversation, and its label.
+
+    Args:
+        value: the row as its file has it.
+        source: where it is from, with its format and columns.
+    """
+    theirs = {ours: source.columns.get(ours, ours) for ours in COLUMNS}
+    present = {key for key, item in value.items() if item is not None}
+    name = source.format
+    if name == "auto":
+        fits = (n for n, f in FORMATS.items() if {theirs[k] for k in f.needs} <= present)
+        name = next(fits, "")
+    needs = FORMATS[name].needs if name else COLUMNS
+    read = (*needs, *_OF_ANY, *(_OF_ALPACA if name == "alpaca" else ()))
+    # The label is what a split is stratified by; beside messages it means nothing else.
+    used = {theirs[key] for key in read if key != "label"}
+    return {key: _plain(value[key]) for key in value if key in present and key not in used}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: Parquet has dates, bytes and numbers that are none."""
+    if isinstance(value, (str, int)):
+        return value
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+
+
+def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A conversation as one JSON object, which is read as the same conversation again.
+
+    Args:
+        row: the conversation.
+        others: what the row held beside it; keys that would change its meaning are left out.
+    """
+    others = others or {}
+    if row.whole:
+        beside = {k: v for k, v in others.items() if k not in COLUMNS}
+        return {"text": row.messages[0]["content"], **beside}
+    messages = []
+    for i, message in enumerate(row.messages):
+        weight = None if row.weights is None else row.weights[i]
+        messages.append({**message, **({} if weight is None else {"weight": int(weight)})})
+    value: dict[str, Any] = {"messages": messages}
+    # Tools are the row's own; a message that holds nothing else is made for them again.
+    tools = messages[0].pop("tools", None)
+    if tools is not None:
+        value["tools"] = json.loads(tools)
+        if not messages[0]["content"]:
+            del messages[0]
+    return value | {k: v for k, v in others.items() if k not in _MISTAKEN}
+
+
+def write_cleaned(folder: Path, cleaned: Cleaned, others: Others | None = None) -> list[str]:
+    """Write what is left, and changes.jsonl with each changed row before and after.
+
+    Args:
+        folder: new or empty.
+        cleaned: what is left, and what was done.
+        others: what rows hold beside their conversations; it is written with them.
+
+    Returns:
+        Names of the files of rows: train.jsonl, and train-text.jsonl when rows of plain text are
+        among others.
+
+    Raises:
+        StorageError: when it cannot be written.
+    """
+    beside: Mapping[str, dict[str, Any]] = others or {}
+    is_mixed = len({row.whole for row in cleaned.rows}) > 1
+    names = [TRAIN_NAME, TEXT_NAME] if is_mixed else [TRAIN_NAME]
+
+    def value_of(row: Conversation) -> dict[str, Any]:
+        return row_value(row, beside.get(row.source))
+
+    def change_value(change: Change) -> dict[str, Any]:
+        return {
+            "source": change.source,
+            "step": change.step,
+            "message": change.message,
+            "before": value_of(change.before),
+            "after": None if change.after is None else value_of(change.after),
+        }
+
+    def fill(part: Path) -> None:
+        for name in names:
+            rows = (r for r in cleaned.rows if not is_mixed or r.whole == (name == TEXT_NAME))
+            write_lines(part / name, (as_json(value_of(row)) + b"\n" for row in rows))
+        changes = (as_json(change_value(c)) + b"\n" for c in cleaned.changes)
+        write_lines(part / CHANGES_NAME, changes)
+
+    replace_folder(folder, fill)
+    return names

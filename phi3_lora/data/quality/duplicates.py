@@ -1,0 +1,276 @@
+"""Rows that say the same: exactly, by a hash of their text, or nearly, by MinHash and true overlap.
+
+Near means: the sets of word triples of two rows have a Jaccard similarity of at least SIMILARITY.
+MinHash with bands of rows proposes pairs; each is then verified on the true sets.
+Source: Broder, On the resemblance and containment of documents (1997); Leskovec et al., Mining of
+Massive Datasets, section 3.4 (bands).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.data.rows.conversation import Conversation, Message
+from phi3_lora.errors import ConfigError
+from phi3_lora.storage.optional import optional_package
+
+SIMILARITY = 0.8
+"""Jaccard similarity of the sets of word triples from which rows are near duplicates."""
+_NUM_PERM = 64
+_BANDS = 16
+"""Of 4 values each: a pair at SIMILARITY shares a band with probability 0.9998."""
+_LEAST_AGREEMENT = 38
+"""Equal values of 64; a pair at SIMILARITY has 51 on average with a deviation of 3.2."""
+_WINDOW = 64
+"""Rows of one bucket that a row is compared with: a data set of one template fills a bucket."""
+_TRIES = 16
+"""Comparisons of true sets that may fail before a row counts as unlike the rest."""
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+"""Scripts without spaces between words (Thai to Khmer, kana, Han): each character is a word."""
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+"""Odd multipliers that tell the places of a triple's words apart."""
+
+Words = tuple[str, ...]
+
+
+class Match(NamedTuple):
+    """A row that repeats another one."""
+
+    row: int
+    other: int
+    similarity: float
+    """Jaccard similarity of the word triples."""
+    is_exact: bool = False
+    """Equal but for white space and Unicode form; else words alone are alike."""
+
+
+class Groups:
+    """Which of n things belong together, by union of pairs."""
+
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
+
+    def find(self, item: int) -> int:
+        """The number of an item's group: one of its members."""
+        parent = self._parent
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        """Put two items and all that belong to them into one group, numbered by the least."""
+        first, second = sorted((self.find(one), self.find(other)))
+        self._parent[second] = first
+
+
+def normalised(text: str) -> str:
+    """Text for exact comparison: Unicode NFC, each run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def exact_key(row: Conversation) -> bytes:
+    """128 bits that are equal for rows of the same turns, white space and Unicode form apart.
+
+    Tools and calls of them count, ids of calls do not.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for message in row.messages:
+        text = f"{normalised(said(message))}\0{message.get('tools', '')}"
+        part = f"{message['role']}\0{text}".encode(errors="replace")
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def exact_duplicates(rows: Sequence[Conversation]) -> list[Match]:
+    """Each row that repeats an earlier one, with the first of its kind."""
+    return matches_of(map(exact_key, rows))
+
+
+def matches_of(keys: Iterable[bytes]) -> list[Match]:
+    """Each row whose exact_key an earlier one has, with the first of its kind."""
+    first: dict[bytes, int] = {}
+    found = ((i, first.setdefault(key, i)) for i, key in enumerate(keys))
+    return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
+
+
+def said(message: Message) -> str:
+    """A message's content, and its calls of tools as JSON without their ids."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return str(message["content"])
+    made = [{k: v for k, v in call.items() if k not in ("id", "index")} for call in calls]
+    text = json.dumps(made, ensure_ascii=False, sort_keys=True)
+    return f"{message['content']}\n{text}" if message["content"] else text
+
+
+def spoken_text(row: Conversation) -> str:
+    """What near duplicates are judged by: every turn but the system's, which rows often share."""
+    return "\n".join(said(m) for m in row.messages if m["role"] != "system")
+
+
+def can_find_near() -> bool:
+    """Whether the library for near duplicates is installed."""
+    return importlib.util.find_spec("datasketch") is not None
+
+
+def _datasketch() -> Any:
+    return optional_package(
+        "datasketch",
+        extra="data",
+        need="near duplicates need datasketch",
+        error=ConfigError,
+        otherwise=", or pass --no-near-duplicates",
+    )
+
+
+class NearIndex:
+    """Texts by their MinHash, to find those that nearly repeat others."""
+
+    def __init__(self, texts: Sequence[str], signatures: NDArray[np.uint32] | None = None) -> None:
+        """Compute signatures and buckets.
+
+        Args:
+            texts: a text without a word is near to nothing.
+            signatures: of the texts, (texts, 64), where they are known.
+
+        Raises:
+            ConfigError: when datasketch is not installed.
+        """
+        self._texts = texts
+        self._triples = functools.lru_cache(maxsize=4096)(self._read_triples)
+        self._signatures = _signatures(texts) if signatures is None else signatures
+        """(rows, 64) uint32."""
+        self._bands = [_band(self._signatures, band, texts) for band in range(_BANDS)]
+        crowded = np.zeros(len(texts), dtype=bool)
+        for _, start, place in self._bands:
+            crowded |= place > start
+        self._crowded = np.flatnonzero(crowded)
+
+    def reordered(self, order: Sequence[int]) -> NearIndex:
+        """The index of the same texts in another order, at little cost."""
+        return NearIndex([self._texts[i] for i in order], self._signatures[list(order)])
+
+    def _read_triples(self, row: int) -> frozenset[Words]:
+        return word_triples(self._texts[row])
+
+    def duplicates(self, first: int, last: int) -> Iterator[Match]:
+        """Rows of [first, last) that nearly repeat an earlier row there.
+
+        The matches join all rows of a group: a row that ties two groups together is in several.
+        """
+        groups = Groups(last - first)
+        for row in self._crowded[(self._crowded >= first) & (self._crowded < last)].tolist():
+            failed = 0
+            for other in self._candidates(row, first, row):
+                if groups.find(row - first) == groups.find(other - first):
+                    continue
+                similarity = self._similarity(row, other)
+                if similarity >= SIMILARITY:
+                    groups.join(row - first, other - first)
+                    yield Match(row, other, similarity)
+                    continue
+                failed += 1
+                if failed == _TRIES:
+                    break
+
+    def leaks(self, boundary: int) -> Iterator[Match]:
+        """Rows from the boundary on that nearly repeat one before it, each with its best match."""
+        for row in self._crowded[self._crowded >= boundary].tolist():
+            candidates = self._candidates(row, 0, boundary)[:_TRIES]
+            scored = [(self._similarity(row, other), -other) for other in candidates]
+            similarity, other = max(scored, default=(0.0, 0))
+            if similarity >= SIMILARITY:
+                yield Match(row, -other, similarity)
+
+    def _candidates(self, row: int, first: int, last: int) -> list[int]:
+        """Rows of [first, last), all before this one, that share a bucket; likeliest first."""
+        found = []
+        for order, start, place in self._bands:
+            bucket = order[start[row] : place[row]]
+            if bucket.size:
+                low, high = np.searchsorted(bucket, (first, last))
+                found.append(bucket[max(low, high - _WINDOW) : high])
+        if not found:
+            return []
+        others = np.unique(np.concatenate(found))
+        agreement = (self._signatures[others] == self._signatures[row]).sum(axis=1)
+        likely = others[np.argsort(-agreement, kind="stable")]
+        return list(likely[: int((agreement >= _LEAST_AGREEMENT).sum())].tolist())
+
+    def _similarity(self, row: int, other: int) -> float:
+        one, two = self._triples(row), self._triples(other)
+        common = len(one & two)
+        return common / (len(one) + len(two) - common)
+
+
+def words_of(text: str) -> list[str]:
+    """Words without case and punctuation; a character each where a script has no spaces."""
+    return _WORD.findall(text.casefold())
+
+
+def word_triples(text: str) -> frozenset[Words]:
+    """The set of three words in a row; of a shorter text its words."""
+    words = words_of(text)
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
+
+
+def _signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
+    """MinHash of each text's word triples, (texts, 64) uint32; without words all ones."""
+    minhash = _datasketch().MinHash(num_perm=_NUM_PERM, scheme="affine32", hashfunc=int)
+    signatures = np.empty((len(texts), _NUM_PERM), dtype=np.uint32)
+    for i, text in enumerate(texts):
+        minhash.clear()
+        minhash.update_batch(_triple_hashes(text))
+        signatures[i] = minhash.hashvalues
+    return signatures
+
+
+def _triple_hashes(text: str) -> list[int]:
+    """32 bits for each word triple: not Python's own hash, which differs from run to run."""
+    words = words_of(text)
+    if not words:
+        return []
+    codes = np.zeros(max(3, len(words)), dtype=np.uint64)
+    codes[: len(words)] = [zlib.crc32(word.encode(errors="replace")) for word in words]
+    mixed = codes[:-2] * _MIX[0] + codes[1:-1] * _MIX[1] + codes[2:] * _MIX[2]
+    return list((mixed >> np.uint64(32)).tolist())
+
+
+def _band(
+    signatures: NDArray[np.uint32], band: int, texts: Sequence[str]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """One band's buckets.
+
+    datasketch's own MinHashLSH walks a whole bucket for each row in it, which takes hours for a
+    large data set of one template.
+
+    Returns:
+        All rows by bucket, ascending in each; of each row where its bucket starts in that list;
+        and where the row itself is.
+    """
+    width = _NUM_PERM // _BANDS
+    part = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
+    keys = part.view(np.dtype((np.void, part.itemsize * width))).ravel()
+    bucket = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    wordless = np.flatnonzero((signatures == np.iinfo(np.uint32).max).all(axis=1))
+    bucket[wordless] = len(texts) + np.arange(len(wordless))
+    order = np.argsort(bucket, kind="stable")
+    ordered = bucket[order]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    # Half of what int64 takes, 16 times three numbers a row: there are fewer than 2**31 rows.
+    start = np.searchsorted(ordered, bucket)
+    return order.astype(np.int32), start.astype(np.int32), place.astype(np.int32)

@@ -1,0 +1,1 @@
+"""The border between the core and a backend, and what backends share."""

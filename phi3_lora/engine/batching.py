@@ -1,0 +1,104 @@
+"""What backends share: cutting a step's documents into micro-batches, and notes on a request."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lora.engine.packing import packed_rows
+from phi3_lora.engine.protocol import Batch
+from phi3_lora.engine.request import LoadRequest
+
+T = TypeVar("T")
+Integers = NDArray[np.signedinteger[Any]]
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
+    """Whole documents in few parts of at most so many tokens, or one longer document.
+
+    Which documents share a part depends on their lengths, longest first into the fullest part
+    that has room; within a part they keep their order.
+    """
+    parts = micro_batch_documents(np.diff(batch.doc_starts), max_tokens)
+    return [batch] if len(parts) == 1 else [chosen_documents(batch, part) for part in parts]
+
+
+def micro_batch_documents(lengths: Integers, max_tokens: int) -> list[Integers]:
+    """Which documents form each part, by their lengths alone."""
+    lengths = lengths.astype(np.int64)
+    rows = packed_rows(np.arange(len(lengths)), lengths, max_tokens)
+    return np.split(rows.documents, rows.starts[1:-1])
+
+
+def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
+    """Consecutive whole documents in parts of at most so many tokens, or one longer document."""
+    starts = batch.doc_starts
+    parts, first = [], 0
+    for last in range(1, len(starts)):
+        if starts[last] - starts[first] > max_tokens and last - 1 > first:
+            parts.append(documents_between(batch, first, last - 1))
+            first = last - 1
+    if first < len(starts) - 1:
+        parts.append(documents_between(batch, first, len(starts) - 1))
+    return parts
+
+
+def documents_between(batch: Batch, first: int, last: int) -> Batch:
+    """The documents first .. last - 1 as a batch of their own."""
+    a, b = int(batch.doc_starts[first]), int(batch.doc_starts[last])
+    starts = (batch.doc_starts[first : last + 1] - a).astype(np.int32)
+    return Batch(batch.tokens[a:b], batch.targets[a:b], batch.loss_mask[a:b], starts)
+
+
+def chosen_documents(batch: Batch, documents: Integers) -> Batch:
+    """Some documents as a batch of their own."""
+    lengths = np.diff(batch.doc_starts)[documents]
+    starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    offsets = batch.doc_starts[documents] - starts[:-1]
+    index = np.arange(starts[-1]) + np.repeat(offsets, lengths)
+    return Batch(batch.tokens[index], batch.targets[index], batch.loss_mask[index], starts)
+
+
+def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """Sums of per-supervised-token values over each document, (D,).
+
+    Args:
+        values: one number for each True of loss_mask, in order.
+        batch: the documents.
+    """
+    full = np.zeros(len(batch.tokens), dtype=values.dtype)
+    full[batch.loss_mask] = values
+    return np.add.reduceat(full, batch.doc_starts[:-1])
+
+
+def unused_precision(request: LoadRequest, dtype: str) -> list[str]:
+    """A note where bf16 or fp16 was asked for and the engine computes in another dtype."""
+    if request.gpu_dtype in (None, dtype):
+        return []
+    return [f"bf16 and fp16 have no effect here: computing in {dtype}"]
+
+
+def out_of_memory_advice(request: LoadRequest) -> str:
+    """What to say when the device's memory does not hold a micro-batch."""
+    return (
+        f"out of memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
+        "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
+        "same), set gradient_checkpointing: true, or lower max_length"
+    )
+
+
+def process_peak_bytes() -> int:
+    """Largest memory that this process has held, whatever the device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rank_share(documents: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The documents of a step that one process computes; together all ranks cover each once."""
+    return documents[rank::world_size]

@@ -1,0 +1,78 @@
+"""What of a model is adapted and trained, with every name resolved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
+    """What B A is multiplied by.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
+    """
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def lora_alpha_of(scaling: float, r: int, *, use_rslora: bool) -> float:
+    """The lora_alpha that gives a scaling: the inverse of lora_scaling."""
+    return scaling * (math.sqrt(r) if use_rslora else r)
+
+
+class Block(NamedTuple):
+    """A part of a fused projection that is adapted on its own: where its B lies in the whole B."""
+
+    part: str
+    """Full path of the part, for example model.layers.0.self_attn.q_proj."""
+    rows: tuple[int, int]
+    """First and end row."""
+    ranks: tuple[int, int]
+    """First and end column."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLayer:
+    """LoRA on one linear layer or embedding."""
+
+    r: int
+    """Rank of A (R, in) and B (out, R)."""
+    lora_alpha: float
+    num_trained: int | None = None
+    """The first so many ranks train and the others stay as they start; None: all train."""
+    blocks: tuple[Block, ...] = ()
+    """Where B trains; elsewhere it is 0. Empty: everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """What of a model is adapted and trained, with every name already resolved."""
+
+    layers: Mapping[str, LoraLayer]
+    """By full module path, for example model.layers.0.self_attn.qkv_proj."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    """Each linear layer also has a magnitude (out,), the norms of the rows of W + scaling B A."""
+    dropout: float = 0.0
+    """Probability that an input feature of a LoRA layer is zeroed in training."""
+    saved: tuple[str, ...] = ()
+    """Modules whose own weight trains (modules_to_save)."""
+
+    @classmethod
+    def uniform(
+        cls, modules: Iterable[str], *, r: int, scaling: float, dropout: float = 0.0
+    ) -> LoraSpec:
+        """One rank and one scale for all modules."""
+        layer = LoraLayer(r=r, lora_alpha=scaling * r)
+        return cls(layers=dict.fromkeys(modules, layer), dropout=dropout)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full paths of the LoRA layers."""
+        return tuple(self.layers)
+
+    def scaling(self, module: str) -> float:
+        """What B A of a module is multiplied by."""
+        layer = self.layers[module]
+        return lora_scaling(layer.lora_alpha, layer.r, use_rslora=self.use_rslora)

@@ -1,0 +1,1 @@
+"""A base model with its adapter in the files of other tools."""

@@ -1,0 +1,237 @@
+"""What of an adapter folder goes to the hub: its own files, checked, without local paths."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.deltas import changes_nothing
+from phi3_lora.adapters.fingerprint import read_fingerprint
+from phi3_lora.adapters.formats import mlx_lm as mlx_layout
+from phi3_lora.adapters.formats import peft as peft_layout
+from phi3_lora.adapters.formats.folder import (
+    CONFIG_NAME,
+    FINGERPRINT_NAME,
+    TEMPLATE_NAME,
+    find_layouts,
+    read_adapter,
+    read_adapter_config,
+)
+from phi3_lora.errors import AdapterError
+from phi3_lora.hub.download import HUB_ID, first_line
+
+CARD_NAME = "README.md"
+_WEIGHTS = {
+    peft_layout.WEIGHTS_NAME: "PEFT",
+    mlx_layout.WEIGHTS_NAME: "mlx-lm",
+}
+OWN_FILES = (CONFIG_NAME, *_WEIGHTS, FINGERPRINT_NAME, TEMPLATE_NAME, CARD_NAME)
+"""All that push ever sends, replaces or deletes."""
+_BASE_KEYS = ("base_model_name_or_path", "model")
+"""Where PEFT and mlx-lm write what the adapter was trained on."""
+_CACHED = re.compile(r"models--([\w.]+(?:-[\w.]+)*)--([\w.-]+)/snapshots/")
+"""The folder of a hub id in the hub's cache."""
+# Source: huggingface_hub, repocard.py, REGEX_YAML_BLOCK.
+_FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(?:\r\n|\n|$))")
+_CARD_PATH = re.compile(r"^(\| (?:Base model|Training data) \| `)([^`\n]+)(`)", re.MULTILINE)
+"""The rows of a training's model card that may hold a path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Files by their name on the hub."""
+
+    files: dict[str, Path | bytes]
+    """A path where the file goes as it is."""
+    notes: tuple[str, ...]
+    """What goes in another form than it has in the folder."""
+
+
+def files_to_push(folder: Path, repo: str) -> Upload:
+    """Read and check an adapter folder, and choose what of it is to be sent.
+
+    The base model is named only as a hub id: a path in the hub's cache becomes its id, and any
+    other local path becomes null in adapter_config.json and is left out of the card's head, for
+    its last part alone could be read as the id of another model.
+
+    Args:
+        folder: of the adapter; not changed.
+        repo: owner/name, for the title of a card that is made.
+
+    Raises:
+        AdapterError: when the adapter is damaged, is in files of other names, or its README.md has
+            a head that the hub cannot read.
+    """
+    layouts = find_layouts(folder)
+    adapter = read_adapter(folder, keep_parts=True)
+    others = sorted(path.name for path in layouts.values() if path.name not in _WEIGHTS)
+    if others:
+        raise AdapterError(
+            f"{folder} has its weights in {', '.join(others)}; the hub gets {' or '.join(_WEIGHTS)}"
+            f": phi3-lora convert {folder} NEW --to both, then push NEW"
+        )
+    files: dict[str, Path | bytes] = {path.name: path for path in layouts.values()}
+    config, notes = _without_local_paths(read_adapter_config(folder))
+    files[CONFIG_NAME] = (
+        (json.dumps(config, indent=2) + "\n").encode() if notes else folder / CONFIG_NAME
+    )
+    if changes_nothing(adapter):
+        notes.append("this adapter changes nothing: every delta is 0")
+    if (folder / FINGERPRINT_NAME).exists():
+        read_fingerprint(folder)
+        files[FINGERPRINT_NAME] = folder / FINGERPRINT_NAME
+    if (folder / TEMPLATE_NAME).exists():
+        files[TEMPLATE_NAME] = folder / TEMPLATE_NAME
+    base = next((config[key] for key in _BASE_KEYS if _is_hub_id(config.get(key))), None)
+    if (folder / CARD_NAME).exists():
+        text, card_notes = _checked_card(folder / CARD_NAME, base, adapter.base_model)
+        files[CARD_NAME] = text.encode() if card_notes else folder / CARD_NAME
+        notes += card_notes
+    else:
+        files[CARD_NAME] = _new_card(repo, base, adapter, files).encode()
+        notes.append(f"no {CARD_NAME} in {folder}: a short model card is made")
+    return Upload({name: files[name] for name in OWN_FILES if name in files}, tuple(notes))
+
+
+def _is_hub_id(value: Any) -> bool:
+    return isinstance(value, str) and bool(HUB_ID.fullmatch(value)) and not _is_local(value)
+
+
+def _is_local(value: str) -> bool:
+    """Whether a model's name is a path of some machine."""
+    if "://" in value:
+        return False
+    if value.startswith(("/", "~", ".")) or "\\" in value or re.match(r"[A-Za-z]:", value):
+        return True
+    return value.count("/") > 1 or ("/" in value and Path(value).exists())
+
+
+def _without_local_paths(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """adapter_config.json for other machines, and what was changed."""
+    notes = []
+    cleaned = dict(config)
+    for key in _BASE_KEYS:
+        value = config.get(key)
+        if not isinstance(value, str) or not _is_local(value):
+            continue
+        cached = _CACHED.search(value)
+        cleaned[key] = f"{cached[1]}/{cached[2]}" if cached else None
+        notes.append(f"{CONFIG_NAME}: {key} is a local path, sent as {json.dumps(cleaned[key])}")
+    for key, value in config.items():
+        if key not in _BASE_KEYS and (found := _path_in(value)) is not None:
+            cleaned[key] = None
+            notes.append(f"{CONFIG_NAME}: {key} holds the local path {found}, sent as null")
+    return cleaned, notes
+
+
+def _path_in(value: Any) -> str | None:
+    """An absolute path in a value of the configuration, at any depth."""
+    if isinstance(value, str):
+        return value if re.match(r"(/|~/|[A-Za-z]:[\\/])", value) else None
+    if isinstance(value, dict):
+        value = list(value.values())
+    parts = map(_path_in, value) if isinstance(value, list) else ()
+    return next((part for part in parts if part is not None), None)
+
+
+def _checked_card(path: Path, base: str | None, trained_on: str | None) -> tuple[str, list[str]]:
+    """A model card with the head that the hub reads, and what was changed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise AdapterError(f"{path} is not UTF-8 text: save it as UTF-8, or delete it") from None
+    head, body = _split_card(path, text)
+    cleaned, notes = _mended_head(head, base)
+    shorter = _CARD_PATH.sub(
+        lambda row: row[1] + (Path(row[2]).name if _is_local(row[2]) else row[2]) + row[3], body
+    )
+    if trained_on is not None and _is_local(trained_on):
+        shorter = shorter.replace(trained_on, Path(trained_on).name)
+    if shorter != body:
+        notes.append(f"{CARD_NAME}: local paths are sent as their last part")
+    return (_card(cleaned, shorter) if notes else text), notes
+
+
+def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
+    """The head of a model card and the text after it.
+
+    Raises:
+        AdapterError: when there is a head that the hub cannot read.
+    """
+    match = _FRONT_MATTER.match(text)
+    step = "mend it, or delete the file and a card is made"
+    if match is None:
+        if text.lstrip().startswith("---"):
+            raise AdapterError(f"{path} begins with --- but that head has no end line ---: {step}")
+        return {}, text
+    try:
+        head = yaml.safe_load(match[2])
+    except yaml.YAMLError as cause:
+        raise AdapterError(f"the head of {path} is no YAML: {first_line(cause)}; {step}") from None
+    head = {} if head is None else head
+    if not isinstance(head, dict):
+        raise AdapterError(
+            f"the head of {path} must be names with values, got {type(head).__name__}: {step}"
+        )
+    for name in ("base_model", "tags"):
+        value = head.get(name) or []
+        if not all(isinstance(v, str) for v in (value if isinstance(value, list) else [value])):
+            raise AdapterError(f"the head of {path}: {name} must be texts, got {value!r}: {step}")
+    return head, text[match.end() :]
+
+
+def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The head with what the hub needs to know an adapter, and what was changed."""
+    notes = []
+    mended = dict(head)
+    if "library_name" not in head:
+        mended["library_name"] = "peft"
+        notes.append(f"{CARD_NAME}: library_name: peft is added to its head")
+    named = head.get("base_model") or []
+    named = named if isinstance(named, list) else [named]
+    kept = [name for name in named if _is_hub_id(name)]
+    if kept != named:
+        wrong = next(name for name in named if name not in kept)
+        notes.append(f"{CARD_NAME}: base_model {wrong!r} is no hub id and is left out")
+    if not kept and base is not None:
+        kept = [base]
+        notes.append(f"{CARD_NAME}: base_model: {base} is added to its head")
+    if kept:
+        mended["base_model"] = kept[0] if len(kept) == 1 else kept
+    else:
+        mended.pop("base_model", None)
+    tags = head.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
+    # PEFT writes base_model:adapter:/local/path.
+    public = [t for t in tags if not t.startswith("base_model:") or _is_hub_id(t.split(":")[-1])]
+    if public != tags:
+        mended["tags"] = public
+        notes.append(f"{CARD_NAME}: a tag that names a local base model is left out")
+    return mended, notes
+
+
+def _card(head: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _new_card(repo: str, base: str | None, adapter: Adapter, files: Mapping[str, Any]) -> str:
+    """A short model card for an adapter that has none."""
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
+    if base is not None:
+        head["base_model"] = base
+    readers = [f"`{name}` loads in {tool}" for name, tool in _WEIGHTS.items() if name in files]
+    targets = ", ".join(f"`{t}`" for t in sorted({m.rsplit(".", 1)[-1] for m in adapter.modules}))
+    body = (
+        f"\n# {repo.split('/')[1]}\n\nA LoRA adapter of {f'`{base}`' if base else 'a Phi-3 model'}."
+        f"\n\n| | |\n|---|---|\n| Rank, alpha | {adapter.r}, {adapter.lora_alpha:g} |\n"
+        f"| Modules | {targets} |\n\n{', '.join(readers)}. With phi3-lora:\n\n```\n"
+        f'phi3-lora generate --model {base or "BASE"} --adapter {repo} --prompt "Hello"\n```\n'
+    )
+    return _card(head, body)

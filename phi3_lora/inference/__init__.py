@@ -1,0 +1,1 @@
+"""Scoring and generation with a base model and an adapter."""

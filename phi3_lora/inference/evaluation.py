@@ -1,0 +1,136 @@
+"""Loss, perplexity, token accuracy and exact match of a model on documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.documents.batch import make_batch
+from phi3_lora.data.rows.conversation import Conversation
+from phi3_lora.engine.protocol import Engine
+from phi3_lora.engine.request import Sampling
+
+SCORING_TOKENS = 4096
+"""Tokens a scoring batch holds at most, or one longer document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a model does on supervised tokens."""
+
+    loss: float
+    """Nats per supervised token."""
+    perplexity: float
+    token_accuracy: float
+    """Share of supervised tokens whose target has the largest logit."""
+    loss_tokens: int
+    num_documents: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer beside the expected one."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both are the same text, white space at the ends apart."""
+        return self.expected.strip() == self.given.strip()
+
+
+def token_batches(
+    documents: Sequence[Document], limit: int = SCORING_TOKENS
+) -> Iterator[Sequence[Document]]:
+    """Documents in order, in groups of at most so many tokens."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        if group and size + len(document.tokens) > limit:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += len(document.tokens)
+    if group:
+        yield group
+
+
+def evaluate(
+    engine: Engine,
+    documents: Sequence[Document],
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Score every document once.
+
+    Args:
+        engine: the model.
+        documents: at least one, each with a supervised token.
+        on_progress: called with the number of documents just scored.
+    """
+    nats, correct, supervised = 0.0, 0, 0
+    for group in token_batches(documents):
+        scores = engine.score(make_batch(group))
+        nats += float(scores.nats.sum())
+        correct += int(scores.correct.sum())
+        supervised += int(scores.supervised.sum())
+        on_progress(len(group))
+    loss = nats / supervised
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        token_accuracy=correct / supervised,
+        loss_tokens=supervised,
+        num_documents=len(documents),
+    )
+
+
+def answer_conversations(
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    rows: Sequence[Conversation],
+    sampling: Sampling,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """Let the model give each conversation's last answer itself.
+
+    Args:
+        engine: the model.
+        tokenizer: its own.
+        rows: plain text, or one that does not end with an answer, is left out.
+        sampling: how tokens are chosen.
+        on_progress: called with the number of conversations just answered.
+
+    Returns:
+        Answers in the order of the rows.
+    """
+    asked = [
+        row.messages for row in rows if row.messages[-1]["role"] == "assistant" and not row.whole
+    ]
+    num_reported = len(rows) - len(asked)
+    on_progress(num_reported)
+    given: list[list[int]] = [[] for _ in asked]
+    prompts = [tokenizer.encode_prompt(messages[:-1]) for messages in asked]
+    for index, token in engine.generate(prompts, sampling):
+        given[index].append(token)
+        if token in sampling.stop_ids or len(given[index]) == sampling.max_new_tokens:
+            num_reported += 1
+            on_progress(1)
+    # What ended because the context was full.
+    on_progress(len(rows) - num_reported)
+    return [
+        Answer(
+            messages[-2]["content"],
+            messages[-1]["content"],
+            tokenizer.decode([i for i in ids if i not in sampling.stop_ids]),
+        )
+        for messages, ids in zip(asked, given, strict=True)
+    ]

@@ -1,0 +1,129 @@
+"""The shape of a Phi-3 model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from phi3_lora.models.quantization.grid import GROUP_SIZE
+
+PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "4bit", "8bit", "nf4", "mlx-affine")
+"""Of a base: none, the shared grids, bitsandbytes' and MLX's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding, from either style of config."""
+
+    theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
+    factor: float | None = None
+    """LongRoPE's ratio of contexts, where it is told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A Phi-3 model's shape."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    stop_ids: frozenset[int]
+    dtype: str
+    quantization: Mapping[str, Any] | None
+    grid_bits: int | None = None
+    """Bits of the shared grid that the linear layers are stored on; None is no shared grid."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def attention_factor(self) -> float:
+        """What LongRoPE multiplies cos and sin by; 1 without LongRoPE.
+
+        Source: transformers, modeling_rope_utils.py, _compute_longrope_parameters.
+        """
+        if self.rope.long_factor is None:
+            return 1.0
+        if self.rope.attention_factor is not None:
+            return self.rope.attention_factor
+        factor = self.rope.factor
+        if factor is None:
+            factor = self.max_position_embeddings / self.original_max_position_embeddings
+        if factor <= 1.0:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
+
+    def uses_long_factors(self, length: Any) -> Any:
+        """Whether documents of these lengths (tokens) use LongRoPE's long factors."""
+        if self.rope.long_factor is None:
+            return np.zeros_like(length, dtype=bool)
+        return np.asarray(length) > self.original_max_position_embeddings
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (out, in) of every linear layer that LoRA can adapt."""
+        heads = self.num_attention_heads * self.head_dim
+        fused = heads + 2 * self.num_key_value_heads * self.head_dim
+        shape = {
+            "self_attn.qkv_proj": (fused, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, heads),
+            "mlp.gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
+            "mlp.down_proj": (self.hidden_size, self.intermediate_size),
+        }
+        return {
+            f"model.layers.{i}.{name}": shape[name]
+            for i in range(self.num_hidden_layers)
+            for name in PROJECTIONS
+        }
+
+    def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
+        """Those, the embedding as (hidden, vocabulary), and the head; tied, those two are left out.
+
+        Tools differ in whether an adapter of one holds for the other.
+        """
+        if self.tie_word_embeddings:
+            return self.linear_shapes()
+        embedding = {"model.embed_tokens": (self.hidden_size, self.vocab_size)}
+        return {**embedding, **self.linear_shapes(), "lm_head": (self.vocab_size, self.hidden_size)}
+
+    def grid_shapes(self) -> dict[str, tuple[int, int]]:
+        """Those linear layers that a shared grid can hold: the scale of a group needs 32 inputs."""
+        shapes = self.linear_shapes()
+        return {module: s for module, s in shapes.items() if s[1] % GROUP_SIZE == 0}
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter, as in an unquantised model folder."""
+        hidden = (self.hidden_size,)
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            "model.norm.weight": hidden,
+            **{f"{path}.weight": shape for path, shape in self.linear_shapes().items()},
+        }
+        for i in range(self.num_hidden_layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{i}.{norm}.weight"] = hidden
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes

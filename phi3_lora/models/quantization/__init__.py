@@ -1,0 +1,1 @@
+"""Quantised bases on grids that every backend reads alike."""

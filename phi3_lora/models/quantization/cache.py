@@ -1,0 +1,86 @@
+"""A base on a shared grid, made from an unquantised one when it is first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from phi3_lora.errors import ModelError, StorageError
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.quantization.folder import write_quantized_folder
+from phi3_lora.models.quantization.grid import GRID_VERSION
+from phi3_lora.models.weights import check_weights
+from phi3_lora.storage.cache import cache_root, found_or_made
+from phi3_lora.storage.safetensors import TensorInfo
+
+_SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+class Checked(NamedTuple):
+    """A model folder whose weights were checked."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
+
+
+def cache_dir() -> Path:
+    """Where quantised bases lie."""
+    return cache_root() / "quantized"
+
+
+def quantized_copy(
+    source: Path, config: ModelConfig, *, bits: int, note: Callable[[str], None]
+) -> Checked:
+    """A model's weights on a grid; processes that ask at once share the work.
+
+    Args:
+        source: the model's folder.
+        config: of source.
+        bits: 4 or 8.
+        note: told when the folder is made.
+
+    Raises:
+        ModelError: when the weights cannot be used, or are quantised already.
+        StorageError: when the cache cannot be written.
+    """
+    target = cache_dir() / f"{_key(source)}-{bits}bit"
+
+    def make() -> None:
+        tensors = check_weights(source, config)
+        note(f"quantising {source} to {bits} bits, once, into {target}")
+        write_quantized_folder(source, config, tensors, target, bits=bits, for_transformers=False)
+
+    waiting = "waiting for another process that is quantising the same base"
+    try:
+        found, _ = found_or_made(target, lambda: _checked(target), make, waiting=waiting, note=note)
+    except StorageError as cause:
+        raise StorageError(
+            f"{cause}, or write the quantised base yourself with phi3-lora quantize --output"
+        ) from cause
+    return found or _read(target)
+
+
+def _key(source: Path) -> str:
+    """Of the files as they are: an edit makes another base, though a sample of it be the same."""
+    digest = hashlib.sha256(str(GRID_VERSION).encode())
+    for path in sorted(p for pattern in _SOURCES for p in source.glob(pattern)):
+        status = path.resolve().stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(target: Path) -> Checked:
+    config = read_model_config(target)
+    return Checked(target, config, check_weights(target, config))
+
+
+def _checked(target: Path) -> Checked | None:
+    """A cached base, or None if there is none or it is damaged."""
+    try:
+        return _read(target)
+    except ModelError:
+        return None

@@ -1,0 +1,101 @@
+"""The README.md of an adapter folder: a model card with the facts of its run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.inference.evaluation import Evaluation
+from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.family import peer_differences
+from phi3_lora.training.loop import Progress
+
+
+def model_card(
+    adapter: Adapter,
+    config: RunConfig,
+    facts: dict[str, Any],
+    identity: str,
+    environment: dict[str, Any],
+    base: ModelConfig,
+    progress: Progress,
+    evaluation: Evaluation | None,
+) -> str:
+    """Markdown with the YAML head that the hub reads.
+
+    Args:
+        adapter: what the card describes.
+        config: the run.
+        facts: the run's figures (Prepared.facts).
+        identity: of the base model.
+        environment: backend, device, dtype and versions.
+        base: the base model's shape.
+        progress: where the run stands.
+        evaluation: on the validation data, for the best adapter.
+    """
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
+    if "/" in config.model and not config.model.startswith((".", "/", "~")):
+        head["base_model"] = config.model
+    amount = _amount(facts, progress)
+    rows = _rows(adapter, config, facts, identity, environment, amount)
+    rows["Steps"] = f"{progress.step:,} of {facts['total_steps']:,}"
+    if progress.last_loss is not None:
+        rows["Training loss"] = f"{progress.last_loss:.4f} nats per supervised token"
+    if evaluation is not None:
+        rows["Validation loss"] = f"{evaluation.loss:.4f} (perplexity {evaluation.perplexity:.3f})"
+    elif progress.best_eval_loss is not None:
+        rows["Best validation loss"] = f"{progress.best_eval_loss:.4f}"
+    differences = "".join(f"- {tool} {text}.\n" for tool, text in peer_differences(base).items())
+    if differences:
+        differences = (
+            "\nOther tools run this base model in ways of their own, which changes what the "
+            f"adapter sees:\n\n{differences}"
+        )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# LoRA adapter\n\n"
+        f"Trained with phi3-lora.\n\n| | |\n|---|---|\n{table}\n\n"
+        "Of the weights, `adapter_model.safetensors` is PEFT's file and `adapters.safetensors` "
+        f"mlx-lm's; both tools read `adapter_config.json`.\n{differences}"
+    )
+
+
+def _rows(
+    adapter: Adapter,
+    config: RunConfig,
+    facts: dict[str, Any],
+    identity: str,
+    environment: dict[str, Any],
+    amount: str,
+) -> dict[str, str]:
+    """What does not depend on how well it went."""
+    training = config.training_config
+    return {
+        "Base model": f"`{config.model}`",
+        "Quantised": f"`{config.quantize}`",
+        "Base identity (sha256)": f"`{identity}`",
+        "Training data": f"{_sources(config)}: {amount}",
+        "Documents a step": f"{facts['documents_per_step']}",
+        "Plan hash (sha256)": f"`{facts['plan_hash']}`",
+        "Rank, alpha, scale": f"{adapter.r}, {adapter.lora_alpha:g}, {adapter.scaling:g}"
+        + ("" if adapter.is_uniform else " (most modules; others in adapter_config.json)"),
+        "Trainable parameters": f"{facts['num_trainable_parameters']:,}",
+        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "Seed": str(training.seed),
+        "Trained on": f"{environment['backend']}, {environment['device']}, {environment['dtype']}",
+        "Versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
+    }
+
+
+def _amount(facts: dict[str, Any], progress: Progress) -> str:
+    if facts["num_documents"] is None:
+        return f"streamed, {progress.tokens:,} tokens of it"
+    return f"{facts['num_documents']:,} documents, {facts['loss_tokens']:,} supervised tokens"
+
+
+def _sources(config: RunConfig) -> str:
+    names = [config.data.train, *(source.path for source in config.data.sources)]
+    return ", ".join(f"`{name}`" for name in names if name)

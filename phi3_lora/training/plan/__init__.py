@@ -1,0 +1,1 @@
+"""Which documents form which optimizer step."""

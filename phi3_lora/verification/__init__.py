@@ -1,0 +1,1 @@
+"""Comparisons: between backends, after a conversion, with where an adapter was trained."""
