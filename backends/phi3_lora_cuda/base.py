@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,26 @@ def resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch
     return _DTYPES[name]
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A context without transformers' notes (generation flags, unused buffers) and progress bars.
+
+    They are not for our users. Other code in the process hears of its own models as before.
+    """
+    log = logging.getLogger("transformers")
+    level, has_bar = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+        if has_bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def load_base(
     request: LoadRequest, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Any:
@@ -48,11 +70,7 @@ def load_base(
         )
     if request.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--quantize nf4 needs bitsandbytes: pip install 'phi3-lora[nf4]'")
-    # Its notes (generation flags, unused rotary buffers) are not for our users.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_transformers():
         model = _empty_model(request, dtype)
     if config.grid_bits is not None:
         use_stored(model, list(config.grid_shapes()), bits=config.grid_bits)

@@ -62,12 +62,16 @@ class LoadedPhi3:
 
     def _compile_layers(self) -> None:
         """Let one graph serve all layers and all lengths."""
-        # Where a graph cannot be made, the layer runs as it is.
-        torch._dynamo.config.suppress_errors = True
         # The first layer's input would need no gradient, and a second graph.
         self.causal_lm.enable_input_require_grads()
         for layer in self.causal_lm.model.layers:
             layer.compile(dynamic=True)
+
+    def compiled(self) -> AbstractContextManager[None]:
+        """A context for training: where a graph cannot be made, the layer runs as it is."""
+        if not self.is_compiled:
+            return contextlib.nullcontext()
+        return torch._dynamo.config.patch(suppress_errors=True)
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """A context for scoring and decoding, which would need graphs of their own."""

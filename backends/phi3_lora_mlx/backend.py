@@ -49,7 +49,6 @@ class MlxBackend:
         """Load a base model and put the LoRA layers on it."""
         self.check(request.device)
         on_gpu = request.device != "cpu" and has_gpu()
-        mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
         return MlxEngine(load_model(request, on_gpu=on_gpu), request, on_gpu=on_gpu)
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
@@ -58,15 +57,15 @@ class MlxBackend:
         Raises:
             AdapterError: when mlx-lm does not load the adapter.
         """
-        mx.set_default_device(mx.cpu)
-        model, _ = load_with_mlx_lm(model_dir)
-        model.set_dtype(mx.float32)
-        try:
-            model = load_adapters(model, str(adapter_dir))
-        except (ValueError, KeyError, AttributeError, RuntimeError) as cause:
-            raise AdapterError(f"mlx-lm does not load {adapter_dir}: {cause}") from cause
-        model.eval()
-        return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
+        with mx.stream(mx.cpu):
+            model, _ = load_with_mlx_lm(model_dir)
+            model.set_dtype(mx.float32)
+            try:
+                model = load_adapters(model, str(adapter_dir))
+            except (ValueError, KeyError, AttributeError, RuntimeError) as cause:
+                raise AdapterError(f"mlx-lm does not load {adapter_dir}: {cause}") from cause
+            model.eval()
+            return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
 
     def describe(self) -> dict[str, Any]:
         """Versions, devices, BLAS and thread count."""

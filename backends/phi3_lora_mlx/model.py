@@ -27,8 +27,9 @@ _AFFINE_GROUP_SIZE, _AFFINE_BITS = 64, 4
 class LoadedPhi3:
     """The model, its shape, and its LoRA layers by module path."""
 
-    def __init__(self, model: Phi3, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, model: Phi3, config: ModelConfig, dtype: str, device: mx.Device) -> None:
         self.model = model
+        self.device = device
         self.config = config
         self.dtype = dtype
         self.state = LoraState()
@@ -79,10 +80,10 @@ class LoadedPhi3:
         """A context in which the model answers without its adapter."""
         modules = {path: _descend(self.model, path) for path in self.base_weights}
         trained = {path: module.weight for path, module in modules.items()}
-        self.state.is_enabled = False
-        for path, module in modules.items():
-            module.weight = self.base_weights[path]
         try:
+            self.state.is_enabled = False
+            for path, module in modules.items():
+                module.weight = self.base_weights[path]
             yield
         finally:
             self.state.is_enabled = True
@@ -97,11 +98,17 @@ def _descend(module: Any, path: str) -> Any:
 
 
 def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
-    """The model of a request; a folder that mlx-lm quantised stays quantised.
+    """Load the model of a request; a folder that mlx-lm quantised stays quantised.
 
     Raises:
         ModelError: when mlx-lm cannot load the folder.
     """
+    device = mx.Device(mx.gpu if on_gpu else mx.cpu)
+    with mx.stream(device):
+        return _load(request, device, on_gpu=on_gpu)
+
+
+def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi3:
     config = read_model_config(request.model_dir)
     _check_quantization(config, request)
 
@@ -133,7 +140,7 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
         )
     model.freeze()
     mx.eval(model.parameters())
-    loaded = LoadedPhi3(model, config, dtype)
+    loaded = LoadedPhi3(model, config, dtype, device)
     if request.lora is not None:
         loaded.add_lora(request.lora)
         if request.gradient_checkpointing:
