@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from phi3_lora.data.rows.conversation import Message
     from phi3_lora.data.sources.source import Source
     from phi3_lora.engine.protocol import Engine
-    from phi3_lora.inference.base_model import BaseModel
+    from phi3_lora.inference.base_model import FoundModel
     from phi3_lora.inference.evaluation import Evaluation
     from phi3_lora.training.observer import Observer
     from phi3_lora.training.run import TrainResult
@@ -55,7 +55,7 @@ def train(
 class LoadedModel:
     """A base model with its adapter on a device; use it as a context manager or close it."""
 
-    def __init__(self, base: BaseModel, engine: Engine, adapter: Adapter | None) -> None:
+    def __init__(self, base: FoundModel, engine: Engine, adapter: Adapter | None) -> None:
         self.base = base
         self.engine = engine
         self.adapter = adapter
@@ -193,12 +193,12 @@ def load(
     Raises:
         Phi3LoraError: with what is wrong and what to do.
     """
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import open_engine, with_adapter
     from phi3_lora.training.observer import LoggingObserver
 
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(str(adapter), base)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, None if adapter is None else str(adapter))
     opened = open_engine(
         base,
         backend=backend,

@@ -16,7 +16,6 @@ from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.models.config_json import read_model_config
 from phi3_lora_mlx.lora import LoRAEmbedding, LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Embedding, Phi3
 
@@ -109,7 +108,7 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
 
 
 def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi3:
-    config = read_model_config(request.model_dir)
+    config = request.model.config
     _check_quantization(config, request)
 
     class Arguments:
@@ -119,15 +118,13 @@ def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi
         def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
             return config
 
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = request.gpu_dtype or config.dtype if on_gpu else "float32"
+    dtype = request.compute_dtype(on_gpu=on_gpu)
     try:
         model, _ = load_with_mlx_lm(
-            request.model_dir, lazy=True, get_model_classes=lambda config: (Phi3, Arguments)
+            request.model.path, lazy=True, get_model_classes=lambda config: (Phi3, Arguments)
         )
     except (ValueError, RuntimeError, KeyError, OSError) as cause:
-        raise ModelError(f"mlx-lm cannot load {request.model_dir}: {cause}") from cause
+        raise ModelError(f"mlx-lm cannot load {request.model.path}: {cause}") from cause
     model.set_dtype(getattr(mx, dtype))
     if request.quantize == "mlx-affine":
         nn.quantize(
@@ -154,7 +151,7 @@ def _check_quantization(config: ModelConfig, request: LoadRequest) -> None:
         return
     method = quantization.get("quant_method", "unknown")
     raise ModelError(
-        f"{request.model_dir} is quantised with {method!r}, which --backend mlx does not read; "
+        f"{request.model.path} is quantised with {method!r}, which --backend mlx does not read; "
         "use the unquantised model, or one that mlx-lm quantised"
     )
 

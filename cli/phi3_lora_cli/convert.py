@@ -53,10 +53,10 @@ def command(
     from phi3_lora.adapters.formats.folder import check_unused
     from phi3_lora.adapters.formats.loralib import Untold
     from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.base_model import find_base_model
 
     layout = _layout(to, consumer)
-    base = None if model is None else look_at_model(model, with_weights=verify)
+    base = None if model is None else find_base_model(model, with_weights=verify)
     if consumer == "ollama" and base is None:
         raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
     if consumer == "ollama":

@@ -61,10 +61,10 @@ def settings(
 def base_of(config: RunConfig) -> Base:
     """The base model's tokenizer and context, with the settings' own template and loss."""
     from phi3_lora.data.quality.checks import Base
-    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.base_model import find_base_model
 
     data = config.data
-    model = look_at_model(
+    model = find_base_model(
         config.model, config.revision, with_weights=False, chat_template=data.chat_template
     )
     for text in model.tokenizer.notes:

@@ -69,13 +69,13 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
-    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.base_model import find_base_model
     from phi3_lora.inference.evaluation import evaluate
-    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.inference.loading import open_engine, with_adapter
     from phi3_lora.inference.scoring_data import load_to_score
 
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(adapter, base)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, adapter)
     dataset, asked = load_to_score(
         data,
         base.tokenizer,

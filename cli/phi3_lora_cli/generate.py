@@ -46,15 +46,15 @@ def command(
     """
     from phi3_lora.data.rows.conversation import Message
     from phi3_lora.engine.request import Sampling
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import open_engine, with_adapter
 
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(adapter, base)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, adapter)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     ids = base.tokenizer.encode_prompt(messages)

@@ -41,13 +41,13 @@ def command(
     from phi3_lora.adapters.formats.loralib import Untold
     from phi3_lora.adapters.inspection import inspect_adapter
     from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import look_at_model
+    from phi3_lora.inference.base_model import find_base_model
     from phi3_lora.report.heatmap import check_name, write_heat_map
 
     path = None if plot is None else Path(plot).expanduser()
     if path is not None:
         check_name(path)
-    config = None if model is None else look_at_model(model, with_weights=False).config
+    config = None if model is None else find_base_model(model, with_weights=False).config
     untold = Untold(alpha, prefix, part_names(enable), parts)
     facts = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
     if path is not None:

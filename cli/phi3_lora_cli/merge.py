@@ -75,9 +75,8 @@ def command(
     from phi3_lora.adapters.formats.folder import check_apart
     from phi3_lora.export.merge import merge, merge_to_gguf
     from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter, other_base_notes
-    from phi3_lora.models.weights import check_weights, model_identity
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import check_base_model, other_base_notes, with_adapter
 
     _check_types(to, dtype, outtype, dequantize=dequantize)
     if not all(map(math.isfinite, weights)):
@@ -87,21 +86,22 @@ def command(
             f"{len(adapters)} --adapter and {len(weights)} --weight: give each adapter one, or none"
         )
     folders = [str(resolve_adapter_dir(adapter)) for adapter in adapters]
-    base = look_at_model(model, revision, with_weights=to != "adapter")
+    base = find_base_model(model, revision, with_weights=to != "adapter")
     if dequantize and base.config.quantization is None:
         raise click.UsageError(f"--dequantize has no effect: {model} is not quantised")
     check_apart(Path(output).expanduser(), base.path, *map(Path, folders))
-    parts = [
-        Weighted(load_adapter(path, base), weight)
-        for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True)
-    ]
+    parts = []
+    for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
+        base, part = with_adapter(base, path)
+        assert part is not None
+        parts.append(Weighted(part, weight))
     if to == "adapter":
         _write_sum(parts, Path(output).expanduser(), as_json=as_json)
         return
-    tensors = check_weights(base.path, base.config)
-    identity = model_identity(base.path, tensors)
-    for text in {text for part in parts for text in other_base_notes(part.adapter, identity)}:
+    checked = check_base_model(base)
+    for text in {t for part in parts for t in other_base_notes(part.adapter, checked.identity)}:
         note(text)
+    tensors = dict(checked.files.tensors)
     inputs = (base.path, base.config, tensors, parts, Path(output).expanduser())
     if to == "gguf":
         chosen = None if outtype == "auto" else outtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import click
@@ -47,16 +46,16 @@ def command(
     from phi3_lora.engine.lora_spec import LoraSpec
     from phi3_lora.engine.registry import available_backends
     from phi3_lora.errors import BackendUnavailableError
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter, prepare_weights
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import check_for_backend, with_adapter
     from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
 
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(adapter, base)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, adapter)
     shapes = base.config.linear_shapes()
     spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
     start = random_start(spec, shapes) if weights is None else weights.weights
-    trial = Trial(base, _documents(base, data, 4 * steps), spec, start, steps)
+    documents = _documents(base, data, 4 * steps)
     backends, reasons = available_backends(device)
     if not backends:
         raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))
@@ -64,9 +63,9 @@ def command(
         note(reason)
     laws: list[Any] = []
     measured: list[Any] = []
-    ready = {name: prepare_weights(base, b, note)[0] for name, b in backends.items()}
+    ready = {name: check_for_backend(base, b, note) for name, b in backends.items()}
     for name, backend in backends.items():
-        trial = dataclasses.replace(trial, base=ready[name])
+        trial = Trial(ready[name], documents, spec, start, steps)
         other = measured[0].trained if measured else None
         measured.append(measure(trial, backend, device, other))
         laws += own_laws(name, measured[-1])

@@ -27,18 +27,17 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
     """
     from phi3_lora.errors import ModelError
     from phi3_lora.hub.download import resolve_model_dir
-    from phi3_lora.models.config_json import read_model_config
     from phi3_lora.models.quantization.folder import write_quantized_folder
-    from phi3_lora.models.weights import check_weights
+    from phi3_lora.models.weights import check_model_files
     from phi3_lora.storage.atomic import is_unused
 
     target = Path(output).expanduser()
     if not is_unused(target):
         raise ModelError(f"{target} already holds something: choose another --output")
-    source = resolve_model_dir(model, revision)
-    config = read_model_config(source)
-    tensors = check_weights(source, config)
-    error = write_quantized_folder(source, config, tensors, target, bits=int(bits))
+    source = check_model_files(resolve_model_dir(model, revision))
+    error = write_quantized_folder(
+        source.path, source.config, source.tensors, target, bits=int(bits)
+    )
     if as_json:
         print_json(
             {

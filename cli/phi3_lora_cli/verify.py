@@ -34,19 +34,19 @@ def command(
     """
     from phi3_lora.adapters.fingerprint import read_fingerprint
     from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter, open_engine
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import open_engine, with_adapter
     from phi3_lora.verification.fingerprint import check_vocabulary, compare
 
     folder = resolve_adapter_dir(adapter)
     stored = read_fingerprint(folder)
-    base = look_at_model(model, revision, quantize=quantize)
+    base = find_base_model(model, revision, quantize=quantize)
     check_vocabulary(stored, base.config.vocab_size)
-    weights = load_adapter(str(folder), base)
+    base, weights = with_adapter(base, str(folder))
     opened = open_engine(
         base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
     )
-    verdict = compare(stored, opened.engine, opened.identity)
+    verdict = compare(stored, opened.engine, opened.base.identity)
     opened.engine.close()
     if as_json:
         print_json(verdict.to_dict())

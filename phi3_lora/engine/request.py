@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.models.weights import ModelFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class OptimSpec:
 class LoadRequest:
     """Everything a backend needs to open a model for training or scoring."""
 
-    model_dir: Path
+    model: ModelFiles
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: gpu_dtype on a GPU, float32 on a CPU."""
     gpu_dtype: str | None = None
@@ -46,6 +46,12 @@ class LoadRequest:
     gradient_checkpointing: bool = False
     compile: bool = False
     """Fuse each layer's small operations where the backend gains by it, after a minute's work."""
+
+    def compute_dtype(self, *, on_gpu: bool) -> str:
+        """Return the dtype to compute in, with auto resolved for the chosen device."""
+        if self.dtype != "auto":
+            return self.dtype
+        return (self.gpu_dtype or self.model.config.dtype) if on_gpu else "float32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from phi3_lora.errors import ModelError, listing
 from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import MLX_FILE, grid_problems, stored_shapes
 from phi3_lora.storage.json_file import read_json
 from phi3_lora.storage.safetensors import (
@@ -23,6 +26,39 @@ from phi3_lora.storage.safetensors import (
 
 _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model folder, its parsed config.json, and where each of its tensors lies."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_model_files(model_dir: Path) -> ModelFiles:
+    """Read config.json and the headers of the weights; no tensor is read.
+
+    Raises:
+        ModelError: when a file is missing or damaged, or config.json cannot be used.
+    """
+    config = read_model_config(model_dir)
+    return ModelFiles(model_dir, config, tensor_index(model_dir, config))
+
+
+def check_model_files(model_dir: Path, config: ModelConfig | None = None) -> ModelFiles:
+    """Read a model folder, and check names, shapes and finiteness of all weights.
+
+    Args:
+        model_dir: the folder.
+        config: of the folder, where it was read before.
+
+    Raises:
+        ModelError: when config.json or a tensor cannot be used.
+    """
+    config = config or read_model_config(model_dir)
+    return ModelFiles(model_dir, config, check_weights(model_dir, config))
 
 
 def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -121,7 +157,7 @@ def _what_frameworks_read_differently(
     return problems
 
 
-def model_identity(model_dir: Path, tensors: dict[str, TensorInfo]) -> str:
+def model_identity(model_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
     """sha256 over the config, the tensors' names, types and shapes, and a sample of their bytes.
 
     It does not depend on the folder's path or on how the tensors are sharded.

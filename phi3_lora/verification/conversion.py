@@ -15,7 +15,7 @@ from phi3_lora.arrays import Float32
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.protocol import Backend
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.inference.loading import open_engine
 from phi3_lora.models.family import peer_differences
 from phi3_lora.verification.fingerprint import probe_documents
@@ -46,7 +46,7 @@ class Answers(NamedTuple):
 
 
 def compare_answers(
-    base: BaseModel,
+    base: FoundModel,
     adapters: tuple[Adapter, Adapter],
     target: Path,
     backends: Mapping[str, Backend],
@@ -90,7 +90,7 @@ def compare_answers(
 
 
 def _ours(
-    base: BaseModel, backend: str, adapter: Adapter, documents: list[Document], note: Note
+    base: FoundModel, backend: str, adapter: Adapter, documents: list[Document], note: Note
 ) -> Float32:
     opened = open_engine(
         base,

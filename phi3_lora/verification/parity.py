@@ -21,7 +21,7 @@ from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.engine.random_streams import uniform
 from phi3_lora.engine.request import LoadRequest
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import CheckedModel
 
 DOCUMENTS_PER_STEP = 4
 _LEARNING_RATE = 1e-4
@@ -71,7 +71,7 @@ class Numbers:
 class Trial:
     """What is run on each backend."""
 
-    base: BaseModel
+    base: CheckedModel
     documents: Sequence[Document]
     spec: LoraSpec
     start: Tensors
@@ -109,10 +109,10 @@ def measure(
         dtype: of the base model; the gates are float32's.
     """
     request = LoadRequest(
-        model_dir=trial.base.path,
+        model=trial.base.files,
         dtype=dtype,
         device=device,
-        quantize=trial.base.own_quantization,
+        quantize=trial.base.found.backend_quantization,
         lora=trial.spec,
     )
     engine = backend.open(request)

@@ -19,6 +19,7 @@ from phi3_lora.engine.lora_spec import LoraLayer, LoraSpec
 from phi3_lora.engine.protocol import Batch, Engine
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.backends.test_conformance import OPENERS
@@ -41,7 +42,9 @@ def opened(folder: Path, opener: str) -> Engine:
     config = read_model_config(folder)
     layer = LoraLayer(r=4, lora_alpha=8.0)
     spec = LoraSpec(layers=dict.fromkeys(config.linear_shapes(), layer), use_dora=True, dropout=0.3)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=spec, micro_batch_tokens=30, seed=3)
+    request = LoadRequest(
+        model=read_model_files(folder), device="cpu", lora=spec, micro_batch_tokens=30, seed=3
+    )
     engine = OPENERS[opener](request)
     rng = np.random.default_rng(7)
     engine.write_adapter(

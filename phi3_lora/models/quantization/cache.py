@@ -5,26 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from phi3_lora.errors import ModelError, StorageError
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import write_quantized_folder
 from phi3_lora.models.quantization.grid import GRID_VERSION
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import ModelFiles, check_model_files, check_weights
 from phi3_lora.storage.cache import cache_root, found_or_made
-from phi3_lora.storage.safetensors import TensorInfo
 
 _SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-
-
-class Checked(NamedTuple):
-    """A model folder whose weights were checked."""
-
-    path: Path
-    config: ModelConfig
-    tensors: dict[str, TensorInfo]
 
 
 def cache_dir() -> Path:
@@ -34,7 +23,7 @@ def cache_dir() -> Path:
 
 def quantized_copy(
     source: Path, config: ModelConfig, *, bits: int, note: Callable[[str], None]
-) -> Checked:
+) -> ModelFiles:
     """A model's weights on a grid; processes that ask at once share the work.
 
     Args:
@@ -61,7 +50,7 @@ def quantized_copy(
         raise StorageError(
             f"{cause}, or write the quantised base yourself with phi3-lora quantize --output"
         ) from cause
-    return found or _read(target)
+    return found or check_model_files(target)
 
 
 def _key(source: Path) -> str:
@@ -73,14 +62,9 @@ def _key(source: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(target: Path) -> Checked:
-    config = read_model_config(target)
-    return Checked(target, config, check_weights(target, config))
-
-
-def _checked(target: Path) -> Checked | None:
+def _checked(target: Path) -> ModelFiles | None:
     """A cached base, or None if there is none or it is damaged."""
     try:
-        return _read(target)
+        return check_model_files(target)
     except ModelError:
         return None
