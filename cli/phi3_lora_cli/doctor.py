@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+import phi3_lora
 from phi3_lora_cli.options import output_options, print_json
 
 
@@ -16,9 +17,7 @@ def command(as_json: bool) -> None:
     Example:
       phi3-lora doctor
     """
-    from phi3_lora.report.doctor import examine
-
-    facts = examine()
+    facts = phi3_lora.doctor().to_dict()
     if as_json:
         print_json(facts)
         return

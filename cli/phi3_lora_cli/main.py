@@ -17,7 +17,7 @@ COMMANDS = {
     "generate": ("generate", "Answer one prompt."),
     "quantize": ("quantize", "Write a base in 4 or 8 bits that is equal on both backends."),
     "convert": ("convert", "Move an adapter between PEFT, mlx-lm, loralib and unfused."),
-    "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
+    "verify": ("verify", "Compare an adapter here with where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),
     "merge": ("merge", "Fold adapters into the base model."),
     "push": ("push", "Send an adapter with its model card to the Hugging Face hub."),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -23,11 +25,21 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def output_options(function: F) -> F:
-    """--json and --debug."""
+    """--json and --debug; options that do not go together are shown as wrong usage."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        from phi3_lora.api.options import OptionError
+
+        try:
+            return function(*arguments, **options)
+        except OptionError as problem:
+            raise click.UsageError(str(problem)) from None
+
     return _stack(
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-    )(function)
+    )(cast(F, command))
 
 
 def backend_options(function: F) -> F:
@@ -71,6 +83,15 @@ def model_options(function: F) -> F:
     )(function)
 
 
+def data_options(function: F) -> F:
+    """DATA, -c and --set."""
+    return _stack(
+        click.argument("data", metavar="DATA", required=False),
+        click.option("-c", "--config", type=click.Path(path_type=Path), help="As for train."),
+        click.option("--set", multiple=True, metavar="DATA.KEY=VALUE", help="As for train."),
+    )(function)
+
+
 def untold_options(function: F) -> F:
     """What a file of loralib, or an .npz, does not say."""
     return _stack(
@@ -87,13 +108,9 @@ def untold_options(function: F) -> F:
     )(function)
 
 
-def part_names(enable: str | None) -> list[str]:
-    """The names in --enable."""
-    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
-    unknown = sorted(set(names) - {"q", "k", "v", "gate", "up"})
-    if unknown:
-        raise click.UsageError(f"--enable {unknown[0]!r}: allowed are q, k, v, gate, up")
-    return names
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given; for the others the functions have their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def print_json(result: dict[str, Any]) -> None:
