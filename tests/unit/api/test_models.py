@@ -93,9 +93,7 @@ def test_it_shows_its_model_and_device(model: LoadedModel, tmp_path: Path) -> No
     assert repr(model) == f"<LoadedModel {tmp_path}/model, no adapter, float64 on numpy>"
 
 
-def test_a_model_without_an_adapter_has_nothing_to_save(
-    model: LoadedModel, tmp_path: Path
-) -> None:
+def test_a_model_without_an_adapter_has_nothing_to_save(model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nothing to save"):
         model.save(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -86,9 +86,7 @@ def test_characters_that_span_tokens_come_whole(tokenizer: ChatTokenizer) -> Non
 
 
 @pytest.mark.parametrize("end", ["stop", "length", "context"])
-def test_an_incomplete_character_at_the_end_is_not_lost(
-    tokenizer: ChatTokenizer, end: str
-) -> None:
+def test_an_incomplete_character_at_the_end_is_not_lost(tokenizer: ChatTokenizer, end: str) -> None:
     ids = tokenizer.encode_text("a\u4f60")[:-1]
     script = [*ids, STOP] if end == "stop" else ids
     pieces = pieces_of(tokenizer, script, limit=len(ids) if end == "length" else 99)
