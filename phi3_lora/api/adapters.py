@@ -61,8 +61,8 @@ class Comparison:
         return {
             "max_relative_difference": self.max_relative_difference,
             "worst_module": self.worst_module,
-            **answers,
             "equal": self.equal,
+            **answers,
         }
 
 
