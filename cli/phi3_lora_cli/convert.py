@@ -8,7 +8,7 @@ import click
 
 import phi3_lora
 from phi3_lora.api.adapters import ConversionResult
-from phi3_lora_cli.options import given, note, output_options, print_json, untold_options
+from phi3_lora_cli.options import given, note, output_options, print_json, source_options
 
 _LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
 _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
@@ -17,21 +17,25 @@ _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--to", type=click.Choice(_LAYOUTS), help="The layout; --for knows it by itself.")
-@click.option("--for", "for_tool", type=click.Choice(_TOOLS), help="Keep this tool's rules.")
+@click.option("--to", type=click.Choice(_LAYOUTS), help="The layout; --for implies one.")
+@click.option("--for", "for_tool", type=click.Choice(_TOOLS), help="Write what this tool reads.")
 @click.option("--model", metavar="ID|DIR|demo", help="The base model.")
 @click.option(
     "--verify", is_flag=True, help="Compare the result with SRC; exit code 3 if it differs."
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Cut deltas of a higher rank, with loss.")
-@untold_options
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Largest rank of the result; higher ranks are cut, with loss.",
+)
+@source_options
 @output_options
 def command(source: str, target: str, as_json: bool, **options: Any) -> int:
     """Move an adapter between layouts: PEFT, mlx-lm, unfused q, k, v (Unsloth), loralib, GGUF.
 
-    SRC's layout is told by its content. The result is read back and compared. unfused needs --model
-    for the sizes of q, k and v; so does an unfused SRC that leaves one of them out. With --verify
-    and --model, the answers of the model with both are compared too.
+    SRC's layout is found by its content. The result is read back and compared. The layout unfused
+    needs --model for the sizes of q, k and v; so does an unfused SRC that leaves one of them out.
+    With --verify and --model, the model's answers with both are compared too.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""phi3-lora data: check, preview and split; clean has a file of its own."""
+"""phi3-lora data: check, preview and split; data_clean.py holds clean."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from phi3_lora_cli.options import data_options, given, note, output_options, pri
 _near_option = click.option(
     "--near-duplicates/--no-near-duplicates",
     default=None,
-    help="Whether to look for rows that are nearly alike. Default: yes.",
+    help="Look for rows that are nearly alike. Default: yes.",
 )
 
 
 @click.group()
 def command() -> None:
-    """Look at data before training on it: problems, tokens in the loss, a split.
+    """Check, preview, split or clean data before training on it.
 
     \b
     Example:
@@ -32,11 +32,13 @@ def command() -> None:
 
 @command.command()
 @data_options
-@click.option("--valid", metavar="DATA", help="To validate on; checked too, and for leaks.")
-@click.option("--model", metavar="ID|DIR|demo", help="Lengths in tokens, and what is in the loss.")
+@click.option("--valid", metavar="DATA", help="Rows to validate on; checked too, and for leaks.")
+@click.option(
+    "--model", metavar="ID|DIR|demo", help="Base model, for lengths in tokens and the loss."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @_near_option
-@click.option("--min-chars", type=click.IntRange(min=0), help="Least characters of a row.")
+@click.option("--min-chars", type=click.IntRange(min=0), help="Fewest characters of a row.")
 @click.option("--max-chars", type=click.IntRange(min=0), help="Most characters of a row.")
 @click.option(
     "--pattern", "patterns", metavar="REGEX", multiple=True, help="No row may match; repeatable."
@@ -44,7 +46,7 @@ def command() -> None:
 @click.option("--language", metavar="CODE", help="The language rows should be in, such as en.")
 @output_options
 def check(data: str | None, as_json: bool, **options: Any) -> int:
-    """Report what is wrong in data, with file and line. Nothing is changed.
+    """Report problems in data, with file and line. Nothing is changed.
 
     DATA, --config and --set mean what they mean for train; the validation rows of a folder are
     checked with it. Exit code 0 if there is no problem, 3 if there is.
@@ -63,10 +65,12 @@ def check(data: str | None, as_json: bool, **options: Any) -> int:
 
 @command.command()
 @data_options
-@click.option("--model", metavar="ID|DIR|demo", help="Whose tokens and chat template.")
+@click.option(
+    "--model", metavar="ID|DIR|demo", help="Base model, for its tokens and chat template."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--limit", type=click.IntRange(min=1), default=5, help="Rows shown. Default: 5.")
-@click.option("--html", metavar="FILE", help="Write a page in place of printing.")
+@click.option("--limit", type=click.IntRange(min=1), default=5, help="Rows to show. Default: 5.")
+@click.option("--html", metavar="FILE", help="Write a page instead of printing.")
 @output_options
 def preview(data: str | None, as_json: bool, **options: Any) -> None:
     """Show the tokens of the first rows and where the loss counts.
@@ -101,10 +105,10 @@ def preview(data: str | None, as_json: bool, **options: Any) -> None:
 @click.option("--group-by", metavar="KEY", help="Rows with one value of KEY stay together.")
 @click.option("--stratify-by", metavar="KEY", help="Each value of KEY gets the same share.")
 @_near_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draw. Default: 0.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the draw. Default: 0.")
 @output_options
 def split(data: str | None, output: str, as_json: bool, **options: Any) -> None:
-    """Write train.jsonl and valid.jsonl, with nothing on both sides.
+    """Write train.jsonl and valid.jsonl, with no row on both sides.
 
     Rows that repeat each other, exactly or nearly, stay on one side. Lines of JSONL are written
     as they are, other formats as JSON. The same rows and seed give the same split everywhere.

@@ -56,13 +56,13 @@ def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
     columns = shutil.get_terminal_size().columns
     width = max(1, min(_BAR_WIDTH, columns - 2 * edge - len("   to ,           ") - 1))
     for least, greatest, rows in bins:
-        # A bin with few rows is still seen.
+        # A bin with few rows still shows.
         bar = "\u2588" * max(round(width * rows / most), rows > 0)
         click.echo(f"  {least:>{edge},} to {greatest:>{edge},}  {rows:>9,} {bar}".rstrip())
 
 
 def _printable(text: str) -> str:
-    """A line that cannot drive the terminal, whatever the data holds."""
+    """Escape characters that could drive the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -11,7 +11,7 @@ from phi3_lora_cli.options import output_options, print_json
 @click.command()
 @output_options
 def command(as_json: bool) -> None:
-    """Show versions, devices, backends and caches, and the line that mends what is missing.
+    """Show versions, devices, backends and caches, and how to install what is missing.
 
     \b
     Example:

@@ -28,28 +28,35 @@ from phi3_lora_cli.options import (
     "--data",
     required=True,
     metavar="FILE|DIR|ID|demo",
-    help="What to score; of DIR the valid rows.",
+    help="Rows to score; the validation rows of a DIR.",
 )
 @on_bad_row_option
 @click.option(
     "--loss-on",
     type=click.Choice(["assistant", "last", "all"]),
     default="assistant",
-    help="What the loss counts on: every answer, the last one, all tokens. Default: assistant.",
+    help="Tokens in the loss: every answer, the last answer, or all. Default: assistant.",
 )
 @backend_options
 @click.option(
     "--generate", is_flag=True, help="Also let the model answer, and count exact matches."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows.")
-@click.option("--samples", type=click.IntRange(min=0), default=3, help="Answers shown.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, help="With --generate.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=3, help="Answers to show. Default: 3."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Most tokens of an answer, with --generate.",
+)
 @click.option(
     "--max-length", type=click.IntRange(min=2), default=2048, help="Tokens a row may have."
 )
 @output_options
 def command(model: str, data: str, samples: int, as_json: bool, **options: Any) -> None:
-    """Loss, perplexity and token accuracy of a model on a data file.
+    """Measure loss, perplexity and token accuracy of a model on data.
 
     The loss is in nats per supervised token. With --generate the model gives each row's last
     answer itself, greedily; exact match is the share of answers equal to the expected text.
@@ -65,7 +72,7 @@ def command(model: str, data: str, samples: int, as_json: bool, **options: Any) 
 
 
 class _Bars:
-    """A bar for each stage on a terminal's stderr, nothing elsewhere."""
+    """A progress bar for each stage, where stderr is a terminal."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -73,7 +80,7 @@ class _Bars:
         self._task = TaskID(0)
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage; the first call of a stage begins it."""
+        """Move the bar of a stage; the first call for a stage begins it."""
         if stage != self._stage:
             self._stop()
             console = Console(stderr=True)

@@ -23,14 +23,21 @@ from phi3_lora_cli.options import (
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message; - for stdin.")
 @click.option("--system", metavar="TEXT", help="A system message before it.")
 @backend_options
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Most tokens of the answer. Default: 256.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, max=100),
     default=0.0,
     help="0 (default) is greedy.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the draws.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Seed of the draws. Default: 0."
+)
 @output_options
 def command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     """Answer one prompt; the text is streamed to stdout.

@@ -9,14 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 import phi3_lora
-from phi3_lora_cli.options import given, note, output_options, print_json, untold_options
+from phi3_lora_cli.options import given, note, output_options, print_json, source_options
 
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--plot", metavar="FILE.png|FILE.html", help="Write the norms as a heat map.")
-@click.option("--model", metavar="ID|DIR|demo", help="The base: a loralib file may need it.")
-@untold_options
+@click.option(
+    "--model", metavar="ID|DIR|demo", help="The base model, which a loralib file may need."
+)
+@source_options
 @output_options
 def command(adapter: str, as_json: bool, **options: Any) -> None:
     """Show an adapter's layout, rank, effective scale, layers and norms.

@@ -26,7 +26,7 @@ from phi3_lora_cli.options import given, note, output_options, print_json
     "--weight",
     multiple=True,
     type=float,
-    help="Of each --adapter, in the same order. Default: 1.",
+    help="Factor of each --adapter, in the same order. Default: 1.",
 )
 @click.option("--output", required=True, metavar="DIR", help="A new folder.")
 @click.option(
@@ -34,28 +34,28 @@ from phi3_lora_cli.options import given, note, output_options, print_json
     type=click.Choice(["hf", "mlx", "gguf", "adapter"]),
     default="hf",
     help="hf, mlx: one folder for both. gguf: one file for llama.cpp, with a Modelfile for Ollama. "
-    "adapter: no base, the adapters' sum as one adapter.",
+    "adapter: the sum of the adapters as one adapter, without the base.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Of the result. Default: auto (the base's own).",
+    help="Dtype of the result. Default: auto (the base's own).",
 )
 @click.option(
     "--outtype",
     type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
     default="auto",
-    help="Of a GGUF file. Default: auto (the base's own).",
+    help="Type of a GGUF file. Default: auto (the base's own).",
 )
 @click.option("--dequantize", is_flag=True, help="Write a base of 4 or 8 bits in full.")
 @output_options
 def command(
     model: str, adapter: tuple[str, ...], output: str, as_json: bool, **options: Any
 ) -> None:
-    """Fold adapters into the base model, and say how much of them the result holds.
+    """Fold adapters into the base model, and report how much of them the result holds.
 
-    With --to adapter several adapters become one, whose ranks stand side by side, exactly.
+    With --to adapter several adapters become one, exactly; its rank is the sum of their ranks.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Options that commands share, and how results are printed."""
+"""Options that commands share, and the printing of results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def output_options(function: F) -> F:
-    """--json and --debug; options that do not go together are shown as wrong usage."""
+    """--json and --debug; an OptionError is shown as wrong usage."""
 
     @functools.wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
@@ -61,7 +61,7 @@ def quantize_option(function: F) -> F:
     return click.option(
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
-        help="The base. 4bit and 8bit: equal weights on both backends. Default: none.",
+        help="Quantise the base; 4bit and 8bit are equal on both backends. Default: none.",
     )(function)
 
 
@@ -70,7 +70,7 @@ def on_bad_row_option(function: F) -> F:
     return click.option(
         "--on-bad-row",
         type=click.Choice(["error", "skip"]),
-        help="A row that cannot be used: stop, or leave it out and name it. Default: error.",
+        help="At a row that cannot be used: stop, or leave it out and name it. Default: error.",
     )(function)
 
 
@@ -92,18 +92,20 @@ def data_options(function: F) -> F:
     )(function)
 
 
-def untold_options(function: F) -> F:
-    """What a file of loralib, or an .npz, does not say."""
+def source_options(function: F) -> F:
+    """--alpha, --prefix, --enable and --parts, which loralib files and .npz files do not store."""
     return _stack(
-        click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz: it has none."),
-        click.option("--prefix", default="", help="Before the module paths of a loralib file."),
+        click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz, which stores none."),
+        click.option(
+            "--prefix", default="", help="Text before the module paths of a loralib file."
+        ),
         click.option(
             "--enable", metavar="q,v", help="Parts that a MergedLinear of loralib adapts."
         ),
         click.option(
             "--parts",
             type=click.Choice(["equal", "model"]),
-            help="How MergedLinear cuts its output, where the file does not tell.",
+            help="How MergedLinear cuts its output, where the file does not say.",
         ),
     )(function)
 
@@ -114,7 +116,7 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Exactly one JSON object on stdout; a number that JSON lacks becomes null."""
+    """Print one JSON object on stdout; NaN and infinity become null."""
     click.echo(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
 
 
@@ -129,5 +131,5 @@ def _finite(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Something that people should know; on stderr, so that --json stays clean."""
+    """Print a note on stderr, so that stdout holds the result alone."""
     click.echo(f"note: {text}", err=True)

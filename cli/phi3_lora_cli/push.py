@@ -17,7 +17,7 @@ from phi3_lora_cli.options import given, note, output_options, print_json
 @click.argument("repo", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make REPO private; refuse one that is public.")
 @click.option("--revision", metavar="BRANCH", help="A branch of REPO. Default: main.")
-@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--message", metavar="TEXT", help="Message of the commit.")
 @output_options
 def command(adapter: str, repo: str, as_json: bool, **options: Any) -> None:
     """Send an adapter with its model card to the Hugging Face hub, as REPO (owner/name).
@@ -37,7 +37,7 @@ def command(adapter: str, repo: str, as_json: bool, **options: Any) -> None:
         return
     click.echo(f"pushed {', '.join(done.files)}")
     if done.removed:
-        click.echo(f"deleted {', '.join(done.removed)}, which this adapter has not")
+        click.echo(f"deleted {', '.join(done.removed)}, which this adapter does not have")
     click.echo(f"at     {done.url}")
     at = f"@{options['revision']}" if options["revision"] else ""
     click.echo(f"use    --adapter {repo}{at}")

@@ -14,7 +14,13 @@ from phi3_lora_cli.options import output_options, print_json
 @click.option("--model", required=True, metavar="ID|DIR|demo", help="The base model.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--output", required=True, metavar="DIR", help="A new folder.")
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8"]),
+    default="4",
+    show_default=True,
+    help="Bits of a weight.",
+)
 @output_options
 def command(model: str, revision: str | None, output: str, bits: str, as_json: bool) -> None:
     """Write a base model in 4 or 8 bits, with equal weights on both backends.

@@ -27,7 +27,7 @@ from phi3_lora_cli.options import (
     metavar="FILE|DIR|ID|demo",
     help="JSONL, JSON, CSV or Parquet; a folder, a pattern, a data set of the hub.",
 )
-@click.option("--valid", metavar="FILE|DIR|ID", help="The same, to validate on.")
+@click.option("--valid", metavar="FILE|DIR|ID", help="Rows to validate on, named as --data.")
 @click.option("--valid-fraction", type=float, help="Share of --data to validate on.")
 @on_bad_row_option
 @click.option("--output", "output_dir", metavar="RUN", help="The run folder.")
@@ -40,8 +40,8 @@ from phi3_lora_cli.options import (
 @backend_options
 @click.option("--max-steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data. Default: 1.")
-@click.option("--batch-size", type=int, help="Documents a micro-batch. Default: 4.")
-@click.option("--grad-accum", type=int, help="Micro-batches a step. Default: 1.")
+@click.option("--batch-size", type=int, help="Documents in a micro-batch. Default: 4.")
+@click.option("--grad-accum", type=int, help="Micro-batches in a step. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 2e-4.")
 @click.option("--rank", type=int, help="LoRA rank. Default: 16.")
 @click.option("--alpha", type=float, help="LoRA alpha. Default: 32.")
@@ -53,9 +53,9 @@ from phi3_lora_cli.options import (
 )
 @click.option("--max-length", type=int, help="Tokens a document may have. Default: 2048.")
 @click.option("--packing/--no-packing", default=None, help="Fill rows of --max-length.")
-@click.option("--seed", type=int, help="Default: 0.")
-@click.option("-v", "--verbose", is_flag=True, help="Also name every saved file.")
-@click.option("-q", "--quiet", is_flag=True, help="Notes and errors only.")
+@click.option("--seed", type=int, help="Seed of every draw. Default: 0.")
+@click.option("-v", "--verbose", is_flag=True, help="Also name each saved checkpoint.")
+@click.option("-q", "--quiet", is_flag=True, help="Print notes and errors only.")
 @output_options
 def command(
     config_file: Path | None,

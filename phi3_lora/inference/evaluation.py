@@ -105,8 +105,8 @@ def answer_conversations(
 
     Args:
         engine: the model.
-        tokenizer: its own.
-        rows: plain text, or one that does not end with an answer, is left out.
+        tokenizer: the model's.
+        rows: conversations; plain text and rows that do not end with an answer are left out.
         sampling: how tokens are chosen.
         on_progress: called with the number of conversations just answered.
 
