@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import phi3_lora
-from phi3_lora.api.adapters import ConversionResult
 from phi3_lora_cli.options import given, note, output_options, print_json, source_options
+
+if TYPE_CHECKING:
+    from phi3_lora.api.adapters import ConversionResult
 
 _LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
 _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
 import click
 
-from phi3_lora.api.data_files import SplitResult
 from phi3_lora.data.quality.report import Lengths, Report, spread
 from phi3_lora.errors import MAX_SHOWN
+
+if TYPE_CHECKING:
+    from phi3_lora.api.data_files import SplitResult
 
 _BAR_WIDTH = 40
 _LONGEST_LABEL = 60

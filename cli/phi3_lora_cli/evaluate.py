@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 import phi3_lora
-from phi3_lora.inference.evaluation import Answer
 from phi3_lora_cli.options import (
     backend_options,
     given,
@@ -20,6 +19,9 @@ from phi3_lora_cli.options import (
     output_options,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from phi3_lora.inference.evaluation import Answer
 
 
 @click.command()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import click
 
+from phi3_lora.errors import Phi3LoraError
+
 
 def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     """Run a command and return the exit code of the contract.
@@ -18,8 +20,6 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     0 done; 1 a fault of ours; 2 wrong usage, config, data or file; 3 a check found a difference;
     130 and 143 interrupted.
     """
-    from phi3_lora.errors import Phi3LoraError
-
     show_traceback = "--debug" in arguments
     _escape_missing_characters()
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import phi3_lora
 from phi3_lora.api.export import AdapterSum
-from phi3_lora.export.merge import Merge
 from phi3_lora_cli.options import given, note, output_options, print_json
+
+if TYPE_CHECKING:
+    from phi3_lora.export.merge import Merge
 
 
 @click.command()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from phi3_lora.api.options import OptionError
 from phi3_lora.models.config import QUANTIZATIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,8 +30,6 @@ def output_options(function: F) -> F:
 
     @functools.wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
-        from phi3_lora.api.options import OptionError
-
         try:
             return function(*arguments, **options)
         except OptionError as problem:

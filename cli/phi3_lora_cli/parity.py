@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import phi3_lora
-from phi3_lora.verification.parity import Law
 from phi3_lora_cli.options import (
     given,
     model_options,
@@ -16,6 +15,9 @@ from phi3_lora_cli.options import (
     print_json,
     quantize_option,
 )
+
+if TYPE_CHECKING:
+    from phi3_lora.verification.parity import Law
 
 
 @click.command()

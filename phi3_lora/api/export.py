@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def merge(
         ModelError: when the base model cannot be used.
     """
     options = MergeOptions(to=to, dtype=dtype, outtype=outtype, dequantize=dequantize)
-    adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)  # type: ignore[arg-type]
+    adapters = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     weights = _weights(weight, len(adapters))
     folders = [str(resolve_adapter_dir(str(path))) for path in adapters]
     base = look_at_model(model, revision, with_weights=to != "adapter")
