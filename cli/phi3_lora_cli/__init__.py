@@ -1,1 +1,1 @@
-"""The command line: click commands over the core."""
+"""The command line: click commands that call the functions of phi3_lora."""

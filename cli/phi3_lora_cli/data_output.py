@@ -1,18 +1,17 @@
-"""What phi3-lora data prints."""
+"""Results of phi3-lora data, printed for people."""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from phi3_lora_cli.options import note, print_json
+from phi3_lora.data.quality.report import Lengths, Report, spread
+from phi3_lora.errors import MAX_SHOWN
 
 if TYPE_CHECKING:
-    from phi3_lora.data.quality.report import Lengths, Report
-    from phi3_lora.data.quality.splitting import Split
+    from phi3_lora.api.data_files import SplitResult
 
 _BAR_WIDTH = 40
 _LONGEST_LABEL = 60
@@ -20,10 +19,7 @@ _LONGEST_LABEL = 60
 
 
 def print_report(report: Report) -> None:
-    """A check for people: problems of every kind, lengths, counts."""
-    from phi3_lora.data.quality.report import spread
-    from phi3_lora.errors import MAX_SHOWN
-
+    """Print problems of every kind, lengths and counts."""
     for problem in spread(report.problems, MAX_SHOWN):
         click.echo(_printable(str(problem)))
     if len(report.problems) > MAX_SHOWN:
@@ -63,42 +59,21 @@ def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
     columns = shutil.get_terminal_size().columns
     width = max(1, min(_BAR_WIDTH, columns - 2 * edge - len("   to ,           ") - 1))
     for least, greatest, rows in bins:
-        # A bin with few rows is still seen.
+        # A bin with few rows still shows.
         bar = "\u2588" * max(round(width * rows / most), rows > 0)
         click.echo(f"  {least:>{edge},} to {greatest:>{edge},}  {rows:>9,} {bar}".rstrip())
 
 
 def _printable(text: str) -> str:
-    """A line that cannot drive the terminal, whatever the data holds."""
+    """Escape characters that could drive the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def say_split(split: Split, folder: Path, fraction: float, *, as_json: bool) -> None:
-    """Where the rows went, and how many."""
-    from phi3_lora.data.quality.splitting import TRAIN_NAME, VALID_NAME
-    from phi3_lora.errors import MAX_SHOWN
-
-    num_valid = len(split.valid)
-    result = {
-        "train": str(folder / TRAIN_NAME),
-        "valid": str(folder / VALID_NAME),
-        "num_train_rows": split.num_rows - num_valid,
-        "num_valid_rows": num_valid,
-        "valid_fraction": num_valid / split.num_rows,
-        "num_groups": split.num_groups,
-        "largest_group": split.largest_group,
-        "labels": {k: {"train": a, "valid": b} for k, (a, b) in split.labels.items()},
-    }
-    if abs(num_valid - fraction * split.num_rows) > 1:
-        note(
-            f"{num_valid / split.num_rows:.1%} of the rows are set aside, not {fraction:.1%}: rows "
-            f"that belong together stay together (the largest set has {split.largest_group:,})"
-        )
-    if as_json:
-        print_json(result)
-        return
-    click.echo(f"{result['train']}  {result['num_train_rows']:,} rows")
-    click.echo(f"{result['valid']}  {num_valid:,} rows")
+def print_split(result: SplitResult) -> None:
+    """Print where the rows went, and how many."""
+    split, figures = result.split, result.to_dict()
+    click.echo(f"{figures['train']}  {figures['num_train_rows']:,} rows")
+    click.echo(f"{figures['valid']}  {result.num_valid_rows:,} rows")
     if split.num_groups < split.num_rows:
         click.echo(
             f"{split.num_rows:,} rows in {split.num_groups:,} sets that stay together, the largest "

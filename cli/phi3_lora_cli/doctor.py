@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import click
 
+import phi3_lora
 from phi3_lora_cli.options import output_options, print_json
 
 
 @click.command()
 @output_options
 def command(as_json: bool) -> None:
-    """Show versions, devices, backends and caches, and the line that mends what is missing.
+    """Show versions, devices, backends and caches, and how to install what is missing.
 
     \b
     Example:
       phi3-lora doctor
     """
-    from phi3_lora.report.doctor import examine
-
-    facts = examine()
+    facts = phi3_lora.doctor().to_dict()
     if as_json:
         print_json(facts)
         return

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
+import phi3_lora
 from phi3_lora_cli.options import (
     backend_options,
+    given,
     model_options,
     note,
     on_bad_row_option,
     output_options,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from phi3_lora.inference.evaluation import Answer
 
 
 @click.command()
@@ -22,45 +30,35 @@ from phi3_lora_cli.options import (
     "--data",
     required=True,
     metavar="FILE|DIR|ID|demo",
-    help="What to score; of DIR the valid rows.",
+    help="Rows to score; the validation rows of a DIR.",
 )
 @on_bad_row_option
 @click.option(
     "--loss-on",
     type=click.Choice(["assistant", "last", "all"]),
     default="assistant",
-    help="What the loss counts on: every answer, the last one, all tokens. Default: assistant.",
+    help="Tokens in the loss: every answer, the last answer, or all. Default: assistant.",
 )
 @backend_options
 @click.option(
     "--generate", is_flag=True, help="Also let the model answer, and count exact matches."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows.")
-@click.option("--samples", type=click.IntRange(min=0), default=3, help="Answers shown.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, help="With --generate.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=3, help="Answers to show. Default: 3."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Most tokens of an answer, with --generate.",
+)
 @click.option(
     "--max-length", type=click.IntRange(min=2), default=2048, help="Tokens a row may have."
 )
 @output_options
-def command(
-    model: str,
-    revision: str | None,
-    adapter: str | None,
-    data: str,
-    on_bad_row: str | None,
-    loss_on: str,
-    backend: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantize: str | None,
-    generate: bool,
-    limit: int | None,
-    samples: int,
-    max_new_tokens: int,
-    max_length: int,
-    as_json: bool,
-) -> None:
-    """Loss, perplexity and token accuracy of a model on a data file.
+def command(model: str, data: str, samples: int, as_json: bool, **options: Any) -> None:
+    """Measure loss, perplexity and token accuracy of a model on data.
 
     The loss is in nats per supervised token. With --generate the model gives each row's last
     answer itself, greedily; exact match is the share of answers equal to the expected text.
@@ -69,69 +67,43 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
-    from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.inference.evaluation import evaluate
-    from phi3_lora.inference.loading import open_engine, with_adapter
-    from phi3_lora.inference.scoring_data import load_to_score
-
-    base = find_base_model(model, revision, quantize=quantize)
-    base, weights = with_adapter(base, adapter)
-    dataset, asked = load_to_score(
-        data,
-        base.tokenizer,
-        max_length=max_length,
-        context=base.config.max_position_embeddings,
-        loss_on=loss_on,
-        on_bad_row=on_bad_row or "error",
-        limit=limit,
-        with_conversations=generate,
-        note=note,
-    )
-    opened = open_engine(
-        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
-    )
-    with _progress(len(dataset.documents), "scoring") as advance:
-        scores = evaluate(opened.engine, dataset.documents, advance)
-    result: dict[str, Any] = scores.to_dict()
-    answers = []
-    if generate:
-        answers = _answers(opened.engine, base, asked, max_new_tokens)
-        result["exact_match"] = sum(a.is_exact for a in answers) / max(1, len(answers))
-        result["num_answers"] = len(answers)
-    opened.engine.close()
-    _show(answers[:samples])
-    (print_json if as_json else _print_table)(result)
+    with _Bars() as bars:
+        result = phi3_lora.evaluate(model, data, on_progress=bars.show, note=note, **given(options))
+    _show((result.answers or ())[:samples])
+    (print_json if as_json else _print_table)(result.to_dict())
 
 
-class _progress:
-    """A bar on a terminal's stderr, nothing elsewhere."""
+class _Bars:
+    """A progress bar for each stage, where stderr is a terminal."""
 
-    def __init__(self, total: int, label: str) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
 
-        console = Console(stderr=True)
-        self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task(label, total=total)
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of a stage; the first call for a stage begins it."""
+        if stage != self._stage:
+            self._stop()
+            console = Console(stderr=True)
+            self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+            self._stage, self._task = stage, self._bar.add_task(stage, total=total)
+            self._bar.start()
+        assert self._bar is not None
+        self._bar.update(self._task, completed=done)
 
-    def __enter__(self) -> Any:
-        self._bar.start()
-        return lambda count: self._bar.update(self._task, advance=count)
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> _Bars:
+        return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        self._stop()
 
 
-def _answers(engine: Any, base: Any, rows: Any, max_new_tokens: int) -> Any:
-    from phi3_lora.engine.request import Sampling
-    from phi3_lora.inference.evaluation import answer_conversations
-
-    sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=base.stop_ids)
-    with _progress(len(rows), "answering") as advance:
-        return answer_conversations(engine, base.tokenizer, rows, sampling, advance)
-
-
-def _show(answers: Any) -> None:
+def _show(answers: Sequence[Answer]) -> None:
     for answer in answers:
         click.echo(f"prompt    {answer.prompt}\nexpected  {answer.expected}", err=True)
         click.echo(f"answer    {answer.given}\n", err=True)

@@ -1,4 +1,4 @@
-"""From exceptions to messages and exit codes; users see a traceback only with --debug."""
+"""Exceptions as messages and exit codes; users see a traceback only with --debug."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import click
 
+from phi3_lora.errors import Phi3LoraError
+
 
 def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     """Run a command and return the exit code of the contract.
@@ -18,10 +20,8 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     0 done; 1 a fault of ours; 2 wrong usage, config, data or file; 3 a check found a difference;
     130 and 143 interrupted.
     """
-    from phi3_lora.errors import Phi3LoraError
-
     show_traceback = "--debug" in arguments
-    _escape_what_cannot_be_shown()
+    _escape_missing_characters()
     try:
         result = group.main(args=list(arguments), prog_name="phi3-lora", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -40,7 +40,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     except MemoryError:
         return _say(f"error: out of memory: {_memory_advice(arguments)}", 2)
     except (BrokenPipeError, SystemExit):
-        # The reader of our output has left, which click makes an exit of; nothing is wrong here.
+        # The reader of our output has left; click makes SystemExit of it. Nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as fault:
@@ -55,8 +55,8 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
         )
 
 
-def _escape_what_cannot_be_shown() -> None:
-    """Have what a terminal that is not UTF-8 cannot show written as escapes."""
+def _escape_missing_characters() -> None:
+    """Write characters that the encoding of the terminal lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

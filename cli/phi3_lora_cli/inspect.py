@@ -2,67 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
 
-from phi3_lora_cli.options import (
-    note,
-    output_options,
-    part_names,
-    print_json,
-    untold_options,
-)
+import phi3_lora
+from phi3_lora_cli.options import given, note, output_options, print_json, source_options
 
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--plot", metavar="FILE.png|FILE.html", help="Write the norms as a heat map.")
-@click.option("--model", metavar="ID|DIR|demo", help="The base: a loralib file may need it.")
-@untold_options
+@click.option(
+    "--model", metavar="ID|DIR|demo", help="The base model, which a loralib file may need."
+)
+@source_options
 @output_options
-def command(
-    adapter: str,
-    plot: str | None,
-    model: str | None,
-    alpha: float | None,
-    prefix: str,
-    enable: str | None,
-    parts: str | None,
-    as_json: bool,
-) -> None:
+def command(adapter: str, as_json: bool, **options: Any) -> None:
     """Show an adapter's layout, rank, effective scale, layers and norms.
 
     \b
     Example:
       phi3-lora inspect runs/demo/adapter
     """
-    from phi3_lora.adapters.formats.loralib import Untold
-    from phi3_lora.adapters.inspection import inspect_adapter
-    from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.report.heatmap import check_name, write_heat_map
-
-    path = None if plot is None else Path(plot).expanduser()
-    if path is not None:
-        check_name(path)
-    config = None if model is None else find_base_model(model, with_weights=False).config
-    untold = Untold(alpha, prefix, part_names(enable), parts)
-    facts = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
-    if path is not None:
-        write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
-        facts["plot"] = str(path)
-    if as_json:
-        print_json(facts)
-    else:
-        _print(facts)
+    facts = phi3_lora.inspect(adapter, **given(options)).to_dict()
+    (print_json if as_json else _print)(facts)
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     layers = facts["layers"]
     click.echo(f"layout      {facts['layout']}")
     click.echo(f"base model  {facts['base_model'] or 'not recorded'}")

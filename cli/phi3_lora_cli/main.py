@@ -1,4 +1,4 @@
-"""The command group. Commands are imported when called, so that --help is fast."""
+"""The command group. A command is imported when it is called, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from phi3_lora_cli.faults import run_reporting_faults
 
 COMMANDS = {
     "train": ("train", "Fine-tune a Phi-3 model with LoRA."),
-    "data": ("data", "Look at data before training: problems, tokens in the loss, a split."),
-    "evaluate": ("evaluate", "Loss, perplexity and accuracy on a data file."),
+    "data": ("data", "Check, preview, split or clean data before training."),
+    "evaluate": ("evaluate", "Measure loss, perplexity and accuracy on data."),
     "generate": ("generate", "Answer one prompt."),
-    "quantize": ("quantize", "Write a base in 4 or 8 bits that is equal on both backends."),
+    "quantize": ("quantize", "Write a base model in 4 or 8 bits, equal on both backends."),
     "convert": ("convert", "Move an adapter between PEFT, mlx-lm, loralib and unfused."),
-    "verify": ("verify", "Tell whether an adapter behaves here as where it was trained."),
+    "verify": ("verify", "Compare an adapter here with where it was trained."),
     "parity": ("parity", "Check on your own model that both backends give the same numbers."),
     "merge": ("merge", "Fold adapters into the base model."),
     "push": ("push", "Send an adapter with its model card to the Hugging Face hub."),
-    "inspect": ("inspect", "Show what an adapter holds and what loads it."),
-    "doctor": ("doctor", "Show what this machine can run and what is missing."),
+    "inspect": ("inspect", "Show what an adapter holds and which tools load it."),
+    "doctor": ("doctor", "Show which backends this machine can run and what is missing."),
 }
-"""Name -> module with a `command`, and the line that --help shows."""
+"""Name -> module that has a `command`, and the line that --help shows."""
 ALIASES = {"eval": "evaluate", "fuse": "merge"}
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name and imports one when it is asked for."""
+    """A command group that imports a command when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, in the order of a run."""
+        """Return the names, in the order of a run."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a name or alias."""
+        """Return the command of a name or alias."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click, with the nearest name for an unknown one."""
+        """Find the command in the arguments; for an unknown name suggest the nearest one."""
         name = args[0] if args else ""
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             import difflib
@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The command list, without importing any."""
+        """Write the list of commands without importing one."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 

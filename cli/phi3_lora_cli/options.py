@@ -1,13 +1,16 @@
-"""Options that commands share, and how results are printed."""
+"""Options that commands share, and the printing of results."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import click
 
+from phi3_lora.api.options import OptionError
 from phi3_lora.models.config import QUANTIZATIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,11 +26,19 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def output_options(function: F) -> F:
-    """--json and --debug."""
+    """--json and --debug; an OptionError is shown as wrong usage."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except OptionError as problem:
+            raise click.UsageError(str(problem)) from None
+
     return _stack(
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-    )(function)
+    )(cast(F, command))
 
 
 def backend_options(function: F) -> F:
@@ -49,7 +60,7 @@ def quantize_option(function: F) -> F:
     return click.option(
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
-        help="The base. 4bit and 8bit: equal weights on both backends. Default: none.",
+        help="Quantise the base; 4bit and 8bit are equal on both backends. Default: none.",
     )(function)
 
 
@@ -58,7 +69,7 @@ def on_bad_row_option(function: F) -> F:
     return click.option(
         "--on-bad-row",
         type=click.Choice(["error", "skip"]),
-        help="A row that cannot be used: stop, or leave it out and name it. Default: error.",
+        help="At a row that cannot be used: stop, or leave it out and name it. Default: error.",
     )(function)
 
 
@@ -71,33 +82,40 @@ def model_options(function: F) -> F:
     )(function)
 
 
-def untold_options(function: F) -> F:
-    """What a file of loralib, or an .npz, does not say."""
+def data_options(function: F) -> F:
+    """DATA, -c and --set."""
     return _stack(
-        click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz: it has none."),
-        click.option("--prefix", default="", help="Before the module paths of a loralib file."),
+        click.argument("data", metavar="DATA", required=False),
+        click.option("-c", "--config", type=click.Path(path_type=Path), help="As for train."),
+        click.option("--set", multiple=True, metavar="DATA.KEY=VALUE", help="As for train."),
+    )(function)
+
+
+def source_options(function: F) -> F:
+    """--alpha, --prefix, --enable and --parts, which loralib files and .npz files do not store."""
+    return _stack(
+        click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz, which stores none."),
+        click.option(
+            "--prefix", default="", help="Text before the module paths of a loralib file."
+        ),
         click.option(
             "--enable", metavar="q,v", help="Parts that a MergedLinear of loralib adapts."
         ),
         click.option(
             "--parts",
             type=click.Choice(["equal", "model"]),
-            help="How MergedLinear cuts its output, where the file does not tell.",
+            help="How MergedLinear cuts its output, where the file does not say.",
         ),
     )(function)
 
 
-def part_names(enable: str | None) -> list[str]:
-    """The names in --enable."""
-    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
-    unknown = sorted(set(names) - {"q", "k", "v", "gate", "up"})
-    if unknown:
-        raise click.UsageError(f"--enable {unknown[0]!r}: allowed are q, k, v, gate, up")
-    return names
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given; for the others the functions have their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Exactly one JSON object on stdout; a number that JSON lacks becomes null."""
+    """Print one JSON object on stdout; NaN and infinity become null."""
     click.echo(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
 
 
@@ -112,5 +130,5 @@ def _finite(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Something that people should know; on stderr, so that --json stays clean."""
+    """Print a note on stderr, so that stdout holds the result alone."""
     click.echo(f"note: {text}", err=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+import phi3_lora
 from phi3_lora_cli.options import (
+    given,
     model_options,
     note,
     output_options,
     print_json,
     quantize_option,
 )
+
+if TYPE_CHECKING:
+    from phi3_lora.verification.parity import Law
 
 
 @click.command()
@@ -24,16 +29,7 @@ from phi3_lora_cli.options import (
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto")
 @quantize_option
 @output_options
-def command(
-    model: str,
-    revision: str | None,
-    adapter: str | None,
-    data: str | None,
-    steps: int,
-    device: str,
-    quantize: str | None,
-    as_json: bool,
-) -> int:
+def command(model: str, as_json: bool, **options: Any) -> int:
     """Check on your own model that both backends give the same numbers.
 
     Each backend of this machine runs in float32, one after the other. Exit code 0 if every law
@@ -43,61 +39,15 @@ def command(
     Example:
       phi3-lora parity --model demo --data demo --steps 5 --device cpu
     """
-    from phi3_lora.engine.lora_spec import LoraSpec
-    from phi3_lora.engine.registry import available_backends
-    from phi3_lora.errors import BackendUnavailableError
-    from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.inference.loading import check_for_backend, with_adapter
-    from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
-
-    base = find_base_model(model, revision, quantize=quantize)
-    base, weights = with_adapter(base, adapter)
-    shapes = base.config.linear_shapes()
-    spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
-    start = random_start(spec, shapes) if weights is None else weights.weights
-    documents = _documents(base, data, 4 * steps)
-    backends, reasons = available_backends(device)
-    if not backends:
-        raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))
-    for reason in reasons:
-        note(reason)
-    laws: list[Any] = []
-    measured: list[Any] = []
-    ready = {name: check_for_backend(base, b, note) for name, b in backends.items()}
-    for name, backend in backends.items():
-        trial = Trial(ready[name], documents, spec, start, steps)
-        other = measured[0].trained if measured else None
-        measured.append(measure(trial, backend, device, other))
-        laws += own_laws(name, measured[-1])
-    if len(measured) == 2:
-        laws = [*cross_laws(*measured), *laws]
-    else:
-        note("one backend only: the laws between backends were not run; verify needs just one")
-    holds = all(law.holds for law in laws)
+    result = phi3_lora.parity(model, note=note, **given(options))
     if as_json:
-        rows = [law.to_dict() for law in laws]
-        print_json({"laws": rows, "backends": list(backends), "holds": holds})
+        print_json(result.to_dict())
     else:
-        _print(laws)
-    return 0 if holds else 3
+        _print(result.laws)
+    return 0 if result.holds else 3
 
 
-def _documents(base: Any, data: str | None, limit: int) -> Any:
-    from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
-    from phi3_lora.data.sources.reading import read_conversations
-    from phi3_lora.verification.fingerprint import probe_documents
-
-    if data is None:
-        return probe_documents(base.tokenizer)
-    rows = read_conversations(resolve_scoring_file(data))[:limit]
-    context = base.config.max_position_embeddings
-    dataset = build_dataset(rows, base.tokenizer, max_length=2048, name=data, context=context)
-    for text in dataset.notes:
-        note(text)
-    return dataset.documents
-
-
-def _print(laws: list[Any]) -> None:
+def _print(laws: list[Law]) -> None:
     width = max(len(law.what) for law in laws)
     click.echo(f"law  {'what'.ljust(width)}       value        gate")
     for law in laws:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import click
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from phi3_lora_cli.options import note, output_options, print_json
+import phi3_lora
+from phi3_lora_cli.options import given, note, output_options, print_json
 
 
 @click.command()
@@ -15,16 +17,9 @@ from phi3_lora_cli.options import note, output_options, print_json
 @click.argument("repo", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make REPO private; refuse one that is public.")
 @click.option("--revision", metavar="BRANCH", help="A branch of REPO. Default: main.")
-@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--message", metavar="TEXT", help="Message of the commit.")
 @output_options
-def command(
-    adapter: str,
-    repo: str,
-    private: bool,
-    revision: str | None,
-    message: str | None,
-    as_json: bool,
-) -> None:
+def command(adapter: str, repo: str, as_json: bool, **options: Any) -> None:
     """Send an adapter with its model card to the Hugging Face hub, as REPO (owner/name).
 
     The adapter is checked first, and only its own files are sent, in one commit. The token is that
@@ -34,26 +29,15 @@ def command(
     Example:
       phi3-lora push runs/demo/adapter ada/phi3-orders --private
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    from phi3_lora.hub.push import push
-
     if not sys.stderr.isatty():
         disable_progress_bars()
-    done = push(
-        Path(adapter).expanduser(),
-        repo,
-        private=private,
-        revision=revision,
-        message=message,
-        note=note,
-    )
+    done = phi3_lora.push(adapter, repo, note=note, **given(options))
     if as_json:
         print_json(done.to_dict())
         return
     click.echo(f"pushed {', '.join(done.files)}")
     if done.removed:
-        click.echo(f"deleted {', '.join(done.removed)}, which this adapter has not")
+        click.echo(f"deleted {', '.join(done.removed)}, which this adapter does not have")
     click.echo(f"at     {done.url}")
-    at = f"@{revision}" if revision else ""
+    at = f"@{options['revision']}" if options["revision"] else ""
     click.echo(f"use    --adapter {repo}{at}")

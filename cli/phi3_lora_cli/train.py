@@ -7,40 +7,16 @@ from typing import Any
 
 import click
 
+import phi3_lora
+from phi3_lora.report.console import ConsoleObserver
 from phi3_lora_cli.options import (
     backend_options,
+    given,
     note,
     on_bad_row_option,
     output_options,
     print_json,
 )
-
-_FLAGS = {
-    "model": "model",
-    "revision": "revision",
-    "adapter": "adapter",
-    "backend": "backend",
-    "device": "device",
-    "dtype": "dtype",
-    "quantize": "quantize",
-    "data": "data.train",
-    "valid": "data.valid",
-    "valid_fraction": "data.valid_fraction",
-    "on_bad_row": "data.on_bad_row",
-    "max_steps": "training_config.max_steps",
-    "epochs": "training_config.num_train_epochs",
-    "batch_size": "training_config.per_device_train_batch_size",
-    "grad_accum": "training_config.gradient_accumulation_steps",
-    "lr": "training_config.learning_rate",
-    "max_length": "training_config.max_length",
-    "packing": "training_config.packing",
-    "seed": "training_config.seed",
-    "rank": "peft_config.r",
-    "alpha": "peft_config.lora_alpha",
-    "dropout": "peft_config.lora_dropout",
-    "targets": "peft_config.target_modules",
-}
-"""Flag -> setting."""
 
 
 @click.command()
@@ -51,21 +27,21 @@ _FLAGS = {
     metavar="FILE|DIR|ID|demo",
     help="JSONL, JSON, CSV or Parquet; a folder, a pattern, a data set of the hub.",
 )
-@click.option("--valid", metavar="FILE|DIR|ID", help="The same, to validate on.")
+@click.option("--valid", metavar="FILE|DIR|ID", help="Rows to validate on, named as --data.")
 @click.option("--valid-fraction", type=float, help="Share of --data to validate on.")
 @on_bad_row_option
-@click.option("--output", metavar="RUN", help="The run folder.")
+@click.option("--output", "output_dir", metavar="RUN", help="The run folder.")
 @click.option("--adapter", metavar="DIR", help="Start from this adapter.")
 @click.option("-c", "--config", "config_file", type=click.Path(path_type=Path), help="YAML file.")
 @click.option("--preset", metavar="NAME", help="demo or sample-finetune.")
-@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="A setting.")
+@click.option("--set", multiple=True, metavar="SECTION.KEY=VALUE", help="A setting.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; load no weights, write nothing.")
 @backend_options
 @click.option("--max-steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data. Default: 1.")
-@click.option("--batch-size", type=int, help="Documents a micro-batch. Default: 4.")
-@click.option("--grad-accum", type=int, help="Micro-batches a step. Default: 1.")
+@click.option("--batch-size", type=int, help="Documents in a micro-batch. Default: 4.")
+@click.option("--grad-accum", type=int, help="Micro-batches in a step. Default: 1.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 2e-4.")
 @click.option("--rank", type=int, help="LoRA rank. Default: 16.")
 @click.option("--alpha", type=float, help="LoRA alpha. Default: 32.")
@@ -77,21 +53,18 @@ _FLAGS = {
 )
 @click.option("--max-length", type=int, help="Tokens a document may have. Default: 2048.")
 @click.option("--packing/--no-packing", default=None, help="Fill rows of --max-length.")
-@click.option("--seed", type=int, help="Default: 0.")
-@click.option("-v", "--verbose", is_flag=True, help="Also name every saved file.")
-@click.option("-q", "--quiet", is_flag=True, help="Notes and errors only.")
+@click.option("--seed", type=int, help="Seed of every draw. Default: 0.")
+@click.option("-v", "--verbose", is_flag=True, help="Also name each saved checkpoint.")
+@click.option("-q", "--quiet", is_flag=True, help="Print notes and errors only.")
 @output_options
 def command(
-    output: str | None,
     config_file: Path | None,
-    preset: str | None,
-    assignments: tuple[str, ...],
     resume: bool,
     dry_run: bool,
     verbose: bool,
     quiet: bool,
     as_json: bool,
-    **flags: Any,
+    **options: Any,
 ) -> None:
     """Fine-tune a Phi-3 model with LoRA.
 
@@ -101,61 +74,34 @@ def command(
       phi3-lora train --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl --output runs/a
       phi3-lora train --resume --output runs/a
     """
-    from phi3_lora.config.load import load_settings
-    from phi3_lora.report.console import ConsoleObserver
-    from phi3_lora.training.run import train
-    from phi3_lora.training.rundir import read_config
-
-    flags["targets"] = _targets(flags["targets"])
-    base = None
-    if resume:
-        if output is None:
-            raise click.UsageError("--resume needs --output: the run folder to go on with")
-        base = read_config(Path(output))
-    settings = load_settings(
-        preset=preset,
-        config_file=config_file,
-        base=base,
-        assignments=assignments,
-        flags={_FLAGS[name]: value for name, value in flags.items()} | {"output_dir": output},
-    )
+    if resume and options["output_dir"] is None:
+        raise click.UsageError("--resume needs --output: the run folder to go on with")
+    settings = phi3_lora.resolve_settings(config_file, resume=resume, **given(options))
     for text in settings.notes:
         note(text)
+    config = settings.config
     observer = ConsoleObserver(verbosity=1 if verbose else -1 if quiet else 0)
     if dry_run:
-        _show_plan(settings.config, observer, as_json=as_json)
+        plan = phi3_lora.dry_run(config, observer=observer).to_dict()
+        (print_json if as_json else _print_plan)(plan)
         return
     try:
-        result = train(settings.config, resume=resume, observer=observer)
+        result = phi3_lora.train(config, resume=resume, observer=observer)
     finally:
         observer.close()
     if as_json:
         print_json(result.to_dict())
     elif not quiet:
-        chosen = settings.config.quantize
-        quantize = "" if chosen == "none" else f" --quantize {chosen}"
+        quantize = "" if config.quantize == "none" else f" --quantize {config.quantize}"
         click.echo(f"adapter: {result.adapter}", err=True)
         click.echo(
-            f"try it: phi3-lora generate --model {settings.config.model}{quantize} --adapter "
+            f"try it: phi3-lora generate --model {config.model}{quantize} --adapter "
             f"{result.adapter} --prompt '...'",
             err=True,
         )
 
 
-def _targets(value: str | None) -> str | list[str] | None:
-    """A regular expression as it is, names as a list."""
-    if value is None or value == "all-linear" or set(value) & set("\\^$*+?()[]{}|"):
-        return value
-    return [name.strip() for name in value.split(",") if name.strip()]
-
-
-def _show_plan(config: Any, observer: Any, *, as_json: bool) -> None:
-    from phi3_lora.training.prepare import prepare
-
-    facts = prepare(config, observer, with_weights=False).facts()
-    if as_json:
-        print_json(facts)
-        return
+def _print_plan(facts: dict[str, Any]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name.ljust(width)}  {_figure(value)}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from phi3_lora_cli.options import backend_options, note, output_options, print_json
+import phi3_lora
+from phi3_lora_cli.options import backend_options, given, note, output_options, print_json
 
 
 @click.command()
@@ -13,17 +16,8 @@ from phi3_lora_cli.options import backend_options, note, output_options, print_j
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @backend_options
 @output_options
-def command(
-    adapter: str,
-    model: str,
-    revision: str | None,
-    backend: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantize: str | None,
-    as_json: bool,
-) -> int:
-    """Tell whether an adapter behaves here as it did where it was trained.
+def command(adapter: str, model: str, as_json: bool, **options: Any) -> int:
+    """Compare an adapter's behaviour here with its behaviour where it was trained.
 
     Its fingerprint is replayed: the log-probabilities of fixed texts. Exit code 0 if they agree, 3
     if one differs by more than the threshold (0.001 nats in float32, 0.05 in half precision).
@@ -32,32 +26,16 @@ def command(
     Example:
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
-    from phi3_lora.adapters.fingerprint import read_fingerprint
-    from phi3_lora.hub.download import resolve_adapter_dir
-    from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.inference.loading import open_engine, with_adapter
-    from phi3_lora.verification.fingerprint import check_vocabulary, compare
-
-    folder = resolve_adapter_dir(adapter)
-    stored = read_fingerprint(folder)
-    base = find_base_model(model, revision, quantize=quantize)
-    check_vocabulary(stored, base.config.vocab_size)
-    base, weights = with_adapter(base, str(folder))
-    opened = open_engine(
-        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
-    )
-    verdict = compare(stored, opened.engine, opened.base.identity)
-    opened.engine.close()
+    result = phi3_lora.verify(adapter, model, note=note, **given(options))
     if as_json:
-        print_json(verdict.to_dict())
+        print_json(result.to_dict())
     else:
-        click.echo(
-            f"trained on        {stored.origin.get('backend')}, {stored.origin.get('dtype')}"
-        )
+        verdict, origin = result.verdict, result.trained_on
+        click.echo(f"trained on        {origin.get('backend')}, {origin.get('dtype')}")
         click.echo(f"max difference    {verdict.max_difference:.3g} nats")
         click.echo(f"mean difference   {verdict.mean_difference:.3g} nats")
         click.echo(f"greedy agreement  {verdict.greedy_agreement:.2%}")
         click.echo(f"base model alone  {verdict.base_max_difference:.3g} nats")
         word = "equal" if verdict.equal else "different"
         click.echo(f"{word}: the threshold is {verdict.threshold:g} nats")
-    return 0 if verdict.equal else 3
+    return 0 if result.equal else 3

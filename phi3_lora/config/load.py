@@ -39,7 +39,7 @@ class RunSettings:
 def load_settings(
     *,
     preset: str | None = None,
-    config_file: Path | None = None,
+    config_file: Path | Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
@@ -48,7 +48,7 @@ def load_settings(
 
     Args:
         preset: a name in PRESETS.
-        config_file: YAML.
+        config_file: YAML, or the mapping in it.
         base: an already resolved configuration, under everything else.
         assignments: `section.key=value` or `key=value`, the value in YAML.
         flags: dotted name -> value; None values are left out.
@@ -62,7 +62,7 @@ def load_settings(
             raise ConfigError(f"no preset {preset!r}; there are: {', '.join(sorted(PRESETS))}")
         layers.append(PRESETS[preset])
     if config_file is not None:
-        layers.append(read_yaml(config_file))
+        layers.append(config_file if isinstance(config_file, Mapping) else read_yaml(config_file))
     layers += [_nested(*_parse_assignment(text)) for text in assignments]
     layers += [_nested(name, v) for name, v in (flags or {}).items() if v is not None]
     merged: dict[str, Any] = {}

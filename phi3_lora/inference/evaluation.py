@@ -12,6 +12,7 @@ from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.engine.protocol import Engine
 from phi3_lora.engine.request import Sampling
+from phi3_lora.inference.generation import Piece, encode_prompts, generate
 
 SCORING_TOKENS = 4096
 """Tokens a scoring batch holds at most, or one longer document."""
@@ -104,8 +105,8 @@ def answer_conversations(
 
     Args:
         engine: the model.
-        tokenizer: its own.
-        rows: plain text, or one that does not end with an answer, is left out.
+        tokenizer: the model's.
+        rows: conversations; plain text and rows that do not end with an answer are left out.
         sampling: how tokens are chosen.
         on_progress: called with the number of conversations just answered.
 
@@ -115,22 +116,15 @@ def answer_conversations(
     asked = [
         row.messages for row in rows if row.messages[-1]["role"] == "assistant" and not row.whole
     ]
-    num_reported = len(rows) - len(asked)
-    on_progress(num_reported)
-    given: list[list[int]] = [[] for _ in asked]
-    prompts = [tokenizer.encode_prompt(messages[:-1]) for messages in asked]
-    for index, token in engine.generate(prompts, sampling):
-        given[index].append(token)
-        if token in sampling.stop_ids or len(given[index]) == sampling.max_new_tokens:
-            num_reported += 1
+    on_progress(len(rows) - len(asked))
+
+    def count(piece: Piece) -> None:
+        if piece.finish_reason is not None:
             on_progress(1)
-    # What ended because the context was full.
-    on_progress(len(rows) - num_reported)
+
+    prompts = encode_prompts(tokenizer, [messages[:-1] for messages in asked])
+    given = generate(engine, tokenizer, prompts, sampling, count)
     return [
-        Answer(
-            messages[-2]["content"],
-            messages[-1]["content"],
-            tokenizer.decode([i for i in ids if i not in sampling.stop_ids]),
-        )
-        for messages, ids in zip(asked, given, strict=True)
+        Answer(messages[-2]["content"], messages[-1]["content"], generation.text)
+        for messages, generation in zip(asked, given, strict=True)
     ]

@@ -20,6 +20,7 @@ import click
 import pytest
 import torch
 
+import phi3_lora
 from phi3_lora.config.adapter import LoraConfig
 from phi3_lora.config.data import DataConfig
 from phi3_lora.config.schema import RunConfig
@@ -153,6 +154,16 @@ def test_index_links_every_page_and_every_link_leads_somewhere() -> None:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (DOCS / link).exists(), f"{page.name}: {link}"
         assert page.name == "index.md" or f"]({page.name})" in (DOCS / "index.md").read_text()
+
+
+def test_every_function_has_an_example_that_runs() -> None:
+    page = blocks(DOCS / "python.md")
+    python = "".join(block for kind, block in page if kind == "python")
+    # Nothing is sent to the hub by a page's example.
+    not_run = "".join(block for kind, block in page if kind == "text")
+    for name in phi3_lora.__all__:
+        found = not_run if name == "push" else python
+        assert f"phi3_lora.{name}" in found or name == "LoadedModel", name
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

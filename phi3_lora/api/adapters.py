@@ -1,0 +1,254 @@
+"""Adapters as files: convert, inspect and push."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from phi3_lora.adapters import inspection
+from phi3_lora.adapters.convert import SAME, Conversion, Job
+from phi3_lora.adapters.convert import convert as convert_adapter
+from phi3_lora.adapters.formats.folder import check_unused
+from phi3_lora.adapters.formats.loralib import Untold
+from phi3_lora.adapters.formats.tools import CONSUMERS
+from phi3_lora.api.options import AnyPath, Note, OptionError, Part, folder_of, log_note, part_names
+from phi3_lora.engine.registry import available_backends
+from phi3_lora.export.ollama import modelfile_for
+from phi3_lora.hub.download import resolve_adapter_dir
+from phi3_lora.hub.push import Pushed
+from phi3_lora.hub.push import push as push_adapter
+from phi3_lora.inference.base_model import FoundModel, find_base_model
+from phi3_lora.report.heatmap import check_name, write_heat_map
+from phi3_lora.storage.atomic import replace_file
+from phi3_lora.verification.conversion import Answers, compare_answers
+
+Layout = Literal["peft", "mlx", "both", "unfused", "loralib", "gguf"]
+Tool = Literal["vllm", "llama.cpp", "ollama", "mlx-lm", "peft"]
+
+
+class SourceOptions(TypedDict, total=False):
+    """Values that a loralib file or an .npz does not store."""
+
+    alpha: float | None
+    """lora_alpha of a .pt or .npz."""
+    prefix: str
+    """Text before the module paths of a loralib file."""
+    enable: str | Sequence[Part] | None
+    """Parts of a fused projection that a MergedLinear adapts, as a list or with commas."""
+    parts: Literal["equal", "model"] | None
+    """How MergedLinear cuts its output, where the file does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A converted adapter compared with its source."""
+
+    max_relative_difference: float
+    """Largest |difference| / |delta| of a module, in the Frobenius norm."""
+    worst_module: str | None
+    answers: list[Answers] | None
+    """How models answer with both; None without a base model or a backend."""
+    equal: bool
+    """True if the differences are only roundings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        answers = {}
+        if self.answers is not None:
+            answers = {"answers": [answer.to_dict() for answer in self.answers]}
+        return {
+            "max_relative_difference": self.max_relative_difference,
+            "worst_module": self.worst_module,
+            "equal": self.equal,
+            **answers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionResult:
+    """A conversion, and its comparison with the source where that was asked for."""
+
+    conversion: Conversion
+    comparison: Comparison | None
+
+    @property
+    def equal(self) -> bool:
+        """False if a comparison was made and found a difference."""
+        return self.comparison is None or self.comparison.equal
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        found = {} if self.comparison is None else self.comparison.to_dict()
+        return {**self.conversion.to_dict(), "notes": self.conversion.notes, **found}
+
+
+@dataclass(frozen=True, slots=True)
+class InspectionResult:
+    """Facts about an adapter."""
+
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts by name."""
+        return dict(self.facts)
+
+
+def convert(
+    source: AnyPath,
+    target: AnyPath,
+    *,
+    to: Layout | None = None,
+    for_tool: Tool | None = None,
+    model: str | None = None,
+    verify: bool = False,
+    rank: int | None = None,
+    note: Note = log_note,
+    **options: Unpack[SourceOptions],
+) -> ConversionResult:
+    """Write an adapter in another layout and read the result back.
+
+    Args:
+        source: a folder, a hub id, or a .pt, .gguf or .npz file, of any layout.
+        target: a new folder; a new file for loralib and gguf.
+        to: the layout; for_tool implies one.
+        for_tool: a tool whose rules are kept (the command's --for).
+        model: the base model, which unfused and ollama need.
+        verify: compare the result with source; with a model, compare its answers too.
+        rank: largest rank of the result; deltas of a higher rank lose the rest.
+        note: called with what the user should know; the default logs a warning.
+        options: alpha, prefix, enable and parts, which loralib files and .npz files do not store.
+
+    Raises:
+        OptionError: when options do not go together.
+        AdapterError: when source is damaged, target is in use, or the layout cannot hold source.
+        ModelError: when the base model cannot be used.
+    """
+    layout = _layout(to, for_tool)
+    base = None if model is None else find_base_model(model, with_weights=verify)
+    path = Path(target)
+    if for_tool == "ollama":
+        if base is None:
+            raise OptionError("--for ollama needs --model: a Modelfile holds its template")
+        check_unused(path)
+    job = Job(
+        source=resolve_adapter_dir(str(source)),
+        target=path / "adapter.gguf" if for_tool == "ollama" else path,
+        to=layout,
+        consumer=for_tool,
+        config=None if base is None else base.config,
+        row_norms=None if base is None else base.row_norms,
+        untold=_untold(options),
+        rank=rank,
+    )
+    result = convert_adapter(job)
+    if for_tool == "ollama" and base is not None:
+        _write_modelfile(path, base, note)
+    for text in result.notes:
+        note(text)
+    return ConversionResult(result, _compare(job, result, base, note) if verify else None)
+
+
+def _layout(to: Layout | None, tool: Tool | None) -> str:
+    layout = to or (CONSUMERS[tool].layout if tool else None)
+    if layout is None:
+        raise OptionError("say where to: --to LAYOUT or --for TOOL")
+    reads = CONSUMERS[tool].layout if tool else layout
+    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
+        raise OptionError(f"--for {tool} reads {reads}: leave out --to {layout}")
+    return layout
+
+
+def _untold(options: SourceOptions) -> Untold:
+    return Untold(
+        options.get("alpha"),
+        options.get("prefix", ""),
+        part_names(options.get("enable")),
+        options.get("parts"),
+    )
+
+
+def _write_modelfile(folder: Path, base: FoundModel, note: Note) -> None:
+    text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
+    replace_file(folder / "Modelfile", text.encode())
+    note(
+        f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
+        "an Ollama model of the same base after FROM"
+    )
+
+
+def _compare(job: Job, result: Conversion, base: FoundModel | None, note: Note) -> Comparison:
+    difference, worst = result.max_relative_difference, result.worst_module
+    equal = difference <= SAME
+    if base is None:
+        return Comparison(difference, worst, None, equal)
+    backends, reasons = available_backends("cpu")
+    for reason in reasons:
+        note(reason)
+    if not backends:
+        note("no backend can run here: the model's answers were not compared")
+        return Comparison(difference, worst, None, equal)
+    answers = compare_answers(base, result.adapters, job.target, backends, note)
+    equal = equal and all(answer.is_equal for answer in answers)
+    return Comparison(difference, worst, answers, equal)
+
+
+def inspect(
+    adapter: AnyPath,
+    *,
+    plot: AnyPath | None = None,
+    model: str | None = None,
+    **options: Unpack[SourceOptions],
+) -> InspectionResult:
+    """Return an adapter's layout, ranks, scales, layers and norms, and the tools that load it.
+
+    Args:
+        adapter: a folder, a hub id or a file, of any layout.
+        plot: write the norms as a heat map to this .png or .html file.
+        model: the base model, which a loralib file may need.
+        options: as for convert.
+
+    Raises:
+        OptionError: when enable names an unknown part.
+        AdapterError: when the adapter is damaged.
+        ConfigError: when the name of plot cannot be used.
+    """
+    path = None if plot is None else folder_of(plot)
+    if path is not None:
+        check_name(path)
+    config = None if model is None else find_base_model(model, with_weights=False).config
+    untold = _untold(options)
+    facts = inspection.inspect_adapter(resolve_adapter_dir(str(adapter)), untold, config)
+    if path is not None:
+        write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
+        facts["plot"] = str(path)
+    return InspectionResult(facts)
+
+
+def push(
+    adapter: AnyPath,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    note: Note = log_note,
+) -> Pushed:
+    """Send an adapter with its model card to the Hugging Face hub.
+
+    Args:
+        adapter: the adapter's folder.
+        repo: owner/name.
+        private: make a new repository private, and refuse one that is public.
+        revision: a branch of the repository; None is main.
+        message: of the commit.
+        note: called with what the user should know; the default logs a warning.
+
+    Raises:
+        AdapterError: when the adapter is damaged.
+        ConfigError: when the name, the token or the message cannot be used.
+    """
+    return push_adapter(
+        folder_of(adapter), repo, private=private, revision=revision, message=message, note=note
+    )

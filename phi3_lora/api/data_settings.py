@@ -1,0 +1,88 @@
+"""Settings of data outside a run: where the data is, and how training would read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from phi3_lora.api.options import AnyPath, Data, Note, as_source
+from phi3_lora.config.load import load_settings
+from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.documents.dataset import DataFiles, resolve_data
+from phi3_lora.data.quality.checks import Base
+from phi3_lora.data.sources.source import Source
+from phi3_lora.errors import ConfigError
+from phi3_lora.inference.base_model import find_base_model
+
+NO_MODEL = "(no model)"
+"""In place of the model, which a run needs and a look at data does not."""
+
+
+class DataSettings(TypedDict, total=False):
+    """Where data is and how it is read, as for train."""
+
+    config: Mapping[str, Any] | AnyPath | None
+    """A mapping with the keys of a YAML file, or the path of one."""
+    set: Sequence[str]
+    """Settings as section.key=value."""
+    model: str | None
+    """The base model, for its tokens and chat template."""
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
+
+
+def resolve(
+    data: Data | None, valid: Data | None, settings: DataSettings
+) -> tuple[RunConfig, DataFiles]:
+    """Return the configuration that train would have of these settings, and its sources.
+
+    Raises:
+        ConfigError: when there is no data, or a setting cannot be used.
+        DataError: when a source does not exist.
+        TypeError: when a setting is unknown.
+    """
+    unknown = settings.keys() - DataSettings.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+    config, assignments = settings.get("config"), settings.get("set", ())
+    if data is None and config is None and not assignments:
+        raise ConfigError("no data: name DATA, or a --config FILE that names it")
+    first = None if data is None else as_source(data)
+    flags = {
+        "data.train": str(first) if isinstance(first, Source) else first,
+        "data.valid": None if valid is None else str(as_source(valid)),
+        "model": settings.get("model"),
+        "revision": settings.get("revision"),
+    }
+    resolved = load_settings(
+        base={"model": NO_MODEL, "output_dir": "unused"},
+        config_file=config if config is None or isinstance(config, Mapping) else Path(config),
+        assignments=assignments,
+        flags=flags,
+    ).config
+    chosen = resolved.data
+    named = first if isinstance(first, Source) else chosen.source or ""
+    return resolved, resolve_data(named, chosen.valid, more=chosen.more)
+
+
+def base_of(config: RunConfig, note: Note) -> Base:
+    """Return the base model's tokenizer and context, with the template and loss of the settings.
+
+    Raises:
+        ConfigError: when the chat template cannot be used.
+        ModelError: when the model cannot be used.
+    """
+    data = config.data
+    model = find_base_model(
+        config.model, config.revision, with_weights=False, chat_template=data.chat_template
+    )
+    for text in model.tokenizer.notes:
+        note(text)
+    return Base(
+        model.tokenizer,
+        model.config.max_position_embeddings,
+        data.loss_on,
+        config.training_config.max_length,
+        data.too_long,
+    )
