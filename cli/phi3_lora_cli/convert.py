@@ -54,6 +54,7 @@ def command(
     from phi3_lora.adapters.formats.loralib import Untold
     from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.verification.conversion import verify_conversion
 
     layout = _layout(to, consumer)
     base = None if model is None else find_base_model(model, with_weights=verify)
@@ -76,7 +77,7 @@ def command(
         _write_modelfile(Path(target), base)
     for text in result.notes:
         note(text)
-    found = _verify(job, result, base) if verify else {}
+    found = verify_conversion(result, job.target, base, note).to_dict() if verify else {}
     if as_json:
         print_json({**result.to_dict(), "notes": result.notes, **found})
     else:
@@ -106,30 +107,6 @@ def _write_modelfile(folder: Path, base: Any) -> None:
         f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
         "an Ollama model of the same base after FROM"
     )
-
-
-def _verify(job: Any, result: Any, base: Any) -> dict[str, Any]:
-    """The differences, and whether they are only roundings."""
-    from phi3_lora.adapters.convert import SAME
-    from phi3_lora.engine.registry import available_backends
-    from phi3_lora.verification.conversion import compare_answers
-
-    found = {
-        "max_relative_difference": result.max_relative_difference,
-        "worst_module": result.worst_module,
-        "equal": result.max_relative_difference <= SAME,
-    }
-    if base is None:
-        return found
-    backends, reasons = available_backends("cpu")
-    for reason in reasons:
-        note(reason)
-    if not backends:
-        note("no backend can run here: the model's answers were not compared")
-        return found
-    answers = compare_answers(base, result.adapters, job.target, backends, note)
-    equal = bool(found["equal"]) and all(answer.is_equal for answer in answers)
-    return {**found, "answers": [answer.to_dict() for answer in answers], "equal": equal}
 
 
 def _tell(result: Any, target: str, found: dict[str, Any]) -> None:

@@ -43,43 +43,27 @@ def command(
     Example:
       phi3-lora parity --model demo --data demo --steps 5 --device cpu
     """
-    from phi3_lora.engine.lora_spec import LoraSpec
     from phi3_lora.engine.registry import available_backends
     from phi3_lora.errors import BackendUnavailableError
     from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.inference.loading import check_for_backend, with_adapter
-    from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
+    from phi3_lora.inference.loading import with_adapter
+    from phi3_lora.verification.parity import ParityInputs, run_laws
 
     base = find_base_model(model, revision, quantize=quantize)
     base, weights = with_adapter(base, adapter)
-    shapes = base.config.linear_shapes()
-    spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
-    start = random_start(spec, shapes) if weights is None else weights.weights
     documents = _documents(base, data, 4 * steps)
     backends, reasons = available_backends(device)
     if not backends:
         raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))
     for reason in reasons:
         note(reason)
-    laws: list[Any] = []
-    measured: list[Any] = []
-    ready = {name: check_for_backend(base, b, note) for name, b in backends.items()}
-    for name, backend in backends.items():
-        trial = Trial(ready[name], documents, spec, start, steps)
-        other = measured[0].trained if measured else None
-        measured.append(measure(trial, backend, device, other))
-        laws += own_laws(name, measured[-1])
-    if len(measured) == 2:
-        laws = [*cross_laws(*measured), *laws]
-    else:
-        note("one backend only: the laws between backends were not run; verify needs just one")
-    holds = all(law.holds for law in laws)
+    inputs = ParityInputs(base, documents, weights, steps)
+    result = run_laws(inputs, backends, device, note)
     if as_json:
-        rows = [law.to_dict() for law in laws]
-        print_json({"laws": rows, "backends": list(backends), "holds": holds})
+        print_json(result.to_dict())
     else:
-        _print(laws)
-    return 0 if holds else 3
+        _print(result.laws)
+    return 0 if result.holds else 3
 
 
 def _documents(base: Any, data: str | None, limit: int) -> Any:
@@ -97,7 +81,7 @@ def _documents(base: Any, data: str | None, limit: int) -> Any:
     return dataset.documents
 
 
-def _print(laws: list[Any]) -> None:
+def _print(laws: tuple[Any, ...]) -> None:
     width = max(len(law.what) for law in laws)
     click.echo(f"law  {'what'.ljust(width)}       value        gate")
     for law in laws:

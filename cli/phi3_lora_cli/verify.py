@@ -32,28 +32,20 @@ def command(
     Example:
       phi3-lora verify runs/demo/adapter --model demo --backend mlx
     """
-    from phi3_lora.adapters.fingerprint import read_fingerprint
-    from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import find_base_model
-    from phi3_lora.inference.loading import open_engine, with_adapter
-    from phi3_lora.verification.fingerprint import check_vocabulary, compare
+    from phi3_lora.verification.fingerprint import Where, verify_adapter
 
-    folder = resolve_adapter_dir(adapter)
-    stored = read_fingerprint(folder)
-    base = find_base_model(model, revision, quantize=quantize)
-    check_vocabulary(stored, base.config.vocab_size)
-    base, weights = with_adapter(base, str(folder))
-    opened = open_engine(
-        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
+    found = verify_adapter(
+        adapter,
+        lambda: find_base_model(model, revision, quantize=quantize),
+        Where(backend=backend, device=device, dtype=dtype),
+        note,
     )
-    verdict = compare(stored, opened.engine, opened.base.identity)
-    opened.engine.close()
+    verdict, origin = found.verdict, found.origin
     if as_json:
         print_json(verdict.to_dict())
     else:
-        click.echo(
-            f"trained on        {stored.origin.get('backend')}, {stored.origin.get('dtype')}"
-        )
+        click.echo(f"trained on        {origin.get('backend')}, {origin.get('dtype')}")
         click.echo(f"max difference    {verdict.max_difference:.3g} nats")
         click.echo(f"mean difference   {verdict.mean_difference:.3g} nats")
         click.echo(f"greedy agreement  {verdict.greedy_agreement:.2%}")
