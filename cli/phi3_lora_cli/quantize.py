@@ -29,11 +29,10 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
     from phi3_lora.hub.download import resolve_model_dir
     from phi3_lora.models.quantization.folder import write_quantized_folder
     from phi3_lora.models.weights import check_model_files
-    from phi3_lora.storage.atomic import is_unused
+    from phi3_lora.storage.atomic import check_folder_unused
 
     target = Path(output).expanduser()
-    if not is_unused(target):
-        raise ModelError(f"{target} already holds something: choose another --output")
+    check_folder_unused(target, ModelError, "already holds something: choose another --output")
     source = check_model_files(resolve_model_dir(model, revision))
     error = write_quantized_folder(
         source.path, source.config, source.tensors, target, bits=int(bits)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config import ModelConfig, qkv_rows
 
 _PHI3_STOPS = ("<|endoftext|>", "<|end|>")
 _PHI4_STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -55,9 +55,9 @@ class FamilyMember:
     @property
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         """How the rows of the fused projections divide: q, k, v and gate, up."""
-        key_values = self.num_key_value_heads * self.head_dim
+        heads = self.num_attention_heads
         return {
-            "qkv_proj": (self.num_attention_heads * self.head_dim, key_values, key_values),
+            "qkv_proj": qkv_rows(heads, self.num_key_value_heads, self.head_dim),
             "gate_up_proj": (self.intermediate_size, self.intermediate_size),
         }
 

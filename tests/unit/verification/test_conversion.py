@@ -64,10 +64,12 @@ def test_a_model_is_loaded_once_for_two_adapters_of_one_spec(
     )
     monkeypatch.setattr(Counted, "opened", 0)
     monkeypatch.setattr(Counted, "closed", 0)
-    other = dataclasses.replace(
-        adapter,
-        spec=dataclasses.replace(adapter.spec, **change),
-        weights={name: value + 1 for name, value in adapter.weights.items()},
+    other = with_spec(
+        {name: value + 1 for name, value in adapter.weights.items()},
+        dataclasses.replace(adapter.spec, **change),
+        lora_dropout=0.0,
+        base_model="m",
+        num_layers=2,
     )
     base = find_base_model(str(tmp_path / "m"))
     backend = SimpleNamespace(stock_layout="peft", stock_tool="PEFT")
