@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from phi3_lora.models.quantization.grid import GROUP_SIZE
 
 PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "4bit", "8bit", "nf4", "mlx-affine")
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 """Quantisations of a base: none, the shared grids, bitsandbytes' and MLX's own."""
 
 
@@ -55,7 +57,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope: RopeConfig
     stop_ids: frozenset[int]
-    dtype: str
+    dtype: Dtype
     quantization: Mapping[str, Any] | None
     grid_bits: int | None = None
     """Bits of the shared grid that the linear layers are stored on; None without a shared grid."""

@@ -54,7 +54,7 @@ class FamilyMember:
 
     @property
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """How the rows of the fused projections divide: q, k, v and gate, up."""
+        """Rows of each part of the fused projections: q, k, v and gate, up."""
         heads = self.num_attention_heads
         return {
             "qkv_proj": qkv_rows(heads, self.num_key_value_heads, self.head_dim),
@@ -123,7 +123,7 @@ FAMILY = (
 
 
 def recognise(config: ModelConfig) -> FamilyMember | None:
-    """The published model that has this shape, or None."""
+    """Return the published model that has this shape, or None."""
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
@@ -136,7 +136,7 @@ def recognise(config: ModelConfig) -> FamilyMember | None:
 
 
 def peer_differences(config: ModelConfig) -> dict[str, str]:
-    """Tool -> how its model differs from transformers' with this config.json.
+    """Return, by tool, how its model differs from transformers' with this config.json.
 
     Source: mlx-lm, models/phi3.py and rope_utils.py; vLLM, Phi3LongRoPEScaledRotaryEmbedding;
     llama.cpp, conversion of Phi-3.
