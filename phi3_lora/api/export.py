@@ -21,7 +21,7 @@ from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.loading import check_base_model, load_adapter, other_base_notes
 from phi3_lora.models.quantization.folder import write_quantized_folder
 from phi3_lora.models.weights import check_model_files
-from phi3_lora.storage.atomic import is_unused
+from phi3_lora.storage.atomic import check_folder_unused
 
 MergeTarget = Literal["hf", "mlx", "gguf", "adapter"]
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -237,8 +237,7 @@ def quantize(
     if bits not in (4, 8):
         raise OptionError(f"bits must be 4 or 8, got {bits!r}")
     target = folder_of(output)
-    if not is_unused(target):
-        raise ModelError(f"{target} already holds something: choose another --output")
+    check_folder_unused(target, ModelError, "already holds something: choose another --output")
     source = check_model_files(resolve_model_dir(model, revision))
     error = write_quantized_folder(source.path, source.config, source.tensors, target, bits=bits)
     return QuantizeResult(str(target), bits, error.mean, error.worst, error.worst_module)

@@ -32,7 +32,7 @@ from phi3_lora.engine.request import Sampling
 from phi3_lora.inference import generation
 from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.generation import Generation, Prompt
-from phi3_lora.inference.loading import open_engine, with_adapter
+from phi3_lora.inference.loading import Placement, open_engine, with_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,7 @@ class ModelToOpen:
 
     base: FoundModel
     adapter: Adapter | None
-    backend: str
-    device: Device
-    dtype: Dtype
+    placement: Placement
     note: Note
 
     def open(self) -> LoadedModel:
@@ -53,14 +51,7 @@ class ModelToOpen:
             BackendUnavailableError: when the backend or device is missing.
             ModelError: when the weights cannot be used.
         """
-        opened = open_engine(
-            self.base,
-            backend=self.backend,
-            device=self.device,
-            dtype=self.dtype,
-            adapter=self.adapter,
-            note=self.note,
-        )
+        opened = open_engine(self.base, self.adapter, self.placement, self.note)
         return LoadedModel(self.base, opened.engine, self.adapter, self.note)
 
 
@@ -93,7 +84,8 @@ def find_model(
     """
     base = find_base_model(model, revision, quantize=quantize)
     base, weights = with_adapter(base, None if adapter is None else os.fspath(adapter))
-    return ModelToOpen(base, weights, backend, device, dtype, note)
+    placement = Placement(backend=backend, device=device, dtype=dtype)
+    return ModelToOpen(base, weights, placement, note)
 
 
 def load(

@@ -37,8 +37,7 @@ class FoundModel:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: the model's own and the template's end of turn."""
-        end = self.tokenizer.end_of_turn_id
-        return self.config.stop_ids | (frozenset() if end is None else {end})
+        return frozenset(self.config.answer_stop_ids(self.tokenizer.end_of_turn_id))
 
     def row_norms(self, module: str) -> Float32:
         """Return the Euclidean norm of each row of a module's weight, (out,).

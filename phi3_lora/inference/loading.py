@@ -133,30 +133,34 @@ class Opened:
     base: CheckedModel
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The backend, the device and the dtype to open a model with."""
+
+    backend: str = "auto"
+    """mlx, cuda or auto."""
+    device: str = "auto"
+    """auto, cpu or gpu."""
+    dtype: str = "auto"
+    """The dtype to compute in: float32, bfloat16, float16 or auto."""
+
+
 def open_engine(
-    base: FoundModel,
-    *,
-    backend: str | None,
-    device: str | None,
-    dtype: str | None,
-    adapter: Adapter | None,
-    note: Note,
+    base: FoundModel, adapter: Adapter | None, placement: Placement, note: Note
 ) -> Opened:
-    """Open a model for scoring and generation, with an adapter or bare; None means auto.
+    """Open a model for scoring and generation, with an adapter or bare.
 
     Args:
         base: the model to check and load.
-        backend: mlx, cuda or auto.
-        device: auto, cpu or gpu.
-        dtype: dtype to compute in: float32, bfloat16, float16 or auto.
         adapter: checked against the base.
+        placement: where to open it.
         note: receives what the user should know, before the work that it is about.
 
     Raises:
         BackendUnavailableError: when the backend or device is missing.
         ModelError: when the weights cannot be used.
     """
-    chosen, wanted, choice = choose_backend(backend or "auto", device or "auto")
+    chosen, wanted, choice = choose_backend(placement.backend, placement.device)
     if choice:
         note(choice)
     checked = check_for_backend(base, chosen, note)
@@ -165,7 +169,7 @@ def open_engine(
     engine = chosen.open(
         LoadRequest(
             model=checked.files,
-            dtype=dtype or "auto",
+            dtype=placement.dtype,
             device=wanted,
             quantize=base.backend_quantization,
             lora=None if adapter is None else dataclasses.replace(adapter.spec, dropout=0.0),

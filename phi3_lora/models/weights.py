@@ -62,7 +62,7 @@ def check_model_files(model_dir: Path, config: ModelConfig | None = None) -> Mod
 
 
 def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder, sharded or not.
+    """Read the headers of a model folder's weights, sharded or not.
 
     Raises:
         ModelError: when a file is missing or damaged, or a shard index names what is not there.
@@ -84,7 +84,7 @@ def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
 def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Check names, shapes and finiteness of all weights, and return their index.
 
-    Packed tensors of a quantisation that is no shared grid are checked by the backend that can
+    Packed tensors of a quantisation that is not a shared grid are checked by the backend that can
     unpack them.
 
     Raises:
@@ -121,13 +121,13 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
         for name, info in found.items()
         if not is_finite(info)
     ]
-    problems += _what_frameworks_read_differently(model_dir, config, found)
+    problems += _framework_differences(model_dir, config, found)
     if problems:
         raise ModelError(listing(f"the weights in {model_dir} cannot be used:", problems))
     return found
 
 
-def _what_frameworks_read_differently(
+def _framework_differences(
     model_dir: Path, config: ModelConfig, found: dict[str, TensorInfo]
 ) -> list[str]:
     problems = []
@@ -158,9 +158,9 @@ def _what_frameworks_read_differently(
 
 
 def model_identity(model_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
-    """sha256 over the config, the tensors' names, types and shapes, and a sample of their bytes.
+    """Return a sha256 of the config, the tensors' names, types, shapes, and a sample of bytes.
 
-    It does not depend on the folder's path or on how the tensors are sharded.
+    The digest does not depend on the folder's path or on how the tensors are sharded.
     """
     raw = read_json(model_dir / "config.json")
     for key in _VOLATILE_KEYS:
@@ -174,7 +174,7 @@ def model_identity(model_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _sample(info: TensorInfo) -> bytes:
-    """The first, middle and last bytes of a tensor."""
+    """Read the first, middle and last bytes of a tensor."""
     size = min(_SAMPLE_BYTES, info.num_bytes)
     middle = info.offset + (info.num_bytes - size) // 2
     last = info.offset + info.num_bytes - size
@@ -187,5 +187,5 @@ def _sample(info: TensorInfo) -> bytes:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the base model."""
+    """Count the parameters of the base model."""
     return sum(int(np.prod(shape)) for shape in config.tensor_shapes().values())
