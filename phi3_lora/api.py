@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi3_lora.adapters.adapter import Adapter
     from phi3_lora.config.schema import RunConfig
+    from phi3_lora.data.options import LossOn, OnBadRow
     from phi3_lora.data.rows.conversation import Message
     from phi3_lora.data.sources.source import Source
     from phi3_lora.engine.protocol import Engine
@@ -107,8 +108,8 @@ class LoadedModel:
         data: str | Source,
         *,
         max_length: int = 2048,
-        on_bad_row: str = "error",
-        loss_on: str = "assistant",
+        on_bad_row: OnBadRow = "error",
+        loss_on: LossOn = "assistant",
     ) -> Evaluation:
         """Loss, perplexity and token accuracy on data.
 
@@ -123,6 +124,7 @@ class LoadedModel:
             ConfigError: when loss_on or on_bad_row is none of its values.
             DataError: when the data cannot be used.
         """
+        from phi3_lora.data.documents.encoding import Encoding
         from phi3_lora.inference.evaluation import evaluate
         from phi3_lora.inference.scoring_data import load_to_score
         from phi3_lora.training.observer import LoggingObserver
@@ -130,10 +132,12 @@ class LoadedModel:
         dataset, _ = load_to_score(
             data,
             self.base.tokenizer,
-            max_length=max_length,
-            context=self.base.config.max_position_embeddings,
-            loss_on=loss_on,
-            on_bad_row=on_bad_row,
+            Encoding(
+                max_length=max_length,
+                context=self.base.config.max_position_embeddings,
+                loss_on=loss_on,
+                on_bad_row=on_bad_row,
+            ),
             note=LoggingObserver().note,
         )
         return evaluate(self.engine, dataset.documents)

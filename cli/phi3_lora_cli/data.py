@@ -96,7 +96,7 @@ def check(
         check_any(held_out, files.valid)
     for text in told:
         note(text)
-    report = check_rows(train, held_out, base=base, near=look_for_near, limits=limits)
+    report = check_rows(train, held_out, budget=base, near=look_for_near, limits=limits)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -13,7 +13,7 @@ from phi3_lora_cli.options import note
 if TYPE_CHECKING:
     from phi3_lora.config.schema import RunConfig
     from phi3_lora.data.documents.dataset import DataFiles
-    from phi3_lora.data.quality.checks import Base
+    from phi3_lora.data.quality.checks import TokenBudget
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,9 +58,10 @@ def settings(
     return config, resolve_data(data.source or "", data.valid, more=data.more)
 
 
-def base_of(config: RunConfig) -> Base:
+def base_of(config: RunConfig) -> TokenBudget:
     """The base model's tokenizer and context, with the settings' own template and loss."""
-    from phi3_lora.data.quality.checks import Base
+    from phi3_lora.data.documents.encoding import Encoding
+    from phi3_lora.data.quality.checks import TokenBudget
     from phi3_lora.inference.base_model import look_at_model
 
     data = config.data
@@ -69,13 +70,13 @@ def base_of(config: RunConfig) -> Base:
     )
     for text in model.tokenizer.notes:
         note(text)
-    return Base(
-        model.tokenizer,
-        model.config.max_position_embeddings,
-        data.loss_on,
-        config.training_config.max_length,
-        data.too_long,
+    encoding = Encoding(
+        max_length=config.training_config.max_length,
+        context=model.config.max_position_embeddings,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
     )
+    return TokenBudget(model.tokenizer, encoding)
 
 
 def say_not_taken(files: DataFiles) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from phi3_lora_cli.options import (
     output_options,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from phi3_lora.data.options import LossOn, OnBadRow
 
 
 @click.command()
@@ -47,8 +50,8 @@ def command(
     revision: str | None,
     adapter: str | None,
     data: str,
-    on_bad_row: str | None,
-    loss_on: str,
+    on_bad_row: OnBadRow | None,
+    loss_on: LossOn,
     backend: str | None,
     device: str | None,
     dtype: str | None,
@@ -69,6 +72,7 @@ def command(
     Example:
       phi3-lora evaluate --model demo --adapter runs/demo/adapter --data demo --generate
     """
+    from phi3_lora.data.documents.encoding import Encoding
     from phi3_lora.inference.base_model import look_at_model
     from phi3_lora.inference.evaluation import evaluate
     from phi3_lora.inference.loading import load_adapter, open_engine
@@ -79,10 +83,12 @@ def command(
     dataset, asked = load_to_score(
         data,
         base.tokenizer,
-        max_length=max_length,
-        context=base.config.max_position_embeddings,
-        loss_on=loss_on,
-        on_bad_row=on_bad_row or "error",
+        Encoding(
+            max_length=max_length,
+            context=base.config.max_position_embeddings,
+            loss_on=loss_on,
+            on_bad_row=on_bad_row or "error",
+        ),
         limit=limit,
         with_conversations=generate,
         note=note,

@@ -85,14 +85,15 @@ def command(
 
 def _documents(base: Any, data: str | None, limit: int) -> Any:
     from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
+    from phi3_lora.data.documents.encoding import Encoding
     from phi3_lora.data.sources.reading import read_conversations
     from phi3_lora.verification.fingerprint import probe_documents
 
     if data is None:
         return probe_documents(base.tokenizer)
     rows = read_conversations(resolve_scoring_file(data))[:limit]
-    context = base.config.max_position_embeddings
-    dataset = build_dataset(rows, base.tokenizer, max_length=2048, name=data, context=context)
+    encoding = Encoding(max_length=2048, context=base.config.max_position_embeddings)
+    dataset = build_dataset(rows, base.tokenizer, encoding, data)
     for text in dataset.notes:
         note(text)
     return dataset.documents

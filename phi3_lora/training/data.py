@@ -8,12 +8,12 @@ from phi3_lora.config.data import DataConfig
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.dataset import (
     DataFiles,
-    encoding_of,
     load_split,
     load_splits,
     resolve_data,
 )
-from phi3_lora.data.documents.overlap import Known, overlap_note
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.documents.overlap import DocumentIndex, overlap_note
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.stream import StreamedRows
 from phi3_lora.errors import ConfigError
@@ -58,13 +58,9 @@ def _whole(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> 
     train, valid = load_splits(
         files,
         base.tokenizer,
-        max_length=training.max_length,
+        _encoding(config, base),
         valid_fraction=data.valid_fraction,
         seed=training.seed,
-        context=base.config.max_position_embeddings,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
         note=note,
     )
     # What is said of the template is the same for both.
@@ -97,20 +93,14 @@ def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) 
             f"data.valid_fraction {data.valid_fraction} with data.streaming: a share of the rows "
             "cannot be set aside before they are read; name rows to validate on (--valid)"
         )
-    encoding, limit = encoding_of(
-        training.max_length,
-        base.config.max_position_embeddings,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
-    )
+    encoding = _encoding(config, base)
     valid = None
     if files.valid:
-        valid = load_split(files.valid, base.tokenizer, encoding, limit, note=note)
+        valid = load_split(files.valid, base.tokenizer, encoding, note=note)
     for text in valid.notes if valid else base.tokenizer.notes:
         note(text)
-    held_out = Known(valid.documents if valid else ())
-    rows = StreamedRows(files.train, base.tokenizer, encoding, limit, data.buffer_size, held_out)
+    held_out = DocumentIndex(valid.documents if valid else ())
+    rows = StreamedRows(files.train, base.tokenizer, encoding, data.buffer_size, held_out)
     plan = StreamedPlan(
         rows,
         rows_per_step=training.documents_per_step,
@@ -120,3 +110,13 @@ def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) 
         note=note,
     )
     return RunData(plan, valid)
+
+
+def _encoding(config: RunConfig, base: BaseModel) -> Encoding:
+    return Encoding(
+        max_length=config.training_config.max_length,
+        context=base.config.max_position_embeddings,
+        loss_on=config.data.loss_on,
+        too_long=config.data.too_long,
+        on_bad_row=config.data.on_bad_row,
+    )

@@ -32,8 +32,8 @@ class Marker(NamedTuple):
 
     text: str
     id: int
-    eats_before: bool
-    eats_after: bool
+    strips_before: bool
+    strips_after: bool
 
 
 class Segment(NamedTuple):
@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 
 
 class Markers:
-    """All special tokens of a tokenizer."""
+    """The special tokens of a tokenizer, and what they do to the text around them."""
 
     def __init__(self, tokens: Mapping[int, tuple[str, _Flags]]) -> None:
         """Index the tokens.
@@ -93,7 +93,7 @@ class Markers:
         known = self._closes.get(literal)
         if known is None:
             last = self._last(literal)
-            known = last is not None and (last[1].eats_after or last[0] == len(literal))
+            known = last is not None and (last[1].strips_after or last[0] == len(literal))
             if len(self._closes) < 1000:
                 self._closes[literal] = known
         return known
@@ -104,28 +104,28 @@ class Markers:
             literal.endswith(text[:size]) for text in self.texts for size in range(1, len(text))
         )
 
-    def eaten(self, text: str, contents: Sequence[Span]) -> int:
+    def stripped_whitespace(self, text: str, contents: Sequence[Span]) -> int:
         """Characters of white space at the edges of contents that the markers beside them eat."""
         total, floor = 0, 0
         for start, end in contents:
             if start < end:
-                total += self._eaten(text, floor, start, end)
+                total += self._stripped_at_edges(text, floor, start, end)
             floor = end
         return total
 
-    def _eaten(self, text: str, floor: int, start: int, end: int) -> int:
+    def _stripped_at_edges(self, text: str, floor: int, start: int, end: int) -> int:
         content = text[start:end]
         leading = len(content) - len(content.lstrip(_SPACES))
         trailing = len(content) - len(content.rstrip(_SPACES))
-        eaten = 0
+        count = 0
         if leading:
             last = self._last(text[floor:start])
-            eaten = leading if last is not None and last[1].eats_after else 0
-        if trailing and eaten < len(content):
+            count = leading if last is not None and last[1].strips_after else 0
+        if trailing and count < len(content):
             following = self._pattern.match(text, _after_spaces(text, end))
-            if following is not None and self._known[following.group()].eats_before:
-                eaten += trailing
-        return min(eaten, len(content))
+            if following is not None and self._known[following.group()].strips_before:
+                count += trailing
+        return min(count, len(content))
 
     def _last(self, literal: str) -> tuple[int, Marker] | None:
         """The marker at the end of a text, white space after it apart, and where it ends."""
@@ -150,10 +150,10 @@ class Markers:
         found: list[Segment] = []
         begin = 0
         for start, end, marker in self.written(text, contents):
-            kept = len(text[begin:start].rstrip(_SPACES)) if marker.eats_before else start - begin
+            kept = len(text[begin:start].rstrip(_SPACES)) if marker.strips_before else start - begin
             found.append(Segment(begin, begin + kept, None))
             found.append(Segment(start, end, marker))
-            begin = _after_spaces(text, end) if marker.eats_after else end
+            begin = _after_spaces(text, end) if marker.strips_after else end
         found.append(Segment(begin, len(text), None))
         cut = [part for segment in found for part in _cut(segment, borders)]
         return [segment for segment in cut if segment.start < segment.end]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from phi3_lora.arrays import Bool, Int32
 from phi3_lora.data.chat.markers import Span
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation
 
 
@@ -34,7 +35,7 @@ class Between(NamedTuple):
     """(R,) the marker with which it ends."""
 
 
-def messages_in_loss(row: Conversation, loss_on: str = "assistant") -> tuple[bool, ...]:
+def messages_in_loss(row: Conversation, loss_on: LossOn = "assistant") -> tuple[bool, ...]:
     """Whether the loss counts on each message of a row; the row's own weights win.
 
     Args:

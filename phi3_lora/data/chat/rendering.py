@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from phi3_lora.data.chat.markers import Markers, Span
 from phi3_lora.data.chat.masking import LossSpans, loss_spans, messages_in_loss
 from phi3_lora.data.chat.template import ChatTemplate
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation, Message
 from phi3_lora.errors import DataError
 
@@ -25,9 +26,9 @@ class Remarks(NamedTuple):
 
     has_marker_text: bool = False
     """A message holds the text of a special token, which is encoded as text."""
-    num_eaten: int = 0
+    num_stripped: int = 0
     """Characters of white space at the edges of messages that the model never sees."""
-    lacks_system: bool = False
+    system_dropped: bool = False
     """The template has no place for the row's system message."""
 
 
@@ -93,7 +94,7 @@ class Renderer:
         remarks = Remarks(has_marker_text=self.markers.touch(text, contents))
         return Rendered(text, contents, LossSpans(False, []), borders, remarks)
 
-    def conversation(self, row: Conversation, loss_on: str = "assistant") -> Rendered:
+    def conversation(self, row: Conversation, loss_on: LossOn = "assistant") -> Rendered:
         """A row as text.
 
         Args:
@@ -131,13 +132,13 @@ class Renderer:
         return Rendered(text, [(0, len(text))], LossSpans(True, []), remarks=remarks, is_plain=True)
 
     def _remarks(self, messages: Sequence[Message], text: str, contents: Sequence[Span]) -> Remarks:
-        lacks_system = messages[0]["role"] == "system" and contents[0][0] == contents[0][1]
-        spoken = sum(len(m["content"]) for m in messages[lacks_system:])
+        system_dropped = messages[0]["role"] == "system" and contents[0][0] == contents[0][1]
+        spoken = sum(len(m["content"]) for m in messages[system_dropped:])
         trimmed = spoken - sum(end - start for start, end in contents)
         return Remarks(
             has_marker_text=self.markers.touch(text, contents),
-            num_eaten=trimmed + self.markers.eaten(text, contents),
-            lacks_system=lacks_system and bool(messages[0]["content"]),
+            num_stripped=trimmed + self.markers.stripped_whitespace(text, contents),
+            system_dropped=system_dropped and bool(messages[0]["content"]),
         )
 
     def _turns(

@@ -16,18 +16,19 @@ import numpy as np
 from phi3_lora.data.chat.markers import Span
 from phi3_lora.data.chat.masking import Between, LossSpans
 from phi3_lora.data.chat.rendering import Rendered, Renderer
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation
 
 _SHAPES_KEPT = 10_000
 _Key = tuple[object, ...]
 
 
-class Quick(NamedTuple):
+class CachedRendering(NamedTuple):
     """A row as text."""
 
     text: str
     loss: Between
-    num_eaten: int
+    num_stripped: int
     """Characters of white space at the edges of messages that the model never sees."""
 
 
@@ -48,7 +49,7 @@ class Shapes:
         self._begin_markers = sorted({text[0] for text in self._markers.texts})
         """Characters; no marker lies in, or begins in, a content without them."""
 
-    def quick(self, row: Conversation, loss_on: str) -> Quick | None:
+    def cached(self, row: Conversation, loss_on: LossOn) -> CachedRendering | None:
         """A row as text, the very one that the template writes; None where that is not known."""
         shape = self._known.get(_key(row, loss_on))
         if shape is None:
@@ -61,13 +62,15 @@ class Shapes:
         if not (is_bare or all(map(str.strip, contents))) or not _is_unicode(text):
             return None
         if is_bare and not may_hold_marker:
-            return Quick(text, shape.loss, 0)
+            return CachedRendering(text, shape.loss, 0)
         spans = _spans(shape.literals, contents)
         if may_hold_marker and self._markers.touch(text, spans):
             return None
-        return Quick(text, shape.loss, 0 if is_bare else self._markers.eaten(text, spans))
+        return CachedRendering(
+            text, shape.loss, 0 if is_bare else self._markers.stripped_whitespace(text, spans)
+        )
 
-    def learn(self, row: Conversation, loss_on: str, rendered: Rendered) -> None:
+    def learn(self, row: Conversation, loss_on: LossOn, rendered: Rendered) -> None:
         """Take a row that was rendered in full as the pattern of those like it, if it can be."""
         key = _key(row, loss_on)
         contents = [message["content"] for message in row.messages]
@@ -79,7 +82,7 @@ class Shapes:
         self, row: Conversation, contents: Sequence[str], rendered: Rendered
     ) -> _Shape | None:
         literals = self._renderer.template.literals([message["role"] for message in row.messages])
-        if literals is None or rendered.borders or rendered.remarks.lacks_system:
+        if literals is None or rendered.borders or rendered.remarks.system_dropped:
             return None
         # Where the template's text may begin a marker, a content may finish it.
         if rendered.text != _joined(literals, contents) or any(
@@ -108,7 +111,7 @@ class Shapes:
         return Between(loss.everywhere, *arrays)
 
 
-def _key(row: Conversation, loss_on: str) -> _Key:
+def _key(row: Conversation, loss_on: LossOn) -> _Key:
     """What rows of one shape share; empty for a row that is like no other."""
     messages = row.messages
     if row.whole or len(messages) * 2 != sum(map(len, messages)):

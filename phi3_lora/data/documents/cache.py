@@ -53,9 +53,9 @@ def encoded_sources(
         note(f"tokenising {names}, once, into {target}")
 
         def fill(folder: Path) -> None:
-            told = Rows()
-            rows = usable_rows(sources, told, on_bad_row=encoding.on_bad_row)
-            write_store(folder, encode_in_parts(rows, tokenizer, encoding), told)
+            read = Rows()
+            rows = usable_rows(sources, read, on_bad_row=encoding.on_bad_row)
+            write_store(folder, encode_in_parts(rows, tokenizer, encoding), read)
             # Files may have come and gone, too.
             if _key(sources, _files(sources) or (), tokenizer, encoding) != key:
                 raise DataError(f"{names} changed while being read: run again when it is whole")
@@ -102,5 +102,5 @@ def _key(
         place = str(path), str(path.resolve())
         listed.append([i, *place, status.st_size, status.st_mtime_ns])
     read_as = [{**asdict(source), "weight": None} for source in sources]
-    settings = [STORE_VERSION, tokenizer.identity, asdict(encoding), read_as, listed]
+    settings = [STORE_VERSION, tokenizer.identity, encoding.identity(), read_as, listed]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]

@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.truncation import LEFT, RIGHT, shorten
+from phi3_lora.data.options import LOSS_ON, ON_BAD_ROW, LossOn, OnBadRow, TooLong
+from phi3_lora.data.options import TOO_LONG as TOO_LONG_VALUES
 from phi3_lora.data.rows.conversation import Conversation
+from phi3_lora.errors import ConfigError
 
-UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, LACKS_SYSTEM = (1 << i for i in range(5))
+UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, SYSTEM_DROPPED = (1 << i for i in range(5))
 """Flags of a row: it could not be rendered; it does not fit; it fits without some turns; ..."""
 ROW = np.dtype(
     [
         ("length", "<i4"),
         ("num_tokens", "<i4"),
         ("loss_tokens", "<i4"),
-        ("num_eaten", "<i4"),
+        ("num_stripped", "<i4"),
         ("flags", "<u4"),
     ]
 )
@@ -32,20 +35,45 @@ ROW = np.dtype(
 those of them in the loss, characters of white space that markers eat, flags."""
 _ROWS_AT_ONCE = 8_000
 _CHARACTERS_AT_ONCE = 1 << 24
+_CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BAD_ROW}
+"""Field of Encoding -> its allowed values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
     """How rows become documents."""
 
-    limit: int
-    """Tokens that a document may have."""
-    loss_on: str = "assistant"
-    """What the loss counts on: assistant, last or all; a row's own weights win."""
-    too_long: str = "drop"
-    """What becomes of longer rows: drop, truncate_left, truncate_right or error."""
-    on_bad_row: str = "error"
-    """What becomes of rows that cannot be used: error or skip."""
+    max_length: int
+    """Tokens that the settings give a document."""
+    context: int | None = None
+    """Tokens that the model takes (max_position_embeddings); None sets no limit."""
+    loss_on: LossOn = "assistant"
+    """The messages in the loss; a row's own weights win."""
+    too_long: TooLong = "drop"
+    """The treatment of rows that are longer than the limit."""
+    on_bad_row: OnBadRow = "error"
+    """The treatment of rows that cannot be used."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a document may have."""
+        return self.max_length if self.context is None else min(self.max_length, self.context)
+
+    @property
+    def limit_name(self) -> str:
+        """The limit as messages call it, for example `max_length 2,048`."""
+        name = "max_length" if self.limit == self.max_length else "the model's context of"
+        return f"{name} {self.limit:,}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that documents depend on, as plain values."""
+        return {"limit": self.limit, **{name: getattr(self, name) for name in _CHOICES}}
 
 
 class EncodedRow(NamedTuple):
@@ -69,9 +97,9 @@ class EncodedRow(NamedTuple):
             return self.length, 0, 0, 0, self.flags
         remarks = document.remarks
         flags = self.flags | HAS_MARKER_TEXT * remarks.has_marker_text
-        flags |= LACKS_SYSTEM * remarks.lacks_system
+        flags |= SYSTEM_DROPPED * remarks.system_dropped
         num_tokens = len(document.tokens)
-        return self.length, num_tokens, document.loss_tokens, remarks.num_eaten, flags
+        return self.length, num_tokens, document.loss_tokens, remarks.num_stripped, flags
 
 
 class EncodedRows(Protocol):
@@ -134,7 +162,7 @@ def encode_in_parts(
         DataError: when a row without some of its turns cannot be rendered.
     """
     for part in _parts(rows):
-        yield _encode_part(part, tokenizer, encoding)
+        yield encode_part(part, tokenizer, encoding)
 
 
 def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -150,9 +178,14 @@ def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
         yield part
 
 
-def _encode_part(
+def encode_part(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
 ) -> list[EncodedRow]:
+    """Encode rows at once, and shorten those that are too long if the encoding says so.
+
+    Raises:
+        DataError: when a row without some of its turns cannot be rendered.
+    """
     documents, problems = tokenizer.encode_rows(rows, loss_on=encoding.loss_on)
     why = iter(problems)
     longer = [

@@ -11,7 +11,7 @@ from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.store import document_lengths
 
 
-class Known:
+class DocumentIndex:
     """Documents by their tokens alone."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
@@ -34,7 +34,7 @@ class Known:
 
 def overlap_note(train: Sequence[Document], valid: Sequence[Document]) -> str | None:
     """What to say of validation documents that are trained on; None if there are none."""
-    known = Known(valid)
+    known = DocumentIndex(valid)
     first: tuple[Document, str] | None = None
     shared: set[str] = set()
     for document, source in known.among(train):

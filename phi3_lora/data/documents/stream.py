@@ -15,13 +15,13 @@ import numpy as np
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.encoding import Encoding, InMemory, encode_in_parts
-from phi3_lora.data.documents.overlap import Known
-from phi3_lora.data.documents.selection import Selection
+from phi3_lora.data.documents.overlap import DocumentIndex
+from phi3_lora.data.documents.selection import Selection, notes_on
 from phi3_lora.data.documents.tally import BAD, LEAKED, Tally
 from phi3_lora.data.rows.conversation import BadRow, Conversation
-from phi3_lora.data.sources.reading import bad_rows_listed, iterate_rows
+from phi3_lora.data.sources.bad_rows import STREAMING, BadRows
+from phi3_lora.data.sources.reading import iterate_rows
 from phi3_lora.data.sources.source import Source
-from phi3_lora.errors import MAX_SHOWN, DataError
 
 NAME = "training data"
 
@@ -50,24 +50,21 @@ class StreamedRows:
     sources: Sequence[Source]
     tokenizer: ChatTokenizer
     encoding: Encoding
-    limit: str
-    """What the limit of tokens is called."""
     buffer_size: int
     """Rows a block."""
-    held_out: Known = field(default_factory=lambda: Known(()))
+    held_out: DocumentIndex = field(default_factory=lambda: DocumentIndex(()))
     """What is validated on; rows that are, too, are counted."""
 
     def __str__(self) -> str:
         """As messages name them."""
         return ", ".join(map(str, self.sources))
 
-    def told(self, tally: Tally) -> list[str]:
-        """What is to be said of rows that were counted."""
-        name = f"{NAME}, of {tally.num_rows:,} rows read"
-        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
+    def notes_on(self, tally: Tally) -> list[str]:
+        """Return a note for the user on each outcome of the rows that were read."""
+        return notes_on(tally, f"{NAME}, of {tally.num_rows:,} rows read", self.encoding)
 
 
-class Pass:
+class StreamPass:
     """One pass over the rows, from the first one on."""
 
     def __init__(self, rows: StreamedRows) -> None:
@@ -92,26 +89,24 @@ class Pass:
         rows = self._next()
         if not rows:
             return None
+        of = self._of
         good = [row for row in rows if isinstance(row, Conversation)]
-        bad = [row for row in rows if isinstance(row, BadRow)]
+        bad = BadRows(of.encoding.on_bad_row, STREAMING)
+        for row in rows:
+            if isinstance(row, BadRow):
+                bad.add(row)
         # Said when they are met: the end of their file may never be read.
         plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
         self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
-        of = self._of
         first = (self.number - 1) * of.buffer_size + 1
         place = f"rows {first:,} to {first + len(rows) - 1:,} of {of}"
-        if bad and of.encoding.on_bad_row == "error":
-            title = (
-                f"{len(bad):,} bad row(s) among {place}; correct or remove them (or leave them "
-                "out: --on-bad-row skip):"
-            )
-            raise DataError(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+        bad.refuse(f"among {place}")
         parts = encode_in_parts(good, of.tokenizer, of.encoding)
         encoded = InMemory([*itertools.chain.from_iterable(parts)])
-        selection = Selection(encoded, of.encoding, of.limit, ())
+        selection = Selection(encoded, of.encoding, ())
         index, tally = selection.choose(np.arange(len(good)), f"{NAME}, {place}")
-        tally += Tally(num_rows=len(bad))
-        tally = tally.plus(BAD, len(bad), [str(row) for row in bad[:MAX_SHOWN]])
+        tally += Tally(num_rows=bad.count)
+        tally = tally.plus(BAD, bad.count, bad.first)
         documents = encoded.documents(index)
         shared = [document.source for document, _ in of.held_out.among(documents)]
         tally = tally.plus(LEAKED, len(shared), shared[:1])

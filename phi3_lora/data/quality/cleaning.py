@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.quality.duplicates import Match, NearIndex, exact_duplicates, said, spoken_text
+from phi3_lora.data.quality.duplicates import (
+    Match,
+    NearIndex,
+    conversation_text,
+    exact_duplicates,
+    message_text,
+)
 from phi3_lora.data.quality.languages import LanguageFilter
 from phi3_lora.data.quality.text_checks import (
     encoding_problem,
@@ -143,7 +149,7 @@ def clean(
         matches = exact_duplicates(cleaned.rows)
         cleaned = _take(cleaned, "duplicates", _repeats(cleaned.rows, matches))
     if steps.near_duplicates:
-        index = NearIndex([spoken_text(row) for row in cleaned.rows])
+        index = NearIndex([conversation_text(row) for row in cleaned.rows])
         matches = list(index.duplicates(0, len(cleaned.rows)))
         cleaned = _take(cleaned, "near_duplicates", _repeats(cleaned.rows, matches))
     return cleaned
@@ -199,7 +205,7 @@ def repeat_finding(match: Match, other: Conversation) -> Finding:
 
 def num_chars(row: Conversation) -> int:
     """Characters of all turns, calls of tools included."""
-    return sum(len(said(m)) for m in row.messages)
+    return sum(len(message_text(m)) for m in row.messages)
 
 
 def length_finding(length: int, least: int | None, most: int | None, unit: str) -> Finding | None:
@@ -261,7 +267,7 @@ def _pattern_step(pattern: str) -> Step:
 
     def step(row: Conversation) -> Finding | None:
         for i, message in enumerate(row.messages, start=1):
-            match = compiled.search(said(message))
+            match = compiled.search(message_text(message))
             if match is not None:
                 text = f"{_name(row, i)}: {match.group()[:60]!r} matches {pattern!r}"
                 return Finding("pattern", text)

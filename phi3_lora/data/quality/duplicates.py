@@ -88,7 +88,7 @@ def exact_key(row: Conversation) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=16)
     for message in row.messages:
-        text = f"{normalised(said(message))}\0{message.get('tools', '')}"
+        text = f"{normalised(message_text(message))}\0{message.get('tools', '')}"
         part = f"{message['role']}\0{text}".encode(errors="replace")
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
@@ -106,7 +106,7 @@ def matches_of(keys: Iterable[bytes]) -> list[Match]:
     return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
-def said(message: Message) -> str:
+def message_text(message: Message) -> str:
     """A message's content, and its calls of tools as JSON without their ids."""
     calls = message.get("tool_calls")
     if not calls:
@@ -116,9 +116,9 @@ def said(message: Message) -> str:
     return f"{message['content']}\n{text}" if message["content"] else text
 
 
-def spoken_text(row: Conversation) -> str:
+def conversation_text(row: Conversation) -> str:
     """What near duplicates are judged by: every turn but the system's, which rows often share."""
-    return "\n".join(said(m) for m in row.messages if m["role"] != "system")
+    return "\n".join(message_text(m) for m in row.messages if m["role"] != "system")
 
 
 def can_find_near() -> bool:

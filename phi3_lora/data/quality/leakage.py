@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phi3_lora.data.quality.duplicates import Match, NearIndex, exact_key, spoken_text
+from phi3_lora.data.quality.duplicates import Match, NearIndex, conversation_text, exact_key
 from phi3_lora.data.rows.conversation import Conversation
 
 
@@ -25,7 +25,9 @@ def find_leaks(
     Raises:
         ConfigError: when near is set and datasketch is not installed.
     """
-    index = NearIndex([spoken_text(row) for row in (*train, *valid)]) if near and valid else None
+    index = (
+        NearIndex([conversation_text(row) for row in (*train, *valid)]) if near and valid else None
+    )
     return leaks_in(train, valid, index)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
-from phi3_lora.data.rows.formats import COLUMNS, FORMATS, RowReader
+from phi3_lora.data.rows.conversation import RawRow
+from phi3_lora.data.rows.formats import COLUMNS, FORMATS
 from phi3_lora.data.sources.datasets_library import (
     hub_files,
     hub_rows,
@@ -36,6 +36,8 @@ _SPLIT_NAMES = {
 }
 """Split -> what it is called in names of files, folders and data sets."""
 _SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+ROWS_IN_MEMORY = "(rows in memory)"
+"""The path that config.yaml holds for rows that the caller passed in memory."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 
 
@@ -69,6 +71,10 @@ class Source:
     def __str__(self) -> str:
         """As messages name it."""
         return f"{self.path}[{self.split}]" if self.split else self.path
+
+    def rows_in_memory(self) -> Callable[[], Iterator[RawRow]] | None:
+        """Return a reader of rows that the source itself holds; None where the path names them."""
+        return None
 
 
 def check_format(name: str) -> None:
@@ -110,6 +116,9 @@ def parts_of(source: Source) -> list[Part]:
     Raises:
         DataError: when there are none.
     """
+    read = source.rows_in_memory()
+    if read is not None:
+        return [Part(source.path, read, lambda: None)]
     place = _place(source)
     if place.hub is not None:
         return [_hub_part(place.hub, place.subset, place.split or "train", source.streaming)]
@@ -179,19 +188,6 @@ def with_split(source: Source, split: str) -> Source | None:
     return None if found is None else dataclasses.replace(source, split=found)
 
 
-def conversations_of(part: Part, reader: RowReader) -> Iterator[Conversation | BadRow]:
-    """Every row of a part, read as a conversation or told why not."""
-    for raw in part.rows():
-        place = f"{part.name}:{raw.line}"
-        if raw.problem is not None:
-            yield BadRow(place, raw.problem, raw.kind)
-            continue
-        try:
-            yield reader.read(raw.value, place)
-        except RowError as cause:
-            yield BadRow(place, str(cause), cause.kind)
-
-
 class _Place(NamedTuple):
     """Where a source is: files, a folder, or a data set of the hub."""
 
@@ -204,6 +200,10 @@ class _Place(NamedTuple):
 
 
 def _place(source: Source) -> _Place:
+    if source.rows_in_memory() is not None:
+        return _Place(source.path, None)
+    if source.path == ROWS_IN_MEMORY:
+        raise DataError("the rows of this run were in memory: pass them again, as train(data=rows)")
     if source.path == "demo":
         return _Place(source.path, source.split, root=DEMO_DATA_DIR)
     local = _local(source.path, source.split)

@@ -13,6 +13,7 @@ from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents import cache as token_cache
 from phi3_lora.data.documents.batch import documents_digest
 from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.store import DocumentStore
 from phi3_lora.data.sources.source import Source
@@ -77,11 +78,17 @@ def root(request: pytest.FixtureRequest, hub: Path, tmp_path: Path) -> Path:
 
 
 def load(
-    source: str | Source, tokenizer: ChatTokenizer, said: list[str] | None = None, **more: Any
+    source: str | Source,
+    tokenizer: ChatTokenizer,
+    said: list[str] | None = None,
+    seed: int = 3,
+    **more: Any,
 ) -> Dataset:
-    settings = {"max_length": 60, "valid_fraction": 0.0, "seed": 3, **more}
+    encoding = Encoding(**{"max_length": 60, **more})
     said = [] if said is None else said
-    return load_splits(resolve_data(source), tokenizer, note=said.append, **settings)[0]
+    return load_splits(
+        resolve_data(source), tokenizer, encoding, valid_fraction=0.0, seed=seed, note=said.append
+    )[0]
 
 
 def stores() -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -15,7 +14,13 @@ from phi3_lora.data.documents.overlap import overlap_note
 from phi3_lora.data.documents.tally import Tally
 from tests.tiny import random_documents
 
-KINDS = [tallies.BAD, tallies.DROPPED, tallies.SILENT, tallies.MARKED, tallies.LEAKED]
+KINDS = [
+    tallies.BAD,
+    tallies.DROPPED,
+    tallies.NO_LOSS_TOKENS,
+    tallies.HAS_MARKER_TEXT,
+    tallies.LEAKED,
+]
 
 
 def counted(kinds: list[str | None], start: int = 1) -> Tally:
@@ -32,12 +37,19 @@ def test_parts_add_up_to_the_whole(kinds: list[str | None], cut: int) -> None:
     whole = counted(kinds)
     assert counted(kinds[:cut]) + counted(kinds[cut:], 1 + len(kinds[:cut])) == whole
     assert whole + Tally() == Tally() + whole == whole
-    kept = json.loads(json.dumps(dataclasses.asdict(whole)))
+    kept = json.loads(json.dumps(whole.to_dict()))
     assert Tally.from_dict(kept) == whole
 
 
 def test_each_kind_is_told_of_the_rows_it_is_among() -> None:
-    kinds = [None, tallies.BAD, tallies.DROPPED, tallies.SILENT, tallies.MARKED, tallies.LEAKED]
+    kinds = [
+        None,
+        tallies.BAD,
+        tallies.DROPPED,
+        tallies.NO_LOSS_TOKENS,
+        tallies.HAS_MARKER_TEXT,
+        tallies.LEAKED,
+    ]
     notes = counted([*kinds, tallies.DROPPED, tallies.LEAKED]).notes(
         "d", limit="9 tokens", too_long="drop"
     )

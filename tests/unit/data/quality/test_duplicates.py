@@ -16,8 +16,8 @@ from phi3_lora.data.quality.duplicates import (
     Groups,
     NearIndex,
     can_find_near,
+    conversation_text,
     exact_duplicates,
-    spoken_text,
     word_triples,
 )
 from phi3_lora.data.quality.leakage import find_leaks
@@ -169,7 +169,7 @@ def test_a_shared_system_message_makes_no_near_duplicates() -> None:
     rng = random.Random(4)
     system = random_text(rng, 200)
     rows = [row(random_text(rng, 10), random_text(rng, 10), system) for _ in range(20)]
-    assert found_in([spoken_text(r) for r in rows]) == []
+    assert found_in([conversation_text(r) for r in rows]) == []
 
 
 def test_the_signature_is_the_same_in_every_process() -> None:
@@ -248,7 +248,7 @@ def call(name: str, line: int, **fields: Any) -> Conversation:
 def test_calls_of_other_tools_are_no_duplicates_but_their_ids_do_not_matter() -> None:
     rows = [call("order", 1), call("cancel", 2), call("order", 3)]
     assert [(m.row, m.other) for m in exact_duplicates(rows)] == [(2, 0)]
-    assert "cancel" in spoken_text(rows[1])
+    assert "cancel" in conversation_text(rows[1])
 
 
 def test_rows_that_may_call_other_tools_are_no_exact_duplicates() -> None:
