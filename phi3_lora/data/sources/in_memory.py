@@ -71,12 +71,14 @@ def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Sou
 
 def is_named(data: Data) -> bool:
     """Return whether data names rows, rather than holding them."""
-    return isinstance(data, (str, Path, Source))
+    return isinstance(data, (str, Path, Source)) and not isinstance(data, MemorySource)
 
 
 def recorded_name(data: Data) -> str:
     """Return the text that config.yaml holds for data; rows in memory have a fixed one."""
-    return str(data) if isinstance(data, (str, Path)) else ROWS_IN_MEMORY
+    if not is_named(data):
+        return ROWS_IN_MEMORY
+    return data.path if isinstance(data, Source) else str(data)
 
 
 def _is_rows(value: Any) -> bool:
