@@ -28,11 +28,10 @@ from phi3_lora.data.quality.cleaning import (
 )
 from phi3_lora.data.quality.duplicates import (
     NearIndex,
-    conversation_text,
     exact_duplicates,
     message_text,
 )
-from phi3_lora.data.quality.leakage import leaks_in
+from phi3_lora.data.quality.leakage import find_leaks
 from phi3_lora.data.quality.report import Lengths, Problem, Report
 from phi3_lora.data.quality.text_checks import marker_in
 from phi3_lora.data.rows.conversation import BAD, BadRow, Conversation
@@ -146,7 +145,7 @@ def _find_no_weight(row: Conversation) -> Finding | None:
 def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     """Repeated rows within the training data and within the validation data, and leaks."""
     rows, border = train + valid, len(train)
-    index = NearIndex([conversation_text(row) for row in rows]) if near else None
+    index = NearIndex.of_rows(rows) if near else None
     found = []
     for first, last in ((0, border), (border, len(rows))):
         exact = exact_duplicates(rows[first:last])
@@ -159,7 +158,7 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
         for match in matches:
             finding = repeat_finding(match, rows[match.other])
             found.append(_problem(rows[match.row].source, finding))
-    for match in leaks_in(train, valid, index):
+    for match in find_leaks(train, valid, index):
         other = train[match.other].source
         text = f"{match.similarity:.2f} like the training row {other}"
         if match.is_exact:

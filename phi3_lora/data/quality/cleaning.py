@@ -15,7 +15,6 @@ from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.quality.duplicates import (
     Match,
     NearIndex,
-    conversation_text,
     exact_duplicates,
     message_text,
 )
@@ -149,7 +148,7 @@ def clean(
         matches = exact_duplicates(cleaned.rows)
         cleaned = _take(cleaned, "duplicates", _repeats(cleaned.rows, matches))
     if steps.near_duplicates:
-        index = NearIndex([conversation_text(row) for row in cleaned.rows])
+        index = NearIndex.of_rows(cleaned.rows)
         matches = list(index.duplicates(0, len(cleaned.rows)))
         cleaned = _take(cleaned, "near_duplicates", _repeats(cleaned.rows, matches))
     return cleaned

@@ -159,6 +159,15 @@ class NearIndex:
             crowded |= place > start
         self._crowded = np.flatnonzero(crowded)
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[Conversation]) -> NearIndex:
+        """Index conversations by conversation_text.
+
+        Raises:
+            ConfigError: when datasketch is not installed.
+        """
+        return cls([conversation_text(row) for row in rows])
+
     def reordered(self, order: Sequence[int]) -> NearIndex:
         """The index of the same texts in another order, at little cost."""
         return NearIndex([self._texts[i] for i in order], self._signatures[list(order)])

@@ -14,18 +14,9 @@ from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.store import DocumentStore, document_lengths, num_loss_tokens
 from phi3_lora.errors import ConfigError, DataError
 from phi3_lora.inference.scoring_data import ToScore, load_to_score
-from tests.tiny import chat, write_rows, write_tokenizer
+from tests.tiny import chat, write_rows
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

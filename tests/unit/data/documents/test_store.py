@@ -28,15 +28,7 @@ from tests.tiny import TEMPLATE, chat, write_rows, write_tokenizer
 Splits = tuple[Dataset, Dataset | None]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def load(

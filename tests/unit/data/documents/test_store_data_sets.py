@@ -18,23 +18,15 @@ from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.store import DocumentStore
 from phi3_lora.data.sources.source import Source
 from phi3_lora.storage.cache import cache_root
-from tests.tiny import write_tokenizer
 
 Rows = list[dict[str, Any]]
 KINDS = ("saved", "saved alone", "hub")
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def own_caches(empty_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(token_cache, "CACHE_FROM_BYTES", 0)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
 
 
 def pairs(count: int, answer: str = "a") -> Rows:

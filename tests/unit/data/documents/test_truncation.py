@@ -17,17 +17,9 @@ from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.truncation import without_turns
 from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.errors import DataError
-from tests.tiny import write_tokenizer
 
 END = "<|end|>"
 LEFT, RIGHT = "truncate_left", "truncate_right"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return ChatTokenizer(folder, vocab_size=264)
 
 
 def row(*turns: str, system: str | None = None, source: str = "f:1", **more: Any) -> Conversation:

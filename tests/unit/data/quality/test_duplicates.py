@@ -223,17 +223,18 @@ def test_leaks_are_exact_and_near_with_the_most_similar_training_row() -> None:
         row(texts[2] + " more"),
         row(changed(rng, texts[3], 12)),
     ]
-    found = find_leaks(train, valid)
+    found = find_leaks(train, valid, NearIndex.of_rows([*train, *valid]))
     assert [(m.row, m.other) for m in found] == [(1, 1), (2, 2)]
     assert found[0].similarity == 1.0 and SIMILARITY <= found[1].similarity < 1.0
     assert [m.is_exact for m in found] == [True, False]
-    exact = find_leaks(train, valid, near=False)
+    exact = find_leaks(train, valid, None)
     assert [(m.row, m.other) for m in exact] == [(1, 1)]
 
 
 def test_repetitions_within_one_side_are_no_leaks() -> None:
-    assert find_leaks([row("a b c d"), row("a b c d")], [row("e f g h"), row("e f g h")]) == []
-    assert find_leaks([row("a")], []) == []
+    train, valid = [row("a b c d"), row("a b c d")], [row("e f g h"), row("e f g h")]
+    assert find_leaks(train, valid, NearIndex.of_rows([*train, *valid])) == []
+    assert find_leaks([row("a")], [], NearIndex.of_rows([row("a")])) == []
 
 
 def call(name: str, line: int, **fields: Any) -> Conversation:
