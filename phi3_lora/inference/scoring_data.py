@@ -1,4 +1,4 @@
-"""What a model is scored on: documents, and where they are to be answered their conversations."""
+"""Rows to score: documents and, where the model answers them, their conversations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _COUNTED = {
 
 
 class ToScore(NamedTuple):
-    """Rows to score."""
+    """Documents to score, and their conversations."""
 
     dataset: Dataset
     conversations: list[Conversation]
-    """The rows that have a document, where they were asked for."""
+    """The rows that have a document; empty unless asked for."""
 
 
 def load_to_score(

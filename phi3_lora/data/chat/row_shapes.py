@@ -1,8 +1,8 @@
 """Rows written as their template writes them, without running it for each.
 
 Rows of the same roles have the same text around their contents, if the template provably only
-places contents (opaque.py). It is then known, too, which of its markers their loss lies between,
-so that tokens need no characters to be judged by.
+places contents (template_proof.py). The loss of such rows lies between known markers, so that the
+mask needs the ids alone, not the characters of each token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Key = tuple[object, ...]
 
 
 class CachedRendering(NamedTuple):
-    """A row as text."""
+    """The text of a row, rendered from its shape."""
 
     text: str
     loss: Between
     num_stripped: int
-    """Characters of white space at the edges of messages that the model never sees."""
+    """White-space characters at the edges of messages that the model never sees."""
 
 
 class _Shape(NamedTuple):
@@ -39,10 +39,10 @@ class _Shape(NamedTuple):
 
 
 class Shapes:
-    """What is known of rows by their roles, their weights and what the loss counts on."""
+    """The template's text and the loss of rows, by their roles, weights and loss_on."""
 
     def __init__(self, renderer: Renderer) -> None:
-        """Know nothing yet; rows that the renderer wrote in full teach it."""
+        """Start without shapes; rows that the renderer writes in full add them."""
         self._renderer = renderer
         self._markers = renderer.markers
         self._known: dict[_Key, _Shape | None] = {}
@@ -50,7 +50,7 @@ class Shapes:
         """Characters; no marker lies in, or begins in, a content without them."""
 
     def cached(self, row: Conversation, loss_on: LossOn) -> CachedRendering | None:
-        """A row as text, the very one that the template writes; None where that is not known."""
+        """Return the text that the template writes for a row; None where it is not known."""
         shape = self._known.get(_key(row, loss_on))
         if shape is None:
             return None
@@ -93,7 +93,7 @@ class Shapes:
         return None if loss is None else _Shape(literals, loss)
 
     def _between(self, text: str, contents: Sequence[Span], loss: LossSpans) -> Between | None:
-        """The loss in markers; None where it begins or ends elsewhere."""
+        """Return the loss as markers; None where it begins or ends elsewhere."""
         written = list(self._markers.written(text, contents))
         ends = [end for _, end, _ in written]
         opening: list[int] = []
@@ -112,7 +112,7 @@ class Shapes:
 
 
 def _key(row: Conversation, loss_on: LossOn) -> _Key:
-    """What rows of one shape share; empty for a row that is like no other."""
+    """Return the key that rows of one shape share; empty for a row without a shape."""
     messages = row.messages
     if row.whole or len(messages) * 2 != sum(map(len, messages)):
         return ()

@@ -33,7 +33,7 @@ from phi3_lora.storage.json_file import read_json
 _ROWS_AT_ONCE = 1000
 _NO_REMARKS = Remarks()
 Ids = tuple[Sequence[int], Sequence[Span]]
-"""Ids of a text, and the characters of each."""
+"""The ids of a text, and the characters of each id."""
 
 
 class Document(NamedTuple):
@@ -78,7 +78,7 @@ class ChatTokenizer:
         eos = self._strings.get("eos_token")
         self._eos_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.has_own_template = False
-        """Whether the chat template is another one than the model's."""
+        """True if the chat template is another one than the model's."""
         if template_file is None:
             self._use(ChatTemplate(template_source(model_dir, config), self._strings))
         else:
@@ -116,7 +116,7 @@ class ChatTokenizer:
         end = self._renderer.end_of_turn
         self.end_of_turn_id = None if end is None else self._tokenizer.token_to_id(end)
         self.notes = self._renderer.notes()
-        """What the user should know of the template."""
+        """Notes for the user on the template."""
 
     @property
     def template(self) -> ChatTemplate:
@@ -164,10 +164,10 @@ class ChatTokenizer:
     def encode_rows(
         self, rows: Sequence[Conversation], *, loss_on: LossOn = "assistant"
     ) -> tuple[list[Document | None], list[str]]:
-        """As encode_conversations, but rows that cannot be rendered are told, not raised.
+        """Encode conversations, and return the problems of rows that cannot be rendered.
 
         Returns:
-            A document of each row, None where there is none; `file:line: why` of each such row.
+            A document of each row, or None; `file:line: why` of each row without one.
         """
         documents: list[Document | None] = []
         problems: list[str] = []
@@ -275,7 +275,7 @@ class _Part(NamedTuple):
     rendered: dict[int, Rendered]
     """Place in rows -> its text, where the template was run."""
     encoding: Future[list[Encoding]]
-    """Of known."""
+    """The encoded texts of known."""
 
 
 def _known_documents(
@@ -284,7 +284,7 @@ def _known_documents(
     encoded: Sequence[Encoding],
     is_marker: Bool,
 ) -> dict[int, Document]:
-    """Documents of rows whose loss lies between markers, but for those with other markers."""
+    """Return documents of rows whose loss lies between the markers that the template wrote."""
     ids = [encoding.ids for encoding in encoded]
     tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32)
     ends = np.cumsum([len(some) for some in ids], dtype=np.int64)
@@ -305,7 +305,7 @@ def _known_documents(
 
 
 def _needs_parts(rendered: Rendered) -> bool:
-    """Whether a text cannot be encoded at once, as the tokenizer itself would."""
+    """Return whether a text cannot be encoded at once, as the tokenizer itself would."""
     return rendered.is_plain or rendered.remarks.has_marker_text or bool(rendered.borders)
 
 
@@ -327,7 +327,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _num_ids(tokenizer: Tokenizer) -> int:
-    """One more than the largest id."""
+    """Return the largest id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 

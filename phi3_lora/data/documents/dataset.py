@@ -27,11 +27,11 @@ _VALID = "validation data"
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """Which sources a run's data settings mean."""
+    """The sources that a run's data settings name."""
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...]
-    """Empty where there is nothing to validate on."""
+    """Empty without validation data."""
 
 
 def resolve_data(
@@ -146,14 +146,14 @@ def load_split(
     name: str = _VALID,
     note: Note = lambda text: None,
 ) -> Dataset:
-    """All documents of sources.
+    """Read all documents of sources.
 
     Args:
         sources: what to read; weights do not count.
         tokenizer: the base model's.
         encoding: how rows become documents.
         name: what to call the rows in notes.
-        note: told where the tokens of large files lie.
+        note: gets the place of the tokens of large files.
 
     Raises:
         DataError: as load_splits.
@@ -169,7 +169,7 @@ def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:
 
 
 def _chosen_share(count: int, fraction: float, seed: int) -> Bool:
-    """Which rows are set aside, (count,)."""
+    """Choose the rows to set aside: (count,) bool."""
     num_chosen = round(count * fraction)
     if not 0 < num_chosen < count:
         raise DataError(

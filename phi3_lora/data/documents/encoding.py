@@ -1,4 +1,4 @@
-"""Rows of sources as documents, part by part, with what must be told of each.
+"""Rows encoded as documents, part by part, with flags for what happened to each row.
 
 The result is in memory here; store.py has the same on the disk.
 """
@@ -31,8 +31,8 @@ ROW = np.dtype(
         ("flags", "<u4"),
     ]
 )
-"""What is known of a row: its tokens as it was, those of its document (0 when there is none),
-those of them in the loss, characters of white space that markers eat, flags."""
+"""Facts of a row: its tokens before it was shortened, the tokens of its document (0 without one),
+its tokens in the loss, white-space characters that markers strip, flags."""
 _ROWS_AT_ONCE = 8_000
 _CHARACTERS_AT_ONCE = 1 << 24
 _CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BAD_ROW}
@@ -41,7 +41,7 @@ _CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BA
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
-    """How rows become documents."""
+    """The settings by which rows become documents."""
 
     max_length: int
     """Tokens that the settings give a document."""
@@ -77,10 +77,10 @@ class Encoding:
 
 
 class EncodedRow(NamedTuple):
-    """A row and what became of it."""
+    """A row, its document and what happened to it."""
 
     document: Document | None
-    """None when it cannot be rendered, or does not fit."""
+    """None when the row cannot be rendered, or does not fit."""
     source: str
     """file:line."""
     length: int
@@ -91,7 +91,7 @@ class EncodedRow(NamedTuple):
 
     @property
     def facts(self) -> tuple[int, ...]:
-        """A ROW."""
+        """The row as an entry of dtype ROW."""
         document = self.document
         if document is None:
             return self.length, 0, 0, 0, self.flags
@@ -115,7 +115,7 @@ class EncodedRows(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know of what was read."""
+        """Notes for the user on reading the rows."""
 
     def source(self, row: int) -> str:
         """file:line of a row."""
@@ -133,7 +133,7 @@ class InMemory:
     def __init__(
         self, encoded: Sequence[EncodedRow], counts: Sequence[int] = (), notes: Sequence[str] = ()
     ) -> None:
-        """Keep rows."""
+        """Hold encoded rows."""
         self._encoded = encoded
         self.rows = np.array([row.facts for row in encoded], dtype=ROW)
         self.counts = counts

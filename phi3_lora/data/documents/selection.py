@@ -36,7 +36,7 @@ class Dataset:
 
     documents: Sequence[Document]
     notes: list[str] = field(default_factory=list)
-    """What was left out and why, for the user."""
+    """Notes for the user on what was left out, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Selection:
     encoded: EncodedRows
     encoding: Encoding
     notes: Sequence[str]
-    """On the chat template."""
+    """Notes on the chat template."""
 
     def dataset(self, index: Index, name: str) -> Dataset:
-        """The documents of rows, in the order given, and notes on those that are left out.
+        """Return the documents of rows, in the order given, with notes on rows that are left out.
 
         Args:
             index: the rows; one may come more than once.
@@ -65,7 +65,7 @@ class Selection:
         return Dataset(self.encoded.documents(index), notes)
 
     def choose(self, index: Index, name: str) -> tuple[Index, Tally]:
-        """Those of some rows that there is something to learn from, and what became of all.
+        """Return the trainable rows and a tally of every outcome.
 
         Args:
             index: the rows; one may come more than once.
@@ -108,7 +108,7 @@ class Selection:
         return index, tally
 
     def _split(self, index: Index, flag: int) -> tuple[Index, Index]:
-        """Rows with a flag, and the others."""
+        """Split rows into those with a flag and the others."""
         has = (self.encoded.rows["flags"][index] & flag) != 0
         return index[has], index[~has]
 

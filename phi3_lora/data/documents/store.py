@@ -77,7 +77,7 @@ def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], read: Rows)
 
 
 def open_store(folder: Path) -> Store | None:
-    """A store; None when there is none, or it is not whole."""
+    """Open a store; None when the folder holds no whole one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in _DTYPES}
@@ -95,7 +95,7 @@ class Store:
         """Map the files of a folder.
 
         Raises:
-            ValueError: when they do not fit each other.
+            ValueError: when the files do not fit each other.
         """
         mapped = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
         self._tokens, self._supervised = mapped["tokens"], mapped["supervised"]
@@ -140,7 +140,7 @@ class DocumentStore(Sequence[Document]):
 
         Args:
             store: where they are.
-            rows: (D,) which rows' documents they are.
+            rows: (D,) the rows of the documents.
         """
         self.store = store
         self.rows = rows

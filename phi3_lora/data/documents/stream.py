@@ -30,33 +30,33 @@ class Block(NamedTuple):
     """Consecutive rows."""
 
     number: int
-    """From 0."""
+    """Counts from 0."""
     documents: Sequence[Document]
-    """Those there is something to learn from, in the order of the rows."""
+    """Documents of trainable rows, in the order of the rows."""
     tally: Tally
-    """What became of its rows."""
+    """The outcomes of the block's rows."""
     rows_hash: str
-    """sha256 of all rows of the pass up to its last one."""
+    """sha256 of all rows of the pass up to the block's last one."""
 
 
 class Stopped(Exception):
-    """Reading was to stop, and has."""
+    """Reading stopped because it was asked to."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedRows:
-    """Rows that can be passed over again and again."""
+    """Rows that can be read in several passes."""
 
     sources: Sequence[Source]
     tokenizer: ChatTokenizer
     encoding: Encoding
     buffer_size: int
-    """Rows a block."""
+    """Rows in a block."""
     held_out: DocumentIndex = field(default_factory=lambda: DocumentIndex(()))
-    """What is validated on; rows that are, too, are counted."""
+    """The validation documents; training rows among them are counted."""
 
     def __str__(self) -> str:
-        """As messages name them."""
+        """Return the name of the rows in messages."""
         return ", ".join(map(str, self.sources))
 
     def notes_on(self, tally: Tally) -> list[str]:
@@ -71,20 +71,20 @@ class StreamPass:
         """Begin at the first row."""
         self._of = rows
         self.is_stopped: Callable[[], bool] = lambda: False
-        """Asked at each row whether to stop."""
+        """Called at each row; reading stops when it returns True."""
         self._notes: list[str] = []
         self._rows = mixed_rows(rows.sources, self._notes)
         self._digest = hashlib.sha256()
         self.number = 0
-        """Of the next block."""
+        """The number of the next block."""
 
     def read(self) -> Block | None:
-        """The next block; None after the last one.
+        """Read the next block; return None after the last one.
 
         Raises:
             DataError: when a source does not exist or is damaged; when a row is bad or too long,
                 and that is to be an error.
-            Stopped: when it was to stop.
+            Stopped: when is_stopped returned True.
         """
         rows = self._next()
         if not rows:
@@ -95,7 +95,7 @@ class StreamPass:
         for row in rows:
             if isinstance(row, BadRow):
                 bad.add(row)
-        # Said when they are met: the end of their file may never be read.
+        # Noted when they are met: the end of their file may never be read.
         plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
         self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
         first = (self.number - 1) * of.buffer_size + 1
@@ -113,16 +113,16 @@ class StreamPass:
         return Block(self.number - 1, documents, tally, self._digest.hexdigest())
 
     def skip(self) -> bool:
-        """Read past the next block; False where there is none.
+        """Read past the next block; return False after the last one.
 
         Raises:
             DataError: when a source does not exist or is damaged.
-            Stopped: when it was to stop.
+            Stopped: when is_stopped returned True.
         """
         return bool(self._next())
 
     def notes(self) -> list[str]:
-        """What the user should know of the formats of what was read since they were asked for."""
+        """Return the notes on formats since the last call."""
         notes, self._notes[:] = [*self._notes], []
         return notes
 
@@ -140,7 +140,7 @@ class StreamPass:
 def mixed_rows(
     sources: Sequence[Source], notes: list[str] | None = None
 ) -> Iterator[Conversation | BadRow]:
-    """Rows of sources in turn, each source as often as its weight says, until all have ended.
+    """Read rows of sources in turn, each source as often as its weight says, until all have ended.
 
     Args:
         sources: what to read; one that ends drops out.
@@ -164,7 +164,7 @@ def mixed_rows(
 
 
 def _content(row: Conversation | BadRow) -> bytes:
-    """What a row says, wherever it lies."""
+    """Return the content of a row as bytes, without its place."""
     if isinstance(row, BadRow):
         return b"bad row\n"
     return (json.dumps([row.messages, row.weights, row.whole]) + "\n").encode()

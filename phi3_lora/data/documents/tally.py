@@ -1,4 +1,4 @@
-"""What became of rows, counted; the counts of parts add up to those of the whole."""
+"""Counts of the outcomes of rows; the tallies of parts add up to the tally of the whole."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of rows."""
+    """Counts of the outcomes of rows."""
 
     num_rows: int = 0
-    """All of them."""
+    """All rows, whatever their outcome."""
     longest: int = 0
     """Tokens of the longest row that does not fit."""
     num_stripped: int = 0
-    """Characters of white space that markers beside a message eat, in rows that are kept."""
+    """White-space characters that markers beside a message strip, in rows that are kept."""
     counts: dict[str, int] = field(default_factory=dict)
     """Kind -> rows of it."""
     first: dict[str, list[str]] = field(default_factory=dict)
-    """Kind -> file:line of the first one, or of those that are left out what is wrong, too."""
+    """Kind -> file:line of the first row; of unusable rows `file:line: why` of several."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as a checkpoint stores them."""
@@ -77,11 +77,11 @@ class Tally:
         )
 
     def plus(self, kind: str, count: int, first: Sequence[str]) -> Tally:
-        """With so many more rows of a kind; num_rows stays."""
+        """Return the tally with more rows of a kind; num_rows stays."""
         return self + Tally(counts={kind: count}, first={kind: [*first]}) if count else self
 
     def notes(self, name: str, *, limit: str, too_long: TooLong) -> list[str]:
-        """One text for each kind that there is, for the user.
+        """Return a text for the user on each kind that occurs.
 
         Args:
             name: what to call the rows.

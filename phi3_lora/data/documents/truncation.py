@@ -1,4 +1,4 @@
-"""Rows that are longer than the model or the settings allow: shortened by whole turns, or not.
+"""Shortening of rows that are longer than the token limit, by whole turns.
 
 A turn is a user's message with all that follows it up to the next one. No message is ever cut.
 """
@@ -22,7 +22,7 @@ RIGHT: Final = "truncate_right"
 def shorten(
     rows: Sequence[Conversation], encode: Encode, *, limit: int, side: TooLong, loss_on: LossOn
 ) -> list[Document | None]:
-    """Each row without as few whole turns as needed to fit; None where even one does not.
+    """Drop as few whole turns of each row as needed to fit; None where one turn is too long.
 
     Args:
         rows: rows that are too long.
@@ -54,7 +54,7 @@ def num_turns(row: Conversation) -> int:
 
 
 def without_turns(row: Conversation, count: int, side: TooLong) -> Conversation:
-    """A row without its oldest or last turns, its weights with it.
+    """Return a row without its oldest or last turns, and its weights without theirs.
 
     Args:
         row: a conversation.

@@ -1,4 +1,4 @@
-"""What is wrong with data, row by row, and what it is like."""
+"""The check of data: problems of each row, and statistics of all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TokenBudget(NamedTuple):
 
 
 class Previewed(NamedTuple):
-    """A row as it is trained on, or as it would be."""
+    """A row as training encodes it, and whether training keeps it."""
 
     document: Document
     """Shortened if training shortens it; whole if training leaves it out."""
@@ -113,7 +113,7 @@ def check_rows(
 
 
 def _steps(limits: Cleaning) -> list[tuple[str, Step]]:
-    """What looks at each row: limits as they are set, and what is wrong in any data."""
+    """Return the checks of each row: those of any data, then the limits that are set."""
     always = row_steps(Cleaning(unicode=True, white_space=True, empty=True))
     return [*always, ("markers", _find_marker), ("weights", _find_no_weight), *row_steps(limits)]
 
@@ -150,10 +150,10 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     for first, last in ((0, border), (border, len(rows))):
         exact = exact_duplicates(rows[first:last])
         matches = [m._replace(row=m.row + first, other=m.other + first) for m in exact]
-        told = {m.row for m in matches}
+        known = {m.row for m in matches}
         for match in index.duplicates(first, last) if index else ():
-            if match.row not in told:
-                told.add(match.row)
+            if match.row not in known:
+                known.add(match.row)
                 matches.append(match)
         for match in matches:
             finding = repeat_finding(match, rows[match.other])
@@ -172,7 +172,7 @@ def _measure_tokens(report: Report, rows: Rows, budget: TokenBudget) -> None:
     tokenizer, encoding = budget
     lengths: list[int] = []
     report.loss_tokens = 0
-    told = {(p.file, p.line, p.kind) for p in report.problems}
+    known = {(p.file, p.line, p.kind) for p in report.problems}
     # In parts: only counts are kept of a document.
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[first : first + _ROWS_AT_ONCE]
@@ -188,7 +188,7 @@ def _measure_tokens(report: Report, rows: Rows, budget: TokenBudget) -> None:
             problems = (
                 _problem(row.source, finding) for finding in _token_findings(document, encoding)
             )
-            report.problems += [p for p in problems if (p.file, p.line, p.kind) not in told]
+            report.problems += [p for p in problems if (p.file, p.line, p.kind) not in known]
     report.num_tokens = sum(lengths)
     report.lengths = Lengths("tokens", np.array(lengths, dtype=np.int64))
 
@@ -237,7 +237,7 @@ def as_trained(rows: Rows, budget: TokenBudget) -> list[Previewed]:
 
 
 def first_rows(sources: Sequence[Source], limit: int) -> list[Conversation]:
-    """The first rows of sources; no more is read than is needed.
+    """Read the first rows of sources, and no more than needed.
 
     Raises:
         DataError: when a source does not exist, there are no rows, or one of these rows is bad.

@@ -32,7 +32,7 @@ Others = dict[str, dict[str, Any]]
 def read_for_cleaning(
     sources: Sequence[Source], *, on_bad_row: OnBadRow, notes: list[str]
 ) -> tuple[list[Conversation], Others]:
-    """Every row of sources, with what it holds beside its conversation.
+    """Read every row of sources, with the keys beside its conversation.
 
     Args:
         sources: in order; weights do not count.
@@ -63,7 +63,7 @@ def read_for_cleaning(
 
 
 def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """What a row holds beside its conversation, and its label.
+    """Return the keys of a row beside its conversation, with its label.
 
     Args:
         value: the row as its file has it.
@@ -83,14 +83,14 @@ def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: Parquet has dates, bytes and numbers that are none."""
+    """Convert a value to JSON types: Parquet has dates, bytes and NaN."""
     if isinstance(value, (str, int)):
         return value
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A conversation as one JSON object, which is read as the same conversation again.
+    """Return a conversation as one JSON object that reads as the same conversation.
 
     Args:
         row: the conversation.

@@ -31,7 +31,7 @@ from phi3_lora.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cleaning:
-    """Which steps to take; none is taken unless it is set."""
+    """The steps to take; all are off by default."""
 
     unicode: bool = False
     """Put text into Unicode NFC and take out control characters."""
@@ -75,7 +75,7 @@ class Cleaning:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a step has against a row, and what it makes of it."""
+    """A problem of a row, and the row after the step."""
 
     kind: str
     message: str
@@ -88,13 +88,13 @@ Step = Callable[[Conversation], Finding | None]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one step did to one row."""
+    """The change that one step made to one row."""
 
     step: str
     """The field of Cleaning."""
     before: Conversation
     after: Conversation | None
-    """None: dropped."""
+    """None when the row was dropped."""
     message: str
 
     @property
@@ -233,11 +233,11 @@ def _each_text(
     better: Callable[[str], str],
 ) -> Finding | None:
     problems = [(i, problem_of(m["content"])) for i, m in enumerate(row.messages, start=1)]
-    told = [f"{_name(row, i)}: {problem}" for i, problem in problems if problem is not None]
-    if not told:
+    texts = [f"{_name(row, i)}: {problem}" for i, problem in problems if problem is not None]
+    if not texts:
         return None
     messages = tuple({**m, "content": better(m["content"])} for m in row.messages)
-    return Finding(kind, "; ".join(told), dataclasses.replace(row, messages=messages))
+    return Finding(kind, "; ".join(texts), dataclasses.replace(row, messages=messages))
 
 
 def find_empty(row: Conversation) -> Finding | None:

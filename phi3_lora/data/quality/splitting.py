@@ -1,4 +1,4 @@
-"""Rows into training and validation data, so that nothing is on both sides.
+"""Splitting of rows into training and validation data, with nothing on both sides.
 
 Rows that repeat each other, exactly or nearly, and rows of one group stay together.
 """
@@ -36,23 +36,23 @@ _KEYS_OF = 1000
 
 
 class SplitRow(NamedTuple):
-    """What a split keeps of a row: not the row itself, since all rows are in memory."""
+    """The facts of a row that a split needs; the row itself would take too much memory."""
 
     source: str
     """file:line."""
     key: bytes
     """Equal for rows that are exact duplicates."""
     text: str
-    """What near duplicates are judged by; empty when they are not looked for."""
+    """The text that near duplicates are compared by; empty when they are not looked for."""
     value: Mapping[str, Any]
-    """What the row holds under the keys that are asked for, null left out."""
+    """The values of the requested keys, without null."""
     line: bytes
-    """As it is written, without a line end; JSON."""
+    """The line to write, as JSON without a line end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which rows are for validation."""
+    """The choice of the validation rows."""
 
     valid: list[int]
     """Places of the rows, ascending."""
@@ -73,7 +73,7 @@ def read_split_rows(
     on_bad_row: OnBadRow = "error",
     notes: list[str] | None = None,
 ) -> list[SplitRow]:
-    """Every row of sources.
+    """Read every row of sources.
 
     Args:
         sources: in order; weights do not count, each row is there once.
@@ -118,7 +118,7 @@ def read_split_rows(
 
 
 def _kind(name: str, source: Source) -> str:
-    """What rows must have in common to be read from one file."""
+    """Return what rows must have in common to be read from one file."""
     kind = "messages" if FORMATS[name].is_chat else name
     columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in sorted(source.columns.items()))
     return kind + (f", columns {{{columns}}}" if columns else "")
@@ -262,7 +262,7 @@ def _leaks(index: NearIndex, valid: Sequence[int], size: int) -> list[tuple[int,
 
 
 def _values(rows: Sequence[SplitRow], key: str) -> list[str]:
-    """What each row holds under a key, as text."""
+    """Return the value of each row under a key, as text."""
     missing = [row.source for row in rows if key not in row.value]
     if missing:
         there = {str(k) for row in rows[:_KEYS_OF] for k in json.loads(row.line)}

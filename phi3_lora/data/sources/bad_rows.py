@@ -10,7 +10,7 @@ from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
 
 class Advice(NamedTuple):
-    """What messages say of bad rows in one command."""
+    """The words on bad rows in one command's messages."""
 
     remedy: str
     """Follows `correct or remove them`."""
@@ -50,7 +50,7 @@ class BadRows:
 
     @property
     def must_be_refused(self) -> bool:
-        """Whether there is a bad row and the policy is error."""
+        """True if there is a bad row and the policy is error."""
         return self.count > 0 and self._policy == "error"
 
     def refuse(self, where: str) -> None:

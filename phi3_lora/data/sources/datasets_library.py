@@ -16,7 +16,7 @@ _DESCRIPTIONS = ("state.json", "dataset_info.json")
 
 
 def is_saved_data_set(folder: Path) -> bool:
-    """Whether `save_to_disk` of the library `datasets` wrote the folder."""
+    """Return whether `save_to_disk` of the library `datasets` wrote the folder."""
     names = {"dataset_dict.json"}, set(_DESCRIPTIONS)
     return any(all((folder / name).is_file() for name in some) for some in names)
 
@@ -165,7 +165,7 @@ def _library(name: str) -> Any:
 def _called(name: str, call: Callable[[], T]) -> T:
     try:
         return call()
-    except Exception as cause:  # the library raises those of every package below it
+    except Exception as cause:  # the library raises exceptions of every package below it
         first = next(iter(str(cause).strip().splitlines()), "")
         raise DataError(
             f"the data set {name} cannot be read: {type(cause).__name__}: {first}"

@@ -1,7 +1,8 @@
-"""Rows that the caller holds in memory: a list of rows, or a data set of the library `datasets`."""
+"""Rows in the caller's memory: a list of rows, or a data set of the library `datasets`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +62,15 @@ def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Sou
     """
     if isinstance(data, Source):
         return data
-    settings: dict[str, Any] = {}
-    if like is not None:
-        settings = {"format": like.format, "columns": like.columns, "streaming": like.streaming}
     if isinstance(data, (str, Path)):
-        return Source(path=str(data), **settings)
-    return MemorySource(path=name, rows=data, **settings)
+        source = Source(path=str(data))
+    else:
+        source = MemorySource(path=name, rows=data)
+    if like is None:
+        return source
+    return dataclasses.replace(
+        source, format=like.format, columns=like.columns, streaming=like.streaming
+    )
 
 
 def is_named(data: Data) -> bool:

@@ -160,7 +160,7 @@ def as_sources(named: Named) -> Sequence[Source]:
     """Return the sources that a caller names.
 
     Raises:
-        DataError: when it names none.
+        DataError: when named is neither a name nor rows.
     """
     if not isinstance(named, (list, tuple)):
         return [as_source(named)]
@@ -172,7 +172,7 @@ def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
     """Check that sources hold rows, usable or not.
 
     Raises:
-        DataError: when there are none.
+        DataError: when there is no row.
     """
     if not rows:
         raise DataError(_without_rows(", ".join(map(str, sources)), 0))

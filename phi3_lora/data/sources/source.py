@@ -1,4 +1,4 @@
-"""What a --data value may name: a file, a folder, a pattern, a data set; and the rows there."""
+"""Sources of rows: a file, a folder, a pattern or a data set, found by name."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "package.j
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One of the places that a run's rows come from (an entry of `data.sources`)."""
+    """One source of a run's rows (an entry of `data.sources`)."""
 
     path: str
     """A file, a folder, a pattern, a data set of the hub (owner/name[/subset][:split]), or demo."""
     weight: float = 1.0
     """How often an epoch takes each row: 0.5 takes half of them, 2 takes each twice."""
     split: str | None = None
-    """Of a folder or a data set: train, valid, test or one of its own; null is train."""
+    """The split of a folder or a data set: train, valid, test or its own name; null is train."""
     subset: str | None = None
     """The configuration of a data set that has several."""
     format: str = "auto"
@@ -69,7 +69,7 @@ class Source:
         check_columns(self.columns)
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Return the name of the source in messages."""
         return f"{self.path}[{self.split}]" if self.split else self.path
 
     def rows_in_memory(self) -> Callable[[], Iterator[RawRow]] | None:
@@ -81,17 +81,17 @@ def check_format(name: str) -> None:
     """Check the name of a format of rows.
 
     Raises:
-        ConfigError: when there is none of that name.
+        ConfigError: when the format is unknown.
     """
     if name not in ("auto", *FORMATS):
         raise ConfigError(f"data format must be one of auto, {', '.join(FORMATS)}; got {name!r}")
 
 
 def check_columns(columns: dict[str, str]) -> None:
-    """Check what columns are mapped to.
+    """Check the keys of a mapping of columns.
 
     Raises:
-        ConfigError: when a key is none that rows are read by.
+        ConfigError: when a key is not one that rows are read by.
     """
     unknown = sorted(columns.keys() - set(COLUMNS))
     if unknown:
@@ -107,14 +107,14 @@ class Part(NamedTuple):
     name: str
     rows: Callable[[], Iterator[RawRow]]
     files: Callable[[], Sequence[Path] | None]
-    """What the rows and their meaning lie in; None where that is no file on the disk."""
+    """The files of the rows and of their features; None where these are not on the disk."""
 
 
 def parts_of(source: Source) -> list[Part]:
     """The files of a source, or the split of the data set it names.
 
     Raises:
-        DataError: when there are none.
+        DataError: when the source does not exist or has no files.
     """
     read = source.rows_in_memory()
     if read is not None:
@@ -158,16 +158,16 @@ def check_exists(source: Source) -> None:
     """Check that a source is there; a data set of the hub is asked for only when it is read.
 
     Raises:
-        DataError: when it is not.
+        DataError: when it does not exist.
     """
     parts_of(source)
 
 
 def splits_of(source: Source) -> list[str]:
-    """Which splits a source has, as it calls them; none for files and patterns.
+    """Return the splits of a source under its own names; empty for files and patterns.
 
     Raises:
-        DataError: when there is no such source.
+        DataError: when the source does not exist.
     """
     place = _place(source)
     if place.hub is not None:
@@ -180,7 +180,7 @@ def splits_of(source: Source) -> list[str]:
 
 
 def with_split(source: Source, split: str) -> Source | None:
-    """The same source's train, valid or test split; None when it has none or names one itself."""
+    """Return the source with another split; None if it lacks that split or names one itself."""
     if _place(source).split is not None:
         return None
     names = splits_of(source)
@@ -189,7 +189,7 @@ def with_split(source: Source, split: str) -> Source | None:
 
 
 class _Place(NamedTuple):
-    """Where a source is: files, a folder, or a data set of the hub."""
+    """The place of a source: files, a folder, or a data set of the hub."""
 
     path: str
     split: str | None

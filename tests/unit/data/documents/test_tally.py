@@ -74,3 +74,16 @@ def test_a_document_that_is_trained_on_twice_is_one_that_is_shared() -> None:
     train = [valid[0]._replace(source=f"t:{i}") for i in range(3)]
     note = overlap_note(train, valid)
     assert note is not None and ": 1 of 2 different rows" in note
+
+
+def test_a_checkpoint_keeps_the_keys_that_older_ones_have() -> None:
+    stored = Tally(num_rows=3, num_stripped=2).plus(tallies.STRIPPED_WHITESPACE, 1, ["a:1"])
+    assert stored.to_dict() == {
+        "num_rows": 3,
+        "longest": 0,
+        "num_eaten": 2,
+        "counts": {"eaten": 1},
+        "first": {"eaten": ["a:1"]},
+    }
+    kinds = (tallies.HAS_MARKER_TEXT, tallies.NO_LOSS_TOKENS, tallies.SYSTEM_DROPPED)
+    assert kinds == ("marked", "silent", "systemless")
