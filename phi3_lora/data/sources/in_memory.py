@@ -11,7 +11,7 @@ from typing import Any
 from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.data.sources.datasets_library import data_set_rows, is_data_set
 from phi3_lora.data.sources.source import ROWS_IN_MEMORY, Source
-from phi3_lora.errors import DataError
+from phi3_lora.errors import ConfigError, DataError
 
 RowsInMemory = Any
 """A sequence of rows, or a `datasets.Dataset`; core code does not import `datasets`."""
@@ -30,6 +30,8 @@ class MemorySource(Source):
     def __post_init__(self) -> None:
         # Not super(): slots make a second class, which a bare super() does not know.
         Source.__post_init__(self)
+        if self.split is not None or self.subset is not None:
+            raise ConfigError("rows in memory have no split and no subset: leave both out")
         if not _is_rows(self.rows):
             raise DataError(
                 "data must be a path, a data set of the hub, demo, a list of rows or a "
@@ -71,6 +73,21 @@ def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Sou
     return dataclasses.replace(
         source, format=like.format, columns=like.columns, streaming=like.streaming
     )
+
+
+def with_rows(named: Source, rows: RowsInMemory) -> MemorySource:
+    """Return rows in memory in place of a source, with its settings.
+
+    Args:
+        named: the source in a configuration; its path does not count.
+        rows: a list of rows, or a `datasets.Dataset`.
+
+    Raises:
+        ConfigError: when the source names a split or a subset.
+        DataError: when rows is something else, or a list without rows.
+    """
+    settings = {f.name: getattr(named, f.name) for f in dataclasses.fields(Source)}
+    return MemorySource(**{**settings, "path": "rows"}, rows=rows)
 
 
 def is_named(data: Data) -> bool:

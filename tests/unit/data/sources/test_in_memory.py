@@ -22,6 +22,7 @@ from phi3_lora.data.sources.in_memory import (
     as_source,
     is_named,
     recorded_name,
+    with_rows,
 )
 from phi3_lora.data.sources.reading import iterate_rows, read_conversations, read_rows
 from phi3_lora.data.sources.source import ROWS_IN_MEMORY, Source
@@ -135,7 +136,7 @@ def test_tokens_of_rows_in_memory_are_never_cached(
 
 def test_rows_to_validate_on_have_a_name_and_the_format_of_the_others() -> None:
     columns = {"prompt": "ask", "completion": "say"}
-    first = as_source([{"ask": "q", "say": "a"}], like=Source(path="x", columns=columns))
+    first = with_rows(Source(path="x", columns=columns), [{"ask": "q", "say": "a"}])
     files = resolve_data(first, [{"ask": "r", "say": "b"}])
     (valid,) = files.valid
     assert str(valid) == "valid rows" and valid.columns == columns
@@ -212,3 +213,13 @@ def test_a_configuration_records_rows_and_asks_for_them_again() -> None:
         resolve_data(ROWS_IN_MEMORY)
     with pytest.raises(DataError, match="pass them again"):
         resolve_data("demo", ROWS_IN_MEMORY)
+
+
+def test_rows_take_the_settings_of_the_source_in_the_configuration() -> None:
+    named = Source(path=ROWS_IN_MEMORY, format="text", streaming=True)
+    found = with_rows(named, [{"text": "t"}])
+    assert (str(found), found.format, found.streaming) == ("rows", "text", True)
+    assert [c.source for c in read_conversations(found)] == ["rows:1"]
+    for setting in ("split", "subset"):
+        with pytest.raises(ConfigError, match="rows in memory have no split and no subset"):
+            with_rows(Source(path=ROWS_IN_MEMORY, **{setting: "train"}), [{"text": "t"}])
