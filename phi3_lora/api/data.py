@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
-from phi3_lora.api.data_settings import NO_MODEL, DataSettings, base_of, resolve
-from phi3_lora.api.options import AnyPath, Data, Note, OptionError, folder_of, log_note
+from phi3_lora.api.data_settings import NO_MODEL, DataSettings, resolve, token_budget
+from phi3_lora.api.options import AnyPath, Note, OptionError, folder_of, log_note
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.quality.checks import Previewed, as_trained, check_rows, first_rows
 from phi3_lora.data.quality.cleaning import Cleaning
 from phi3_lora.data.quality.duplicates import can_find_near
 from phi3_lora.data.quality.report import Report
+from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.data.sources.reading import check_any, iterate_rows
 from phi3_lora.errors import ConfigError
 from phi3_lora.report.preview import loss_mask, write_preview
@@ -81,7 +82,7 @@ def check_data(
         min_chars=min_chars, max_chars=max_chars, patterns=tuple(patterns), language=language
     )
     config, files = resolve(data, valid, settings)
-    base = None if config.model == NO_MODEL else base_of(config, note)
+    budget = None if config.model == NO_MODEL else token_budget(config, note)
     near = _look_for_near(near_duplicates, note)
     notes: list[str] = []
     train = list(iterate_rows(files.train, notes))
@@ -91,7 +92,7 @@ def check_data(
         check_any(held_out, files.valid)
     for text in notes:
         note(text)
-    return check_rows(train, held_out, base=base, near=near, limits=limits)
+    return check_rows(train, held_out, budget=budget, near=near, limits=limits)
 
 
 def preview_data(
@@ -119,8 +120,8 @@ def preview_data(
     config, files = resolve(data, None, settings)
     if config.model == NO_MODEL:
         raise ConfigError("no model: pass --model, or model in --config FILE")
-    base = base_of(config, note)
-    found = PreviewResult(as_trained(first_rows(files.train, limit), base), base.tokenizer)
+    budget = token_budget(config, note)
+    found = PreviewResult(as_trained(first_rows(files.train, limit), budget), budget.tokenizer)
     if html is None:
         return found
     page = folder_of(html)
@@ -128,8 +129,8 @@ def preview_data(
         raise OptionError(f"--html must name a file, got {str(html)!r}")
     documents = [row.document for row in found.rows]
     title = f"{files.train[0]}, as {config.model} sees it"
-    write_preview(page, documents, base.tokenizer, title, found.remarks)
-    return PreviewResult(found.rows, base.tokenizer, str(page))
+    write_preview(page, documents, budget.tokenizer, title, found.remarks)
+    return PreviewResult(found.rows, budget.tokenizer, str(page))
 
 
 def _look_for_near(asked: bool | None, note: Note) -> bool:

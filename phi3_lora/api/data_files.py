@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from phi3_lora.api.data_settings import NO_MODEL, DataSettings, base_of, resolve
-from phi3_lora.api.options import AnyPath, Data, Note, OptionError, folder_of, log_note
+from phi3_lora.api.data_settings import NO_MODEL, DataSettings, resolve, token_budget
+from phi3_lora.api.options import AnyPath, Note, OptionError, folder_of, log_note
 from phi3_lora.data.documents.dataset import DataFiles
 from phi3_lora.data.quality import splitting
 from phi3_lora.data.quality.cleaned_files import read_for_cleaning, write_cleaned
 from phi3_lora.data.quality.cleaning import Cleaning, clean
 from phi3_lora.data.quality.splitting import TRAIN_NAME, VALID_NAME, Split
+from phi3_lora.data.sources.in_memory import Data
 
 
 class CleaningSteps(DataSettings, total=False):
@@ -187,7 +188,7 @@ def clean_data(
     rows, others = read_for_cleaning(files.train, on_bad_row=config.data.on_bad_row, notes=notes)
     for text in notes:
         note(text)
-    found = clean(rows, chosen, base_of(config, note).tokenizer if has_model else None)
+    found = clean(rows, chosen, token_budget(config, note).tokenizer if has_model else None)
     names = write_cleaned(folder, found, others)
     if not found.rows:
         note("no row is left: training needs at least one")

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from phi3_lora.api.options import AnyPath, Data, Note, as_source
+from phi3_lora.api.options import AnyPath, Note
 from phi3_lora.config.load import load_settings
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.dataset import DataFiles, resolve_data
-from phi3_lora.data.quality.checks import Base
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.quality.checks import TokenBudget
+from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name, with_rows
 from phi3_lora.data.sources.source import Source
 from phi3_lora.errors import ConfigError
 from phi3_lora.inference.base_model import find_base_model
@@ -48,10 +50,9 @@ def resolve(
     config, assignments = settings.get("config"), settings.get("set", ())
     if data is None and config is None and not assignments:
         raise ConfigError("no data: name DATA, or a --config FILE that names it")
-    first = None if data is None else as_source(data)
     flags = {
-        "data.train": str(first) if isinstance(first, Source) else first,
-        "data.valid": None if valid is None else str(as_source(valid)),
+        "data.train": None if data is None else recorded_name(data),
+        "data.valid": None if valid is None else recorded_name(valid),
         "model": settings.get("model"),
         "revision": settings.get("revision"),
     }
@@ -62,12 +63,17 @@ def resolve(
         flags=flags,
     ).config
     chosen = resolved.data
-    named = first if isinstance(first, Source) else chosen.source or ""
-    return resolved, resolve_data(named, chosen.valid, more=chosen.more)
+    first: Data = chosen.source or ""
+    if isinstance(data, Source):
+        first = data
+    elif data is not None and not is_named(data):
+        first = with_rows(chosen.source or Source(path=recorded_name(data)), data)
+    held_out = chosen.valid if valid is None or is_named(valid) else valid
+    return resolved, resolve_data(first, held_out, more=chosen.more)
 
 
-def base_of(config: RunConfig, note: Note) -> Base:
-    """Return the base model's tokenizer and context, with the template and loss of the settings.
+def token_budget(config: RunConfig, note: Note) -> TokenBudget:
+    """Return the base model's tokenizer, and how training would encode rows with it.
 
     Raises:
         ConfigError: when the chat template cannot be used.
@@ -79,10 +85,10 @@ def base_of(config: RunConfig, note: Note) -> Base:
     )
     for text in model.tokenizer.notes:
         note(text)
-    return Base(
-        model.tokenizer,
-        model.config.max_position_embeddings,
-        data.loss_on,
-        config.training_config.max_length,
-        data.too_long,
+    encoding = Encoding(
+        max_length=config.training_config.max_length,
+        context=model.config.max_position_embeddings,
+        loss_on=data.loss_on,
+        too_long=data.too_long,
     )
+    return TokenBudget(model.tokenizer, encoding)

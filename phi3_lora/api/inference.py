@@ -15,19 +15,10 @@ from phi3_lora.api.models import (
     Progress,
     rows_to_score,
 )
-from phi3_lora.api.options import (
-    AnyPath,
-    Data,
-    Device,
-    Dtype,
-    LossOn,
-    ModelOptions,
-    Note,
-    OnBadRow,
-    Quantization,
-    log_note,
-)
+from phi3_lora.api.options import AnyPath, Device, Dtype, ModelOptions, Note, Quantization, log_note
+from phi3_lora.data.options import LossOn, OnBadRow
 from phi3_lora.data.rows.conversation import Message
+from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.engine.request import Sampling
 from phi3_lora.inference import generation
 from phi3_lora.inference.base_model import FoundModel, find_base_model

@@ -11,16 +11,10 @@ from typing import Any, Literal, Unpack, overload
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.formats.folder import check_replaceable, write_adapter_folder
-from phi3_lora.api.options import (
-    AnyPath,
-    Data,
-    LossOn,
-    Note,
-    OnBadRow,
-    SamplingOptions,
-    as_source,
-    log_note,
-)
+from phi3_lora.api.options import AnyPath, Note, SamplingOptions, log_note
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.options import LossOn, OnBadRow
+from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.engine.protocol import Engine
 from phi3_lora.engine.request import Sampling
 from phi3_lora.errors import AdapterError
@@ -274,13 +268,16 @@ def rows_to_score(base: FoundModel, data: Data, options: EvaluationOptions, note
         ConfigError: when loss_on or on_bad_row has another value than its own.
         DataError: when the data cannot be used.
     """
-    return load_to_score(
-        as_source(data),
-        base.tokenizer,
+    encoding = Encoding(
         max_length=options.max_length,
         context=base.config.max_position_embeddings,
         loss_on=options.loss_on,
         on_bad_row=options.on_bad_row,
+    )
+    return load_to_score(
+        data,
+        base.tokenizer,
+        encoding,
         limit=options.limit,
         with_conversations=options.generate,
         note=note,

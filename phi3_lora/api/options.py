@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
-from phi3_lora.data.sources.source import Source
 from phi3_lora.errors import ConfigError
 from phi3_lora.training.observer import LoggingObserver
 
 Note = Callable[[str], None]
 """Called with what the user should know."""
 AnyPath = str | os.PathLike[str]
-Data = AnyPath | Source | Sequence[Mapping[str, Any]]
-"""A file, a folder, a pattern, a data set of the hub (owner/name), or demo."""
 Device = Literal["auto", "cpu", "gpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
-OnBadRow = Literal["error", "skip"]
-LossOn = Literal["assistant", "last", "all"]
 Part = Literal["q", "k", "v", "gate", "up"]
 PARTS = ("q", "k", "v", "gate", "up")
 """Parts of a fused projection that loralib's MergedLinear may adapt."""
@@ -61,19 +56,6 @@ class SamplingOptions(TypedDict, total=False):
 def log_note(text: str) -> None:
     """Log a note as a warning of the logger phi3_lora."""
     LoggingObserver().note(text)
-
-
-def as_source(data: Data) -> str | Source:
-    """Return what the readers take for a value that was given as data.
-
-    Raises:
-        OptionError: when it is not one of the kinds of data.
-    """
-    if isinstance(data, Source):
-        return data
-    if isinstance(data, (str, os.PathLike)):
-        return os.fspath(data)
-    raise OptionError(f"data must be a path, a hub id or demo; got {type(data).__name__}")
 
 
 def part_names(enable: str | Sequence[str] | None) -> list[str]:

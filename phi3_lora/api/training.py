@@ -8,19 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from phi3_lora.api.options import (
-    AnyPath,
-    Data,
-    Device,
-    Dtype,
-    OnBadRow,
-    OptionError,
-    Quantization,
-    as_source,
-)
+from phi3_lora.api.options import AnyPath, Device, Dtype, OptionError, Quantization
 from phi3_lora.config.load import RunSettings, load_settings
 from phi3_lora.config.schema import RunConfig
+from phi3_lora.data.options import OnBadRow
+from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
+from phi3_lora.training.data import RowsInMemory
 from phi3_lora.training.observer import LoggingObserver, Observer
 from phi3_lora.training.prepare import prepare
 from phi3_lora.training.run import TrainResult
@@ -138,7 +132,7 @@ def train(
         Phi3LoraError: with what is wrong and what to do.
     """
     resolved, observer = _resolve_for(observer, config, resume=resume, **settings)
-    return run_training(resolved, resume=resume, observer=observer)
+    return run_training(resolved, resume=resume, observer=observer, rows=_rows(settings))
 
 
 def dry_run(
@@ -161,7 +155,9 @@ def dry_run(
         Phi3LoraError: with what is wrong and what to do.
     """
     resolved, observer = _resolve_for(observer, config, resume=resume, **settings)
-    return TrainingPlan(prepare(resolved, observer, with_weights=False).facts())
+    return TrainingPlan(
+        prepare(resolved, observer, with_weights=False, rows=_rows(settings)).facts()
+    )
 
 
 def resolve_settings(
@@ -238,12 +234,22 @@ def _data_flags(settings: TrainSettings) -> dict[str, Any]:
     """Data to train and to validate on, by its place in the configuration."""
     data, valid = settings.get("data"), settings.get("valid")
     flags: dict[str, Any] = {
-        "data.train": None if data is None else as_source(data),
-        "data.valid": None if valid is None else as_source(valid),
+        "data.train": None if data is None else recorded_name(data),
+        "data.valid": None if valid is None else recorded_name(valid),
     }
-    if isinstance(flags.get("data.train"), Source):
-        flags["data.sources"] = [flags.pop("data.train")]
+    if isinstance(data, Source) and is_named(data):
+        flags["data.sources"] = [data]
+        del flags["data.train"]
     return flags
+
+
+def _rows(settings: TrainSettings) -> RowsInMemory:
+    """Rows that the caller passes in memory."""
+    data, valid = settings.get("data"), settings.get("valid")
+    return RowsInMemory(
+        None if data is None or is_named(data) else data,
+        None if valid is None or is_named(valid) else valid,
+    )
 
 
 def _target_names(value: str | Sequence[str] | None) -> str | list[str] | None:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phi3_lora.api.options import (
-    AnyPath,
-    Data,
-    Device,
-    Dtype,
-    Note,
-    Quantization,
-    as_source,
-    log_note,
-)
+from phi3_lora.api.options import AnyPath, Device, Dtype, Note, Quantization, log_note
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.sources.in_memory import Data, as_source
 from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.engine.registry import available_backends
 from phi3_lora.errors import BackendUnavailableError
@@ -110,13 +103,9 @@ def _documents(base: FoundModel, data: Data | None, steps: int, note: Note) -> S
         return probe_documents(base.tokenizer)
     source = as_source(data)
     conversations = read_conversations(resolve_scoring_file(source))
-    dataset = build_dataset(
-        conversations[: DOCUMENTS_PER_STEP * steps],
-        base.tokenizer,
-        max_length=_MAX_LENGTH,
-        name=str(source),
-        context=base.config.max_position_embeddings,
-    )
+    encoding = Encoding(max_length=_MAX_LENGTH, context=base.config.max_position_embeddings)
+    first = conversations[: DOCUMENTS_PER_STEP * steps]
+    dataset = build_dataset(first, base.tokenizer, encoding, str(source))
     for text in dataset.notes:
         note(text)
     return dataset.documents

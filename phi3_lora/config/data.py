@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from phi3_lora.config.require import require
-from phi3_lora.data.options import LOSS_ON, ON_BAD_ROW, TOO_LONG
+from phi3_lora.data.options import LOSS_ON, ON_BAD_ROW, TOO_LONG, LossOn, OnBadRow, TooLong
 from phi3_lora.data.sources.source import Source, check_columns, check_format
 
 
@@ -35,11 +35,11 @@ class DataConfig:
     """Train on rows as they are read, without a pass over them first; needs max_steps."""
     buffer_size: int = 10_000
     """Rows that are read and shuffled at a time when streaming."""
-    on_bad_row: str = "error"
+    on_bad_row: OnBadRow = "error"
     """What a row that cannot be used does: error, or skip, which counts and names it."""
-    loss_on: str = "assistant"
+    loss_on: LossOn = "assistant"
     """assistant (every answer), last (the last answer) or all; a row's own weights win."""
-    too_long: str = "drop"
+    too_long: TooLong = "drop"
     """Rows longer than max_length: drop, truncate_left, truncate_right (whole turns) or error."""
     chat_template: str | None = None
     """A Jinja file in place of the model's own chat template."""

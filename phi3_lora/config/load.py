@@ -177,7 +177,11 @@ def _checked(
     kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Any]:
     """Values by field name, in the field's type."""
-    hints = typing.get_type_hints(kind)
+    # A section checks the values of a Literal itself, with a message that lists them.
+    hints = {
+        name: str if typing.get_origin(hint) is typing.Literal else hint
+        for name, hint in typing.get_type_hints(kind).items()
+    }
     names = [f.name for f in dataclasses.fields(kind)]
     found = {}
     for name, item in value.items():

@@ -1,1 +1,1 @@
-"""From files of conversations to documents: token ids with a loss mask."""
+"""Data: rows of conversations, read and encoded as token ids with a loss mask."""

@@ -1,14 +1,16 @@
-"""The values of options on data."""
+"""Options on data that have a closed set of values."""
 
 from __future__ import annotations
 
-LOSS_ON = ("assistant", "last", "all")
-"""What the loss counts on: every answer with its end token, the last one, or every token."""
+from typing import Literal, get_args
 
+LossOn = Literal["assistant", "last", "all"]
+"""The tokens in the loss: every answer with its end token, the last answer, or every token."""
+TooLong = Literal["drop", "truncate_left", "truncate_right", "error"]
+"""The treatment of a row that is longer than the token limit."""
+OnBadRow = Literal["error", "skip"]
+"""The treatment of a row that cannot be used."""
 
-TOO_LONG = ("drop", "truncate_left", "truncate_right", "error")
-"""What becomes of a row that is longer than max_length."""
-
-
-ON_BAD_ROW = ("error", "skip")
-"""What becomes of a row that cannot be used."""
+LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
+TOO_LONG: tuple[TooLong, ...] = get_args(TooLong)
+ON_BAD_ROW: tuple[OnBadRow, ...] = get_args(OnBadRow)

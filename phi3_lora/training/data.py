@@ -8,14 +8,16 @@ from phi3_lora.config.data import DataConfig
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.dataset import (
     DataFiles,
-    encoding_of,
     load_split,
     load_splits,
     resolve_data,
 )
-from phi3_lora.data.documents.overlap import Known, overlap_note
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.documents.overlap import DocumentIndex, overlap_note
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.stream import StreamedRows
+from phi3_lora.data.sources.in_memory import Data, with_rows
+from phi3_lora.data.sources.source import ROWS_IN_MEMORY, Source
 from phi3_lora.errors import ConfigError
 from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.storage.cache import Note
@@ -31,13 +33,25 @@ class RunData(NamedTuple):
     valid: Dataset | None
 
 
-def read_data(config: RunConfig, base: FoundModel, note: Note) -> RunData:
+class RowsInMemory(NamedTuple):
+    """Rows that the caller passes, which no configuration can hold."""
+
+    train: Data | None = None
+    """A list of rows or a `datasets.Dataset`; None: the configuration names the rows."""
+    valid: Data | None = None
+
+
+NO_ROWS = RowsInMemory()
+
+
+def read_data(config: RunConfig, base: FoundModel, note: Note, rows: RowsInMemory) -> RunData:
     """Read what a run trains on, or of a stream its beginning, and what it validates on.
 
     Args:
         config: the run.
         base: whose tokenizer and context.
         note: told what the user should know.
+        rows: rows in memory in place of those that the configuration names.
 
     Raises:
         ConfigError: when settings do not go together.
@@ -45,7 +59,11 @@ def read_data(config: RunConfig, base: FoundModel, note: Note) -> RunData:
         StorageError: when the cache of tokens cannot be written.
     """
     data = config.data
-    files = resolve_data(data.source or "", data.valid, more=data.more)
+    first: Data = data.source or ""
+    if rows.train is not None:
+        first = with_rows(data.source or Source(path=ROWS_IN_MEMORY), rows.train)
+    valid = data.valid if rows.valid is None else rows.valid
+    files = resolve_data(first, valid, more=data.more)
     if files.valid and data.valid_fraction:
         note(f"data.valid_fraction has no effect: {files.valid[0]} is there to validate on")
     return (_streamed if data.streaming else _whole)(config, files, base, note)
@@ -58,13 +76,9 @@ def _whole(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) ->
     train, valid = load_splits(
         files,
         base.tokenizer,
-        max_length=training.max_length,
+        _encoding(config, base),
         valid_fraction=data.valid_fraction,
         seed=training.seed,
-        context=base.config.max_position_embeddings,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
         note=note,
     )
     # What is said of the template is the same for both.
@@ -97,20 +111,14 @@ def _streamed(config: RunConfig, files: DataFiles, base: FoundModel, note: Note)
             f"data.valid_fraction {data.valid_fraction} with data.streaming: a share of the rows "
             "cannot be set aside before they are read; name rows to validate on (--valid)"
         )
-    encoding, limit = encoding_of(
-        training.max_length,
-        base.config.max_position_embeddings,
-        loss_on=data.loss_on,
-        too_long=data.too_long,
-        on_bad_row=data.on_bad_row,
-    )
+    encoding = _encoding(config, base)
     valid = None
     if files.valid:
-        valid = load_split(files.valid, base.tokenizer, encoding, limit, note=note)
+        valid = load_split(files.valid, base.tokenizer, encoding, note=note)
     for text in valid.notes if valid else base.tokenizer.notes:
         note(text)
-    held_out = Known(valid.documents if valid else ())
-    rows = StreamedRows(files.train, base.tokenizer, encoding, limit, data.buffer_size, held_out)
+    held_out = DocumentIndex(valid.documents if valid else ())
+    rows = StreamedRows(files.train, base.tokenizer, encoding, data.buffer_size, held_out)
     plan = StreamedPlan(
         rows,
         rows_per_step=training.documents_per_step,
@@ -120,3 +128,13 @@ def _streamed(config: RunConfig, files: DataFiles, base: FoundModel, note: Note)
         note=note,
     )
     return RunData(plan, valid)
+
+
+def _encoding(config: RunConfig, base: FoundModel) -> Encoding:
+    return Encoding(
+        max_length=config.training_config.max_length,
+        context=base.config.max_position_embeddings,
+        loss_on=config.data.loss_on,
+        too_long=config.data.too_long,
+        on_bad_row=config.data.on_bad_row,
+    )

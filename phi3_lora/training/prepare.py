@@ -20,7 +20,7 @@ from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.loading import with_adapter
 from phi3_lora.models.family import recognise
 from phi3_lora.models.weights import num_parameters
-from phi3_lora.training.data import read_data
+from phi3_lora.training.data import NO_ROWS, RowsInMemory, read_data
 from phi3_lora.training.loop import Task
 from phi3_lora.training.observer import Observer
 from phi3_lora.training.plan.protocol import StepPlan
@@ -76,6 +76,7 @@ def prepare(
     start_dir: str | None = None,
     *,
     with_weights: bool = True,
+    rows: RowsInMemory = NO_ROWS,
 ) -> Prepared:
     """Read and check everything but the weights: model shape, adapter, data, plan.
 
@@ -84,6 +85,7 @@ def prepare(
         observer: where notes go.
         start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
         with_weights: whether to download the weights of a hub id, too.
+        rows: rows in memory in place of those that the configuration names.
 
     Raises:
         Phi3LoraError: when any of it cannot be used.
@@ -98,7 +100,7 @@ def prepare(
     start_dir = start_dir or config.adapter
     base, start = with_adapter(base, start_dir)
     lora = _lora(config, base, start, observer)
-    data = read_data(config, base, observer.note)
+    data = read_data(config, base, observer.note, rows)
     return Prepared(config, base, lora, start, data.valid, data.plan, data.plan.hash())
 
 

@@ -26,6 +26,7 @@ from phi3_lora.inference.evaluation import Evaluation
 from phi3_lora.inference.loading import check_for_backend, other_base_notes
 from phi3_lora.training import resume as resuming
 from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
+from phi3_lora.training.data import NO_ROWS, RowsInMemory
 from phi3_lora.training.loop import Hooks, Progress, fit
 from phi3_lora.training.metrics import MetricsFile
 from phi3_lora.training.model_card import model_card
@@ -55,7 +56,11 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, observer: Observer | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    rows: RowsInMemory = NO_ROWS,
 ) -> TrainResult:
     """Fine-tune and write the run folder.
 
@@ -63,6 +68,7 @@ def train(
         config: the run; with resume, settings that may not change must equal the stored ones.
         resume: go on from the newest whole checkpoint in config.output_dir.
         observer: where progress and notes go; the default is silent.
+        rows: rows in memory in place of those that the configuration names.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
@@ -80,7 +86,10 @@ def train(
         checkpoint = _find_checkpoint(run_dir, observer) if resume else None
         # A checkpoint is an adapter itself: what the run started from may be gone by now.
         prepared = prepare(
-            config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
+            config,
+            observer,
+            str(checkpoint.path) if checkpoint and config.adapter else None,
+            rows=rows,
         )
         base = check_for_backend(prepared.base, backend, observer.note)
         belongings = _belongings(prepared, base.identity)

@@ -19,6 +19,7 @@ from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.data.documents.dataset import build_dataset
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.registry import load_backend
@@ -53,7 +54,9 @@ def _documents(options: argparse.Namespace, vocab_size: int) -> list[Document]:
     if options.data:
         rows = read_conversations(Path(options.data))[:count]
         base = find_base_model(options.model)
-        return list(build_dataset(rows, base.tokenizer, max_length=2048, name="data").documents)
+        return list(
+            build_dataset(rows, base.tokenizer, Encoding(max_length=2048), "data").documents
+        )
     rng = np.random.default_rng(0)
     # Chat-like lengths: mean about 375 tokens.
     lengths = np.clip(rng.lognormal(5.55, 0.85, count), 16, 2048).astype(int)

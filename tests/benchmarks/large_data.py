@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.documents.dataset import encoding_of, load_splits, resolve_data
+from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.documents.store import document_lengths
 from phi3_lora.data.documents.stream import StreamedRows
 from phi3_lora.data.sources.source import Source
 from phi3_lora.demo import DEMO_MODEL_DIR
@@ -58,14 +60,15 @@ def load(path: Path) -> None:
         train, _ = load_splits(
             resolve_data(str(path)),
             tokenizer,
-            max_length=2048,
+            Encoding(max_length=2048),
             valid_fraction=0.01,
             seed=0,
             note=said.append,
         )
         seconds = time.perf_counter() - began
+    num_tokens = int(document_lengths(train.documents).sum())
     print(
-        f"{len(train.documents):,} documents, {train.num_tokens:,} tokens, {said[0].split()[0]}: "
+        f"{len(train.documents):,} documents, {num_tokens:,} tokens, {said[0].split()[0]}: "
         f"{seconds:.1f} s, {memory.peak_bytes / 2**20:,.0f} MiB",
         flush=True,
     )
@@ -89,8 +92,7 @@ def load(path: Path) -> None:
 def stream(path: Path) -> None:
     """Print the time to the first step, to the last one of a pass, and to go on from there."""
     tokenizer = ChatTokenizer(DEMO_MODEL_DIR, vocab_size=2**31)
-    encoding, limit = encoding_of(2048, None)
-    rows = StreamedRows([Source(path=str(path))], tokenizer, encoding, limit, 10_000)
+    rows = StreamedRows([Source(path=str(path))], tokenizer, Encoding(max_length=2048), 10_000)
 
     def plan() -> StreamedPlan:
         return StreamedPlan(rows, rows_per_step=8, max_steps=10**8, seed=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.registry import load_backend
@@ -49,7 +50,7 @@ def main() -> None:
         base = find_base_model(options.model, quantize=quantize)
         conversations = read_conversations(resolve_scoring_file(options.data))[: 4 * options.steps]
         dataset = build_dataset(
-            conversations, base.tokenizer, max_length=2048, name=options.data, context=4096
+            conversations, base.tokenizer, Encoding(max_length=2048, context=4096), options.data
         )
         shapes = base.config.linear_shapes()
         spec = LoraSpec.uniform(shapes, r=8, scaling=2.0)

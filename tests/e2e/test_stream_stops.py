@@ -19,20 +19,10 @@ from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.data.sources import source as sources_module
 from phi3_lora.errors import DataError
 from tests.e2e.program import PROGRAM, phi3_lora_here
-from tests.tiny import chat, write_model, write_rows
+from tests.e2e.streams import ROWS
+from tests.tiny import chat, write_rows
 
-ROWS = [chat(f"question {i}", f"answer {i * 7 % 11}") for i in range(40)]
 STREAMED = ["--set", "data.streaming=true", "--set", "data.buffer_size=8"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("inputs") / "model"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 def arguments(model: str, data: Path | str, run: Path, *more: str) -> list[str]:

@@ -9,20 +9,10 @@ from typing import Any
 import pytest
 
 from tests.e2e.program import phi3_lora_here
-from tests.tiny import chat, write_model, write_rows
+from tests.e2e.streams import ROWS
+from tests.tiny import chat, write_rows
 
-ROWS = [chat(f"question {i}", f"answer {i * 7 % 11}") for i in range(40)]
 STREAMED = ["--set", "data.streaming=true"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_model(tmp_path_factory.mktemp("inputs") / "model"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 def arguments(model: str, data: Path, run: Path, *more: str, backend: str = "cuda") -> list[str]:

@@ -1,4 +1,4 @@
-"""What tests of the core share; a file's own fixture of the same name wins."""
+"""Fixtures of the tests of the core. A file's own fixture of the same name wins."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 def path(tmp_path: Path) -> Path:
     """Rows that are streamed."""
     return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder of the test's own, without anything in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

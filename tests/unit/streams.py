@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.documents.dataset import encoding_of
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.stream import StreamedRows
+from phi3_lora.data.options import OnBadRow, TooLong
 from phi3_lora.data.sources.source import Source
 from phi3_lora.training.plan.protocol import Step
 from phi3_lora.training.plan.streamed import StreamedPlan
@@ -24,15 +25,13 @@ def stream(
     *paths: Path | Source,
     buffer_size: int = 10,
     said: list[str] | None = None,
-    on_bad_row: str = "error",
-    too_long: str = "drop",
+    on_bad_row: OnBadRow = "error",
+    too_long: TooLong = "drop",
     **changes: Any,
 ) -> StreamedPlan:
     sources = [p if isinstance(p, Source) else Source(path=str(p)) for p in paths]
-    encoding, limit = encoding_of(
-        60, None, loss_on="assistant", too_long=too_long, on_bad_row=on_bad_row
-    )
-    rows = StreamedRows(sources, tokenizer, encoding, limit, buffer_size)
+    encoding = Encoding(max_length=60, too_long=too_long, on_bad_row=on_bad_row)
+    rows = StreamedRows(sources, tokenizer, encoding, buffer_size)
     settings = {"rows_per_step": 4, "max_steps": 30, "seed": 3, **changes}
     return StreamedPlan(rows, note=([] if said is None else said).append, **settings)
 

@@ -1,1 +1,1 @@
-"""From a conversation to token ids and a loss mask."""
+"""Chat templates and tokenizers: conversations as token ids with a loss mask."""

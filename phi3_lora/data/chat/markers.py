@@ -1,4 +1,4 @@
-"""The special tokens of a tokenizer as they stand in rendered text, and the white space they eat.
+"""The special tokens of a tokenizer in rendered text, and the white space that they strip.
 
 A marker counts only where the template itself wrote it: in a message's content it is text.
 """
@@ -18,7 +18,7 @@ _SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in
 
 
 class _Flags(Protocol):
-    """What is read of tokenizers.AddedToken."""
+    """The fields of tokenizers.AddedToken that are read."""
 
     @property
     def lstrip(self) -> bool: ...
@@ -32,8 +32,8 @@ class Marker(NamedTuple):
 
     text: str
     id: int
-    eats_before: bool
-    eats_after: bool
+    strips_before: bool
+    strips_after: bool
 
 
 class Segment(NamedTuple):
@@ -45,13 +45,13 @@ class Segment(NamedTuple):
 
 
 class Markers:
-    """All special tokens of a tokenizer."""
+    """The special tokens of a tokenizer, and what they do to the text around them."""
 
     def __init__(self, tokens: Mapping[int, tuple[str, _Flags]]) -> None:
         """Index the tokens.
 
         Args:
-            tokens: id -> the token's text and whether it eats white space.
+            tokens: id -> the token's text and whether it strips white space.
         """
         self._known = {
             text: Marker(text, i, flags.lstrip, flags.rstrip)
@@ -66,16 +66,16 @@ class Markers:
         self._closes: dict[str, bool] = {}
 
     def at(self, text: str, at: int) -> Span | None:
-        """Where the marker lies that begins at a character, white space before it apart."""
+        """Find the marker that begins at a character, after white space."""
         match = self._pattern.match(text, _after_spaces(text, at))
         return None if match is None else match.span()
 
     def any_in(self, text: str) -> bool:
-        """Whether a text holds the text of a marker."""
+        """Return whether a text holds the text of a marker."""
         return self._pattern.search(text) is not None
 
     def touch(self, text: str, contents: Sequence[Span]) -> bool:
-        """Whether what looks like a marker has a character in one of the contents."""
+        """Return whether what looks like a marker has a character in one of the contents."""
         filled = [span for span in contents if span[0] < span[1]]
         at = 0
         for match in self._pattern.finditer(text):
@@ -86,46 +86,46 @@ class Markers:
         return False
 
     def closes(self, literal: str) -> bool:
-        """Whether nothing that follows the template's text can be joined to its last token.
+        """Return whether nothing that follows the template's text can be joined to its last token.
 
-        So it is after a marker, and after white space that a marker eats.
+        This is true after a marker, and after white space that a marker strips.
         """
         known = self._closes.get(literal)
         if known is None:
             last = self._last(literal)
-            known = last is not None and (last[1].eats_after or last[0] == len(literal))
+            known = last is not None and (last[1].strips_after or last[0] == len(literal))
             if len(self._closes) < 1000:
                 self._closes[literal] = known
         return known
 
     def may_begin_at_end(self, literal: str) -> bool:
-        """Whether a marker may begin at the end of a text that does not hold the whole of it."""
+        """Return whether the end of a text may be the beginning of a marker."""
         return any(
             literal.endswith(text[:size]) for text in self.texts for size in range(1, len(text))
         )
 
-    def eaten(self, text: str, contents: Sequence[Span]) -> int:
-        """Characters of white space at the edges of contents that the markers beside them eat."""
+    def stripped_whitespace(self, text: str, contents: Sequence[Span]) -> int:
+        """Count the white space at the edges of contents that the markers beside them strip."""
         total, floor = 0, 0
         for start, end in contents:
             if start < end:
-                total += self._eaten(text, floor, start, end)
+                total += self._stripped_at_edges(text, floor, start, end)
             floor = end
         return total
 
-    def _eaten(self, text: str, floor: int, start: int, end: int) -> int:
+    def _stripped_at_edges(self, text: str, floor: int, start: int, end: int) -> int:
         content = text[start:end]
         leading = len(content) - len(content.lstrip(_SPACES))
         trailing = len(content) - len(content.rstrip(_SPACES))
-        eaten = 0
+        count = 0
         if leading:
             last = self._last(text[floor:start])
-            eaten = leading if last is not None and last[1].eats_after else 0
-        if trailing and eaten < len(content):
+            count = leading if last is not None and last[1].strips_after else 0
+        if trailing and count < len(content):
             following = self._pattern.match(text, _after_spaces(text, end))
-            if following is not None and self._known[following.group()].eats_before:
-                eaten += trailing
-        return min(eaten, len(content))
+            if following is not None and self._known[following.group()].strips_before:
+                count += trailing
+        return min(count, len(content))
 
     def _last(self, literal: str) -> tuple[int, Marker] | None:
         """The marker at the end of a text, white space after it apart, and where it ends."""
@@ -140,7 +140,7 @@ class Markers:
     def segments(
         self, text: str, contents: Sequence[Span], borders: Sequence[int] = ()
     ) -> list[Segment]:
-        """A text in parts to encode one by one; white space that markers eat is left out.
+        """A text in parts to encode one by one; white space that markers strip is left out.
 
         Args:
             text: as the template rendered it.
@@ -150,10 +150,10 @@ class Markers:
         found: list[Segment] = []
         begin = 0
         for start, end, marker in self.written(text, contents):
-            kept = len(text[begin:start].rstrip(_SPACES)) if marker.eats_before else start - begin
+            kept = len(text[begin:start].rstrip(_SPACES)) if marker.strips_before else start - begin
             found.append(Segment(begin, begin + kept, None))
             found.append(Segment(start, end, marker))
-            begin = _after_spaces(text, end) if marker.eats_after else end
+            begin = _after_spaces(text, end) if marker.strips_after else end
         found.append(Segment(begin, len(text), None))
         cut = [part for segment in found for part in _cut(segment, borders)]
         return [segment for segment in cut if segment.start < segment.end]
@@ -175,7 +175,7 @@ def _cut(segment: Segment, borders: Sequence[int]) -> list[Segment]:
 
 
 def _after_spaces(text: str, at: int) -> int:
-    """The first character from a place on that no marker eats."""
+    """The first character from a place on that no marker strips."""
     while at < len(text) and text[at] in _SPACES:
         at += 1
     return at

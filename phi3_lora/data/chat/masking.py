@@ -1,4 +1,4 @@
-"""Which tokens of a conversation the loss counts on."""
+"""The loss mask: the tokens of a conversation that are in the loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from phi3_lora.arrays import Bool, Int32
 from phi3_lora.data.chat.markers import Span
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation
 
 
@@ -17,7 +18,7 @@ class LossSpans(NamedTuple):
     """The loss in the characters of a rendered conversation."""
 
     everywhere: bool
-    """Whether every token counts but those of the spans, or none but those."""
+    """True if every token outside the spans counts; False if only tokens in the spans count."""
     spans: list[Span]
 
 
@@ -25,7 +26,7 @@ class Between(NamedTuple):
     """The loss of a rendered conversation in the markers that its template wrote."""
 
     everywhere: bool
-    """Whether every token counts but those of the ranges, or none but those."""
+    """True if every token outside the ranges counts; False if only tokens in them count."""
     marker_ids: Int32
     """(M,) all markers, in order."""
     opening: Int32
@@ -34,8 +35,8 @@ class Between(NamedTuple):
     """(R,) the marker with which it ends."""
 
 
-def messages_in_loss(row: Conversation, loss_on: str = "assistant") -> tuple[bool, ...]:
-    """Whether the loss counts on each message of a row; the row's own weights win.
+def messages_in_loss(row: Conversation, loss_on: LossOn = "assistant") -> tuple[bool, ...]:
+    """Return whether the loss counts on each message of a row; the row's own weights win.
 
     Args:
         row: a conversation.
@@ -65,7 +66,7 @@ def loss_spans(
     """The loss of a rendered conversation.
 
     Args:
-        in_loss: of each message.
+        in_loss: True for each message that is in the loss.
         turns: each message's content with the token that ends it; None where the template leaves
             the message out.
         everywhere: whether what is no message's content, such as a header, counts too.
@@ -81,7 +82,7 @@ def loss_spans(
 def supervised_tokens(
     tokens: Int32, offsets: Sequence[Span], loss: LossSpans, marker_ids: Int32
 ) -> Bool:
-    """Which ids are to be learnt: (N,) bool.
+    """Return the loss mask: (N,) bool, True for ids to be learnt.
 
     A token belongs to a span when it has a character in it. The first id has nothing before it,
     so that it never counts where everything does.
@@ -89,7 +90,7 @@ def supervised_tokens(
     Args:
         tokens: (N,) ids.
         offsets: characters of each id in the rendered text.
-        loss: where it counts.
+        loss: the spans of the loss.
         marker_ids: ids of the special tokens.
     """
     supervised = np.full(len(tokens), loss.everywhere, dtype=bool)
@@ -106,17 +107,17 @@ def supervised_tokens(
 def supervised_between(
     tokens: Int32, ends: NDArray[np.int64], losses: Sequence[Between], is_marker: Bool
 ) -> tuple[Bool, list[int]]:
-    """As supervised_tokens, for many documents at once, without the characters of their tokens.
+    """Return the loss masks of many documents at once, without the characters of their tokens.
 
     Args:
         tokens: (T,) ids of all documents, end to end.
         ends: (D,) the place after each document's last id.
-        losses: of each.
+        losses: of each document.
         is_marker: (vocabulary,) whether an id is a special token's.
 
     Returns:
-        (T,) what is to be learnt; and which documents hold other markers than their template
-        wrote, so that nothing is known of them.
+        (T,) loss masks; and the documents that hold other markers than their template wrote, whose
+        masks are not valid.
     """
     starts = np.concatenate([np.zeros(1, dtype=np.int64), ends])[:-1]
     places = np.flatnonzero(is_marker[tokens])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from phi3_lora.data.chat.markers import Markers, Span
 from phi3_lora.data.chat.masking import LossSpans, loss_spans, messages_in_loss
 from phi3_lora.data.chat.template import ChatTemplate
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation, Message
 from phi3_lora.errors import DataError
 
 _CARRIED = ("tools", "tool_calls")
-"""What a message may hold beside its content that a template must not leave out."""
+"""Keys of a message, beside its content, that a template must not leave out."""
 _PROBE = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -21,13 +22,13 @@ _PROBE = (
 
 
 class Remarks(NamedTuple):
-    """What is worth telling about a row."""
+    """Facts about a rendered row that the user should know."""
 
     has_marker_text: bool = False
     """A message holds the text of a special token, which is encoded as text."""
-    num_eaten: int = 0
-    """Characters of white space at the edges of messages that the model never sees."""
-    lacks_system: bool = False
+    num_stripped: int = 0
+    """White-space characters at the edges of messages that the model never sees."""
+    system_dropped: bool = False
     """The template has no place for the row's system message."""
 
 
@@ -36,7 +37,7 @@ class Rendered(NamedTuple):
 
     text: str
     contents: list[Span]
-    """Of each message, in order."""
+    """The content of each message, in order."""
     loss: LossSpans
     borders: list[int] = []  # noqa: RUF012 - never changed in place
     """Characters at which a token must begin."""
@@ -61,7 +62,7 @@ class Renderer:
         self.end_of_turn = None if closing is None else text[slice(*closing)]
 
     def notes(self) -> list[str]:
-        """What the user should know of the template."""
+        """Return what the user should know of the template."""
         found = []
         if self.end_of_turn is None:
             found.append(
@@ -93,7 +94,7 @@ class Renderer:
         remarks = Remarks(has_marker_text=self.markers.touch(text, contents))
         return Rendered(text, contents, LossSpans(False, []), borders, remarks)
 
-    def conversation(self, row: Conversation, loss_on: str = "assistant") -> Rendered:
+    def conversation(self, row: Conversation, loss_on: LossOn = "assistant") -> Rendered:
         """A row as text.
 
         Args:
@@ -101,7 +102,7 @@ class Renderer:
             loss_on: assistant, last or all.
 
         Raises:
-            DataError: when the row is none that can be trained, or the template cannot write it.
+            DataError: when the row cannot be trained on, or the template cannot write it.
         """
         _check_text(row.messages)
         if row.whole:
@@ -131,13 +132,13 @@ class Renderer:
         return Rendered(text, [(0, len(text))], LossSpans(True, []), remarks=remarks, is_plain=True)
 
     def _remarks(self, messages: Sequence[Message], text: str, contents: Sequence[Span]) -> Remarks:
-        lacks_system = messages[0]["role"] == "system" and contents[0][0] == contents[0][1]
-        spoken = sum(len(m["content"]) for m in messages[lacks_system:])
+        system_dropped = messages[0]["role"] == "system" and contents[0][0] == contents[0][1]
+        spoken = sum(len(m["content"]) for m in messages[system_dropped:])
         trimmed = spoken - sum(end - start for start, end in contents)
         return Remarks(
             has_marker_text=self.markers.touch(text, contents),
-            num_eaten=trimmed + self.markers.eaten(text, contents),
-            lacks_system=lacks_system and bool(messages[0]["content"]),
+            num_stripped=trimmed + self.markers.stripped_whitespace(text, contents),
+            system_dropped=system_dropped and bool(messages[0]["content"]),
         )
 
     def _turns(
@@ -162,7 +163,7 @@ class Renderer:
             closing = text.find(self.end_of_turn, max(at, len(opening)))
         if closing is None or closing < 0:
             raise DataError(
-                f"message {i + 1}: cannot tell where the chat template's text of the tool_calls "
+                f"message {i + 1}: cannot find where the chat template's text of the tool_calls "
                 "begins and ends"
             )
         return len(opening), closing + len(self.end_of_turn or "")
@@ -174,7 +175,7 @@ class Renderer:
         contents: Sequence[Span],
         turns: Sequence[Span | None],
     ) -> list[int]:
-        """Where answers begin that could share a token with the template's text before them.
+        """Return the starts of answers that could share a token with the template's text.
 
         A prompt ends there, so that the model never sees such a token before its own answer.
         """
@@ -209,7 +210,7 @@ class Renderer:
         self, messages: Sequence[Message], i: int, name: str, add_generation_prompt: bool
     ) -> str | None:
         """The text without what a message carries; None when the template refuses that."""
-        bare: list[dict[str, Any]] = [dict(m) for m in messages]
+        bare: list[Message] = [dict(m) for m in messages]
         del bare[i][name]
         try:
             return self.template.render(bare, add_generation_prompt=add_generation_prompt)
@@ -218,7 +219,7 @@ class Renderer:
 
 
 def _is_empty_system(message: Message) -> bool:
-    """Whether a system message says nothing: it is as if it were not there."""
+    """Return whether a system message is empty, so that it is left out."""
     return (
         message["role"] == "system" and not message["content"].strip() and not message.get("tools")
     )

@@ -1,8 +1,8 @@
 """Rows written as their template writes them, without running it for each.
 
 Rows of the same roles have the same text around their contents, if the template provably only
-places contents (opaque.py). It is then known, too, which of its markers their loss lies between,
-so that tokens need no characters to be judged by.
+places contents (template_proof.py). The loss of such rows lies between known markers, so that the
+mask needs the ids alone, not the characters of each token.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import numpy as np
 from phi3_lora.data.chat.markers import Span
 from phi3_lora.data.chat.masking import Between, LossSpans
 from phi3_lora.data.chat.rendering import Rendered, Renderer
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation
 
 _SHAPES_KEPT = 10_000
 _Key = tuple[object, ...]
 
 
-class Quick(NamedTuple):
-    """A row as text."""
+class CachedRendering(NamedTuple):
+    """The text of a row, rendered from its shape."""
 
     text: str
     loss: Between
-    num_eaten: int
-    """Characters of white space at the edges of messages that the model never sees."""
+    num_stripped: int
+    """White-space characters at the edges of messages that the model never sees."""
 
 
 class _Shape(NamedTuple):
@@ -38,18 +39,18 @@ class _Shape(NamedTuple):
 
 
 class Shapes:
-    """What is known of rows by their roles, their weights and what the loss counts on."""
+    """The template's text and the loss of rows, by their roles, weights and loss_on."""
 
     def __init__(self, renderer: Renderer) -> None:
-        """Know nothing yet; rows that the renderer wrote in full teach it."""
+        """Start without shapes; rows that the renderer writes in full add them."""
         self._renderer = renderer
         self._markers = renderer.markers
         self._known: dict[_Key, _Shape | None] = {}
         self._begin_markers = sorted({text[0] for text in self._markers.texts})
         """Characters; no marker lies in, or begins in, a content without them."""
 
-    def quick(self, row: Conversation, loss_on: str) -> Quick | None:
-        """A row as text, the very one that the template writes; None where that is not known."""
+    def cached(self, row: Conversation, loss_on: LossOn) -> CachedRendering | None:
+        """Return the text that the template writes for a row; None where it is not known."""
         shape = self._known.get(_key(row, loss_on))
         if shape is None:
             return None
@@ -61,13 +62,15 @@ class Shapes:
         if not (is_bare or all(map(str.strip, contents))) or not _is_unicode(text):
             return None
         if is_bare and not may_hold_marker:
-            return Quick(text, shape.loss, 0)
+            return CachedRendering(text, shape.loss, 0)
         spans = _spans(shape.literals, contents)
         if may_hold_marker and self._markers.touch(text, spans):
             return None
-        return Quick(text, shape.loss, 0 if is_bare else self._markers.eaten(text, spans))
+        return CachedRendering(
+            text, shape.loss, 0 if is_bare else self._markers.stripped_whitespace(text, spans)
+        )
 
-    def learn(self, row: Conversation, loss_on: str, rendered: Rendered) -> None:
+    def learn(self, row: Conversation, loss_on: LossOn, rendered: Rendered) -> None:
         """Take a row that was rendered in full as the pattern of those like it, if it can be."""
         key = _key(row, loss_on)
         contents = [message["content"] for message in row.messages]
@@ -79,7 +82,7 @@ class Shapes:
         self, row: Conversation, contents: Sequence[str], rendered: Rendered
     ) -> _Shape | None:
         literals = self._renderer.template.literals([message["role"] for message in row.messages])
-        if literals is None or rendered.borders or rendered.remarks.lacks_system:
+        if literals is None or rendered.borders or rendered.remarks.system_dropped:
             return None
         # Where the template's text may begin a marker, a content may finish it.
         if rendered.text != _joined(literals, contents) or any(
@@ -90,7 +93,7 @@ class Shapes:
         return None if loss is None else _Shape(literals, loss)
 
     def _between(self, text: str, contents: Sequence[Span], loss: LossSpans) -> Between | None:
-        """The loss in markers; None where it begins or ends elsewhere."""
+        """Return the loss as markers; None where it begins or ends elsewhere."""
         written = list(self._markers.written(text, contents))
         ends = [end for _, end, _ in written]
         opening: list[int] = []
@@ -108,8 +111,8 @@ class Shapes:
         return Between(loss.everywhere, *arrays)
 
 
-def _key(row: Conversation, loss_on: str) -> _Key:
-    """What rows of one shape share; empty for a row that is like no other."""
+def _key(row: Conversation, loss_on: LossOn) -> _Key:
+    """Return the key that rows of one shape share; empty for a row without a shape."""
     messages = row.messages
     if row.whole or len(messages) * 2 != sum(map(len, messages)):
         return ()

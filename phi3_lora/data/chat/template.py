@@ -24,7 +24,7 @@ from phi3_lora.data.rows.conversation import Message
 from phi3_lora.errors import ConfigError, DataError, ModelError
 
 _REFUSALS = (TypeError, ValueError, ArithmeticError, RecursionError, LookupError)
-"""What a template's own code can raise."""
+"""Exceptions that a template's own code can raise."""
 _PRIVATE_USE = range(0xE000, 0xF900)
 """Characters that no standard gives a meaning."""
 _FRAMES_KEPT = 1000
@@ -50,16 +50,16 @@ def _raise(message: str) -> None:
 
 
 def _tools_of(messages: Sequence[Message]) -> Any:
-    """The tools that a system message names, for templates that read them by a name of their own.
+    """Return the tools of a system message, as transformers passes them.
 
-    Phi-4's read the message; most others read `tools`, as transformers passes it.
+    The templates of Phi-4 read the message; most others read `tools`.
     """
     tools = messages[0].get("tools") if messages else None
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
 class ChatTemplate:
-    """Renders conversations and tells which characters are whose."""
+    """Renders conversations and locates each message's content in the text."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile a template.
@@ -160,7 +160,7 @@ class ChatTemplate:
 
 
 class _Frame(NamedTuple):
-    """What a template writes around contents."""
+    """The text that a template writes around contents."""
 
     literals: list[str]
     """The text before, between and after the contents."""
@@ -180,7 +180,7 @@ def _check_order(messages: Sequence[Message], order: Sequence[int]) -> None:
         times = order.count(i)
         if times > 1:
             raise DataError(f"the chat template writes message {i + 1} {times} times")
-        # Some releases have no system turn; that is counted and told, not refused.
+        # Some releases have no system turn; such rows are counted and noted, not refused.
         if times == 0 and message["content"] and message["role"] != "system":
             raise DataError(f"the chat template leaves out message {i + 1} ({message['role']})")
     if list(order) != sorted(order):
@@ -236,7 +236,7 @@ def template_source(model_dir: Path, config: Mapping[str, Any]) -> str:
         config: of its tokenizer_config.json.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: when the folder has no chat template.
     """
     path = model_dir / "chat_template.jinja"
     if path.exists():

@@ -1,4 +1,4 @@
-"""What a chat template writes around contents, where that provably depends on the roles alone.
+"""Proof that a chat template's text around contents depends on the roles alone.
 
 A template is run once on contents that it can do nothing with but place them. If it asks anything
 else of one (its length, its words, whether it equals another), there is no proof, and none of the
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2 import nodes
+
+from phi3_lora.data.rows.conversation import Message
 
 _PLAIN_NODES = (
     nodes.Template,
@@ -41,14 +43,14 @@ _PLAIN_NODES = (
     nodes.Continue,
     nodes.Break,
 )
-"""What cannot turn a content into text except to write it out."""
+"""Nodes that cannot turn a content into text except to write it out."""
 _PLAIN_CALLS = ("raise_exception", "namespace", "range")
 _PLAIN_FILTERS = ("length", "count")
 _PLAIN_TESTS = ("defined", "undefined", "none")
 
 
 def only_places(parsed: nodes.Template) -> bool:
-    """Whether a template holds nothing that could read a content without its notice.
+    """Return whether a template holds nothing that could read a content without its notice.
 
     Most filters, the operator ~ and methods of strings make ordinary text of a content first.
     """
@@ -69,7 +71,7 @@ def _is_plain(node: nodes.Node) -> bool:
 
 
 def literals_around(
-    render: Callable[[Sequence[dict[str, Any]]], str], roles: Sequence[str], mark: str
+    render: Callable[[Sequence[Message]], str], roles: Sequence[str], mark: str
 ) -> list[str] | None:
     """The text before, between and after the contents of messages, whatever these are.
 
@@ -81,7 +83,7 @@ def literals_around(
     Returns:
         One more text than there are messages; None where there is no proof.
     """
-    messages: list[dict[str, Any]] = [
+    messages: list[Message] = [
         {"role": role, "content": _Opaque([f"{mark}{i}{mark}"])} for i, role in enumerate(roles)
     ]
     try:

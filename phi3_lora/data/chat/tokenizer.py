@@ -18,13 +18,14 @@ from phi3_lora.arrays import Bool, Int32
 from phi3_lora.data.chat.markers import Markers, Span
 from phi3_lora.data.chat.masking import supervised_between, supervised_tokens
 from phi3_lora.data.chat.rendering import Remarks, Rendered, Renderer
-from phi3_lora.data.chat.row_shapes import Quick, Shapes
+from phi3_lora.data.chat.row_shapes import CachedRendering, Shapes
 from phi3_lora.data.chat.template import (
     ChatTemplate,
     read_template_file,
     special_token_strings,
     template_source,
 )
+from phi3_lora.data.options import LossOn
 from phi3_lora.data.rows.conversation import Conversation, Message
 from phi3_lora.errors import ConfigError, DataError, ModelError, listing
 from phi3_lora.storage.json_file import read_json
@@ -32,7 +33,7 @@ from phi3_lora.storage.json_file import read_json
 _ROWS_AT_ONCE = 1000
 _NO_REMARKS = Remarks()
 Ids = tuple[Sequence[int], Sequence[Span]]
-"""Ids of a text, and the characters of each."""
+"""The ids of a text, and the characters of each id."""
 
 
 class Document(NamedTuple):
@@ -77,7 +78,7 @@ class ChatTokenizer:
         eos = self._strings.get("eos_token")
         self._eos_id = None if eos is None else self._tokenizer.token_to_id(eos)
         self.has_own_template = False
-        """Whether the chat template is another one than the model's."""
+        """True if the chat template is another one than the model's."""
         if template_file is None:
             self._use(ChatTemplate(template_source(model_dir, config), self._strings))
         else:
@@ -115,7 +116,7 @@ class ChatTokenizer:
         end = self._renderer.end_of_turn
         self.end_of_turn_id = None if end is None else self._tokenizer.token_to_id(end)
         self.notes = self._renderer.notes()
-        """What the user should know of the template."""
+        """Notes for the user on the template."""
 
     @property
     def template(self) -> ChatTemplate:
@@ -142,7 +143,7 @@ class ChatTokenizer:
         return list(self._encode(self._renderer.prompt(messages))[0])
 
     def encode_conversations(
-        self, rows: Sequence[Conversation], *, loss_on: str = "assistant"
+        self, rows: Sequence[Conversation], *, loss_on: LossOn = "assistant"
     ) -> list[Document]:
         """Each conversation as a document.
 
@@ -161,12 +162,12 @@ class ChatTokenizer:
         return [document for document in documents if document is not None]
 
     def encode_rows(
-        self, rows: Sequence[Conversation], *, loss_on: str = "assistant"
+        self, rows: Sequence[Conversation], *, loss_on: LossOn = "assistant"
     ) -> tuple[list[Document | None], list[str]]:
-        """As encode_conversations, but rows that cannot be rendered are told, not raised.
+        """Encode conversations, and return the problems of rows that cannot be rendered.
 
         Returns:
-            A document of each row, None where there is none; `file:line: why` of each such row.
+            A document of each row, or None; `file:line: why` of each row without one.
         """
         documents: list[Document | None] = []
         problems: list[str] = []
@@ -184,16 +185,16 @@ class ChatTokenizer:
     def _begin(
         self,
         rows: Sequence[Conversation],
-        loss_on: str,
+        loss_on: LossOn,
         problems: list[str],
         pool: ThreadPoolExecutor,
     ) -> _Part:
-        known: dict[int, Quick] = {}
+        known: dict[int, CachedRendering] = {}
         rendered: dict[int, Rendered] = {}
         for i, row in enumerate(rows):
-            quick = self._shapes.quick(row, loss_on)
-            if quick is not None:
-                known[i] = quick
+            cached = self._shapes.cached(row, loss_on)
+            if cached is not None:
+                known[i] = cached
                 continue
             try:
                 rendered[i] = self._renderer.conversation(row, loss_on)
@@ -201,11 +202,11 @@ class ChatTokenizer:
                 problems.append(f"{row.source}: {cause}")
                 continue
             self._shapes.learn(row, loss_on, rendered[i])
-        texts = [quick.text for quick in known.values()]
+        texts = [cached.text for cached in known.values()]
         encode = self._tokenizer.encode_batch_fast
         return _Part(rows, known, rendered, pool.submit(encode, texts, add_special_tokens=False))
 
-    def _finish(self, part: _Part, loss_on: str) -> list[Document | None]:
+    def _finish(self, part: _Part, loss_on: LossOn) -> list[Document | None]:
         rows, known, rendered, encoding = part
         found = _known_documents(rows, known, encoding.result(), self._is_marker)
         for i in known.keys() - found.keys():
@@ -269,31 +270,33 @@ class _Part(NamedTuple):
     """Rows that are being encoded."""
 
     rows: Sequence[Conversation]
-    known: dict[int, Quick]
+    known: dict[int, CachedRendering]
     """Place in rows -> its text, where that is known without running the template."""
     rendered: dict[int, Rendered]
     """Place in rows -> its text, where the template was run."""
     encoding: Future[list[Encoding]]
-    """Of known."""
+    """The encoded texts of known."""
 
 
 def _known_documents(
     rows: Sequence[Conversation],
-    known: Mapping[int, Quick],
+    known: Mapping[int, CachedRendering],
     encoded: Sequence[Encoding],
     is_marker: Bool,
 ) -> dict[int, Document]:
-    """Documents of rows whose loss lies between markers, but for those with other markers."""
+    """Return documents of rows whose loss lies between the markers that the template wrote."""
     ids = [encoding.ids for encoding in encoded]
     tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32)
     ends = np.cumsum([len(some) for some in ids], dtype=np.int64)
-    losses = [quick.loss for quick in known.values()]
+    losses = [cached.loss for cached in known.values()]
     supervised, strange = supervised_between(tokens, ends, losses, is_marker)
     found: dict[int, Document] = {}
     start = 0
-    for place, ((i, quick), end) in enumerate(zip(known.items(), ends.tolist(), strict=True)):
+    for place, ((i, cached), end) in enumerate(zip(known.items(), ends.tolist(), strict=True)):
         if place not in strange:
-            remarks = Remarks(num_eaten=quick.num_eaten) if quick.num_eaten else _NO_REMARKS
+            remarks = (
+                Remarks(num_stripped=cached.num_stripped) if cached.num_stripped else _NO_REMARKS
+            )
             # Copies: a document that is dropped must not be held by those beside it.
             mine = tokens[start:end].copy(), supervised[start:end].copy()
             found[i] = Document(*mine, rows[i].source, remarks)
@@ -302,7 +305,7 @@ def _known_documents(
 
 
 def _needs_parts(rendered: Rendered) -> bool:
-    """Whether a text cannot be encoded at once, as the tokenizer itself would."""
+    """Return whether a text cannot be encoded at once, as the tokenizer itself would."""
     return rendered.is_plain or rendered.remarks.has_marker_text or bool(rendered.borders)
 
 
@@ -324,7 +327,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _num_ids(tokenizer: Tokenizer) -> int:
-    """One more than the largest id."""
+    """Return the largest id plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 

@@ -26,13 +26,13 @@ CACHE_FROM_BYTES = 64 * 2**20
 def encoded_sources(
     sources: Sequence[Source], tokenizer: ChatTokenizer, encoding: Encoding, note: Note
 ) -> EncodedRows:
-    """The rows of sources, encoded: in memory, or through the cache where they are many.
+    """Encode the rows of sources: in memory, or through the cache where the files are large.
 
     Args:
         sources: what to read.
         tokenizer: the base model's.
         encoding: how rows become documents.
-        note: told where the tokens lie.
+        note: gets the place of the tokens.
 
     Raises:
         DataError: as read_rows; when a file changes while it is read.
@@ -53,9 +53,9 @@ def encoded_sources(
         note(f"tokenising {names}, once, into {target}")
 
         def fill(folder: Path) -> None:
-            told = Rows()
-            rows = usable_rows(sources, told, on_bad_row=encoding.on_bad_row)
-            write_store(folder, encode_in_parts(rows, tokenizer, encoding), told)
+            read = Rows()
+            rows = usable_rows(sources, read, on_bad_row=encoding.on_bad_row)
+            write_store(folder, encode_in_parts(rows, tokenizer, encoding), read)
             # Files may have come and gone, too.
             if _key(sources, _files(sources) or (), tokenizer, encoding) != key:
                 raise DataError(f"{names} changed while being read: run again when it is whole")
@@ -74,7 +74,7 @@ def encoded_sources(
 
 
 def _files(sources: Sequence[Source]) -> list[tuple[int, Path]] | None:
-    """The files of all sources with the source's place; None where one lies in none."""
+    """Return each file with the place of its source; None if rows of a source are not in files."""
     found: list[tuple[int, Path]] = []
     for i, source in enumerate(sources):
         for part in parts_of(source):
@@ -95,12 +95,12 @@ def _key(
     tokenizer: ChatTokenizer,
     encoding: Encoding,
 ) -> str:
-    """Of everything that documents, their names and the notes on them depend on."""
+    """Hash everything that documents, their names and the notes on them depend on."""
     listed: list[Any] = []
     for i, path in files:
         status = path.resolve().stat()
         place = str(path), str(path.resolve())
         listed.append([i, *place, status.st_size, status.st_mtime_ns])
     read_as = [{**asdict(source), "weight": None} for source in sources]
-    settings = [STORE_VERSION, tokenizer.identity, asdict(encoding), read_as, listed]
+    settings = [STORE_VERSION, tokenizer.identity, encoding.identity(), read_as, listed]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]

@@ -16,6 +16,7 @@ from phi3_lora.data.documents.encoding import Encoding, InMemory, encode_in_part
 from phi3_lora.data.documents.mixing import copies
 from phi3_lora.data.documents.selection import Dataset, Selection
 from phi3_lora.data.rows.conversation import Conversation
+from phi3_lora.data.sources.in_memory import Data, as_source
 from phi3_lora.data.sources.source import Source, check_exists, with_split
 from phi3_lora.engine.random_streams import permutation
 from phi3_lora.errors import DataError
@@ -26,139 +27,114 @@ _VALID = "validation data"
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """Which sources a run's data settings mean."""
+    """The sources that a run's data settings name."""
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...]
-    """Empty where there is nothing to validate on."""
+    """Empty without validation data."""
 
 
 def resolve_data(
-    data: str | Source,
-    valid: str | None = None,
+    data: Data,
+    valid: Data | None = None,
     *,
     more: Sequence[Source] = (),
 ) -> DataFiles:
-    """What to train and to validate on.
+    """Return the sources to train and to validate on.
 
     Args:
-        data: `demo`, a file, a folder, a pattern, a data set of the hub, or empty.
-        valid: the same, to validate on; the default is the validation split beside data, if any.
+        data: `demo`, a file, a folder, a pattern, a data set of the hub, a Source, rows in memory
+            (a list, or a `datasets.Dataset`), or an empty text for none.
+        valid: the rows to validate on, named as data; the default is the validation split beside
+            data, if any. Its rows have the format and the columns of data.
         more: other sources to train on.
 
     Raises:
-        DataError: when one of them does not exist.
+        DataError: when one of them does not exist or has no rows.
     """
-    first = data if isinstance(data, Source) else Source(path=data) if data else None
+    is_nothing = isinstance(data, str) and not data
+    first = None if is_nothing else as_source(data)
     train = tuple(source for source in (first, *more) if source is not None)
     for source in train:
         check_exists(source)
-    if valid:
-        like = first or Source(path=valid)
-        chosen = dataclasses.replace(
-            like,
-            path=valid,
-            split=None,
-            subset=None,
-        )
+    if valid is not None and not (isinstance(valid, str) and not valid):
+        chosen = as_source(valid, "valid rows", like=first)
         check_exists(chosen)
         return DataFiles(train, (chosen,))
     beside = None if first is None else with_split(first, "valid")
     return DataFiles(train, () if beside is None else (beside,))
 
 
-def resolve_scoring_file(data: str | Source) -> tuple[Source, ...]:
-    """What to score: of a folder, a data set or `demo` the validation split, else the test split.
+def resolve_scoring_file(data: Data) -> tuple[Source, ...]:
+    """Return what to score: of a folder, a data set or `demo` the validation or test split.
 
     Raises:
-        DataError: when it does not exist.
+        DataError: when it does not exist or has no rows.
     """
-    source = data if isinstance(data, Source) else Source(path=data)
+    source = as_source(data)
     check_exists(source)
     return (with_split(source, "valid") or with_split(source, "test") or source,)
 
 
 def build_dataset(
-    rows: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
-    *,
-    max_length: int,
-    name: str,
-    context: int | None = None,
-    loss_on: str = "assistant",
-    too_long: str = "drop",
-    on_bad_row: str = "error",
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding, name: str
 ) -> Dataset:
-    """Rows as documents; what is left out, shortened or changed is counted and named.
+    """Encode rows as documents; rows that are left out, shortened or changed are noted.
 
     Args:
         rows: conversations.
         tokenizer: the base model's.
-        max_length: tokens that a document may have.
+        encoding: how rows become documents.
         name: what to call this data in notes.
-        context: tokens the model takes (max_position_embeddings); no document may be longer.
-        loss_on: what the loss counts on: assistant, last or all; a row's own weights win.
-        too_long: what becomes of longer rows: drop, truncate_left, truncate_right or error.
-        on_bad_row: what becomes of rows that cannot be rendered: error or skip.
 
     Raises:
         DataError: when nothing is left to learn from; when rows are too long or cannot be
             rendered, and that is to be an error.
     """
-    encoding, limit = encoding_of(
-        max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
-    )
     parts = encode_in_parts(rows, tokenizer, encoding)
     encoded = InMemory([*itertools.chain.from_iterable(parts)])
     index = np.arange(len(encoded.rows))
-    return Selection(encoded, encoding, limit, tokenizer.notes).dataset(index, name)
-
-
-def encoding_of(max_length: int, context: int | None, **choices: str) -> tuple[Encoding, str]:
-    """How rows become documents (Encoding, its choices by name), and what to call their limit."""
-    if context is not None and context < max_length:
-        return Encoding(limit=context, **choices), f"the model's context of {context:,} tokens"
-    return Encoding(limit=max_length, **choices), f"max_length {max_length:,} tokens"
+    return Selection(encoded, encoding, tokenizer.notes).dataset(index, name)
 
 
 def load_splits(
     files: DataFiles,
     tokenizer: ChatTokenizer,
+    encoding: Encoding,
     *,
-    max_length: int,
     valid_fraction: float,
     seed: int,
-    context: int | None = None,
-    loss_on: str = "assistant",
-    too_long: str = "drop",
-    on_bad_row: str = "error",
     note: Note = lambda text: None,
 ) -> tuple[Dataset, Dataset | None]:
-    """The training and validation documents.
+    """Read the training and validation documents.
 
-    Validation sources win over valid_fraction, which takes that share of the training rows,
-    chosen by the seed. The weights of sources say how often an epoch takes what is left of them.
-    Large files are tokenised once, into a cache, and note is told where. The rest is as
-    build_dataset and read_rows have it.
+    Validation sources win over valid_fraction. The weights of sources say how often an epoch
+    takes each of their training rows. Large files are tokenised once, into a cache.
+
+    Args:
+        files: the sources.
+        tokenizer: the base model's.
+        encoding: how rows become documents.
+        valid_fraction: share of the training rows to validate on, without validation sources.
+        seed: of the choice of that share.
+        note: gets the place of the tokens of large files.
 
     Raises:
+        DataError: as build_dataset and read_rows.
         StorageError: when the cache cannot be written.
     """
-    encoding, limit = encoding_of(
-        max_length, context, loss_on=loss_on, too_long=too_long, on_bad_row=on_bad_row
-    )
     rows = encoded_sources(files.train, tokenizer, encoding, note)
     is_valid = np.zeros(len(rows.rows), dtype=bool)
     valid = None
     if files.valid:
-        valid = load_split(files.valid, tokenizer, encoding, limit, note=note)
+        valid = load_split(files.valid, tokenizer, encoding, note=note)
     elif valid_fraction > 0:
         is_valid = _chosen_share(len(is_valid), valid_fraction, seed)
-        selection = Selection(rows, encoding, limit, tokenizer.notes)
+        selection = Selection(rows, encoding, tokenizer.notes)
         valid = selection.dataset(np.flatnonzero(is_valid), _VALID)
     times = copies([source.weight for source in files.train], rows.counts, is_valid, seed)
     index = np.repeat(np.arange(len(times)), times)
-    train = Selection(rows, encoding, limit, tokenizer.notes).dataset(index, "training data")
+    train = Selection(rows, encoding, tokenizer.notes).dataset(index, "training data")
     return _with_notes(train, rows.notes), valid
 
 
@@ -166,27 +142,25 @@ def load_split(
     sources: Sequence[Source],
     tokenizer: ChatTokenizer,
     encoding: Encoding,
-    limit: str,
     *,
     name: str = _VALID,
     note: Note = lambda text: None,
 ) -> Dataset:
-    """All documents of sources.
+    """Read all documents of sources.
 
     Args:
         sources: what to read; weights do not count.
         tokenizer: the base model's.
         encoding: how rows become documents.
-        limit: what the limit of tokens is called.
         name: what to call the rows in notes.
-        note: told where the tokens of large files lie.
+        note: gets the place of the tokens of large files.
 
     Raises:
         DataError: as load_splits.
         StorageError: when the cache cannot be written.
     """
     rows = encoded_sources(sources, tokenizer, encoding, note)
-    selection = Selection(rows, encoding, limit, tokenizer.notes)
+    selection = Selection(rows, encoding, tokenizer.notes)
     return _with_notes(selection.dataset(np.arange(len(rows.rows)), name), rows.notes)
 
 
@@ -195,7 +169,7 @@ def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:
 
 
 def _chosen_share(count: int, fraction: float, seed: int) -> Bool:
-    """Which rows are set aside, (count,)."""
+    """Choose the rows to set aside: (count,) bool."""
     num_chosen = round(count * fraction)
     if not 0 < num_chosen < count:
         raise DataError(

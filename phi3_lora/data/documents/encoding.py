@@ -1,4 +1,4 @@
-"""Rows of sources as documents, part by part, with what must be told of each.
+"""Rows encoded as documents, part by part, with flags for what happened to each row.
 
 The result is in memory here; store.py has the same on the disk.
 """
@@ -15,44 +15,72 @@ from numpy.typing import NDArray
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.truncation import LEFT, RIGHT, shorten
+from phi3_lora.data.options import LOSS_ON, ON_BAD_ROW, LossOn, OnBadRow, TooLong
+from phi3_lora.data.options import TOO_LONG as TOO_LONG_VALUES
 from phi3_lora.data.rows.conversation import Conversation
+from phi3_lora.errors import ConfigError
 
-UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, LACKS_SYSTEM = (1 << i for i in range(5))
+UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, SYSTEM_DROPPED = (1 << i for i in range(5))
 """Flags of a row: it could not be rendered; it does not fit; it fits without some turns; ..."""
 ROW = np.dtype(
     [
         ("length", "<i4"),
         ("num_tokens", "<i4"),
         ("loss_tokens", "<i4"),
-        ("num_eaten", "<i4"),
+        ("num_stripped", "<i4"),
         ("flags", "<u4"),
     ]
 )
-"""What is known of a row: its tokens as it was, those of its document (0 when there is none),
-those of them in the loss, characters of white space that markers eat, flags."""
+"""Facts of a row: its tokens before it was shortened, the tokens of its document (0 without one),
+its tokens in the loss, white-space characters that markers strip, flags."""
 _ROWS_AT_ONCE = 8_000
 _CHARACTERS_AT_ONCE = 1 << 24
+_CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BAD_ROW}
+"""Field of Encoding -> its allowed values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
-    """How rows become documents."""
+    """The settings by which rows become documents."""
 
-    limit: int
-    """Tokens that a document may have."""
-    loss_on: str = "assistant"
-    """What the loss counts on: assistant, last or all; a row's own weights win."""
-    too_long: str = "drop"
-    """What becomes of longer rows: drop, truncate_left, truncate_right or error."""
-    on_bad_row: str = "error"
-    """What becomes of rows that cannot be used: error or skip."""
+    max_length: int
+    """Tokens that the settings give a document."""
+    context: int | None = None
+    """Tokens that the model takes (max_position_embeddings); None sets no limit."""
+    loss_on: LossOn = "assistant"
+    """The messages in the loss; a row's own weights win."""
+    too_long: TooLong = "drop"
+    """The treatment of rows that are longer than the limit."""
+    on_bad_row: OnBadRow = "error"
+    """The treatment of rows that cannot be used."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a document may have."""
+        return self.max_length if self.context is None else min(self.max_length, self.context)
+
+    @property
+    def limit_name(self) -> str:
+        """The limit as messages call it, for example `max_length 2,048`."""
+        name = "max_length" if self.limit == self.max_length else "the model's context of"
+        return f"{name} {self.limit:,}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that documents depend on, as plain values."""
+        return {"limit": self.limit, **{name: getattr(self, name) for name in _CHOICES}}
 
 
 class EncodedRow(NamedTuple):
-    """A row and what became of it."""
+    """A row, its document and what happened to it."""
 
     document: Document | None
-    """None when it cannot be rendered, or does not fit."""
+    """None when the row cannot be rendered, or does not fit."""
     source: str
     """file:line."""
     length: int
@@ -63,15 +91,15 @@ class EncodedRow(NamedTuple):
 
     @property
     def facts(self) -> tuple[int, ...]:
-        """A ROW."""
+        """The row as an entry of dtype ROW."""
         document = self.document
         if document is None:
             return self.length, 0, 0, 0, self.flags
         remarks = document.remarks
         flags = self.flags | HAS_MARKER_TEXT * remarks.has_marker_text
-        flags |= LACKS_SYSTEM * remarks.lacks_system
+        flags |= SYSTEM_DROPPED * remarks.system_dropped
         num_tokens = len(document.tokens)
-        return self.length, num_tokens, document.loss_tokens, remarks.num_eaten, flags
+        return self.length, num_tokens, document.loss_tokens, remarks.num_stripped, flags
 
 
 class EncodedRows(Protocol):
@@ -87,7 +115,7 @@ class EncodedRows(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know of what was read."""
+        """Notes for the user on reading the rows."""
 
     def source(self, row: int) -> str:
         """file:line of a row."""
@@ -105,7 +133,7 @@ class InMemory:
     def __init__(
         self, encoded: Sequence[EncodedRow], counts: Sequence[int] = (), notes: Sequence[str] = ()
     ) -> None:
-        """Keep rows."""
+        """Hold encoded rows."""
         self._encoded = encoded
         self.rows = np.array([row.facts for row in encoded], dtype=ROW)
         self.counts = counts
@@ -134,7 +162,7 @@ def encode_in_parts(
         DataError: when a row without some of its turns cannot be rendered.
     """
     for part in _parts(rows):
-        yield _encode_part(part, tokenizer, encoding)
+        yield encode_part(part, tokenizer, encoding)
 
 
 def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
@@ -150,9 +178,14 @@ def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
         yield part
 
 
-def _encode_part(
+def encode_part(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
 ) -> list[EncodedRow]:
+    """Encode rows at once, and shorten those that are too long if the encoding says so.
+
+    Raises:
+        DataError: when a row without some of its turns cannot be rendered.
+    """
     documents, problems = tokenizer.encode_rows(rows, loss_on=encoding.loss_on)
     why = iter(problems)
     longer = [

@@ -1,4 +1,4 @@
-"""How often an epoch takes each row of several weighted sources."""
+"""The number of times that an epoch takes each row of several weighted sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def copies(
     left_out: Bool,
     seed: int,
 ) -> NDArray[np.int64]:
-    """How often each row is taken, (N,), the rows of one source after those of another.
+    """Count how often an epoch takes each row: (N,), source after source.
 
     A weight's whole part is how often every row of the source is taken; its fraction is the share
     of them, chosen by the seed, that is taken once more.

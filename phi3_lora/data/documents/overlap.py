@@ -11,8 +11,8 @@ from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.store import document_lengths
 
 
-class Known:
-    """Documents by their tokens alone."""
+class DocumentIndex:
+    """Documents, looked up by their tokens alone."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         """Remember documents: 60 bytes of each and where it comes from."""
@@ -24,7 +24,7 @@ class Known:
         return len(self._sources)
 
     def among(self, documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
-        """Each of some documents that is known, and the source it is known from."""
+        """Find documents that are in the index, each with the source of its twin there."""
         # Reading a document takes longer than asking for its length.
         for i in np.flatnonzero(np.isin(document_lengths(documents), self._lengths)).tolist():
             source = self._sources.get(_key(documents[i]))
@@ -33,8 +33,8 @@ class Known:
 
 
 def overlap_note(train: Sequence[Document], valid: Sequence[Document]) -> str | None:
-    """What to say of validation documents that are trained on; None if there are none."""
-    known = Known(valid)
+    """Return a note on validation documents that are trained on, too; None without any."""
+    known = DocumentIndex(valid)
     first: tuple[Document, str] | None = None
     shared: set[str] = set()
     for document, source in known.among(train):

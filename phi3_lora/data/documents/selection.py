@@ -12,14 +12,13 @@ from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents import tally as tallies
 from phi3_lora.data.documents.encoding import (
     HAS_MARKER_TEXT,
-    LACKS_SYSTEM,
     SHORTENED,
+    SYSTEM_DROPPED,
     TOO_LONG,
     UNRENDERED,
     EncodedRows,
     Encoding,
 )
-from phi3_lora.data.documents.store import document_lengths, num_loss_tokens
 from phi3_lora.data.documents.tally import Tally
 from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
@@ -37,17 +36,7 @@ class Dataset:
 
     documents: Sequence[Document]
     notes: list[str] = field(default_factory=list)
-    """What was left out and why, for the user."""
-
-    @property
-    def loss_tokens(self) -> int:
-        """Supervised tokens of all documents."""
-        return num_loss_tokens(self.documents)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        return int(document_lengths(self.documents).sum())
+    """Notes for the user on what was left out, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +45,11 @@ class Selection:
 
     encoded: EncodedRows
     encoding: Encoding
-    limit: str
-    """What the limit is called in messages."""
     notes: Sequence[str]
-    """On the chat template."""
+    """Notes on the chat template."""
 
     def dataset(self, index: Index, name: str) -> Dataset:
-        """The documents of rows, in the order given, and notes on those that are left out.
+        """Return the documents of rows, in the order given, with notes on rows that are left out.
 
         Args:
             index: the rows; one may come more than once.
@@ -72,17 +59,13 @@ class Selection:
             DataError: when nothing is left to learn from; as choose.
         """
         index, tally = self.choose(index, name)
-        notes = [*self.notes, *self.told(tally, name)]
+        notes = [*self.notes, *notes_on(tally, name, self.encoding)]
         if not len(index):
             raise DataError(listing(f"{name}: {NOTHING_LEFT}", notes))
         return Dataset(self.encoded.documents(index), notes)
 
-    def told(self, tally: Tally, name: str) -> list[str]:
-        """What is to be said of rows that were counted."""
-        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
-
     def choose(self, index: Index, name: str) -> tuple[Index, Tally]:
-        """Those of some rows that there is something to learn from, and what became of all.
+        """Return the trainable rows and a tally of every outcome.
 
         Args:
             index: the rows; one may come more than once.
@@ -98,25 +81,25 @@ class Selection:
             title = f"{len(unrendered):,} row(s) cannot be rendered:"
             raise DataError(listing(title, problems, total=len(unrendered)))
         if self.encoding.too_long == "error":
-            self._refuse_longer(index, f"{name}: longer than {self.limit}")
+            self._refuse_longer(index, f"{name}: longer than {self.encoding.limit_name} tokens")
         shortened, _ = self._split(index, SHORTENED)
         dropped, index = self._split(index, TOO_LONG)
         rows = self.encoded.rows
         is_heard = rows["loss_tokens"][index] > 0
         silent, index = index[~is_heard], index[is_heard]
-        num_eaten = rows["num_eaten"][index]
+        num_stripped = rows["num_stripped"][index]
         tally = Tally(
             num_rows,
             int(rows["length"][dropped].max(initial=0)),
-            int(num_eaten.sum(dtype=np.int64)),
+            int(num_stripped.sum(dtype=np.int64)),
         )
         found = {
             tallies.SHORTENED: shortened,
             tallies.DROPPED: dropped,
-            tallies.SILENT: silent,
-            tallies.MARKED: self._split(index, HAS_MARKER_TEXT)[0],
-            tallies.EATEN: index[num_eaten > 0],
-            tallies.SYSTEMLESS: self._split(index, LACKS_SYSTEM)[0],
+            tallies.NO_LOSS_TOKENS: silent,
+            tallies.HAS_MARKER_TEXT: self._split(index, HAS_MARKER_TEXT)[0],
+            tallies.STRIPPED_WHITESPACE: index[num_stripped > 0],
+            tallies.SYSTEM_DROPPED: self._split(index, SYSTEM_DROPPED)[0],
         }
         tally = tally.plus(tallies.UNRENDERED, len(unrendered), problems)
         for kind, some in found.items():
@@ -125,7 +108,7 @@ class Selection:
         return index, tally
 
     def _split(self, index: Index, flag: int) -> tuple[Index, Index]:
-        """Rows with a flag, and the others."""
+        """Split rows into those with a flag and the others."""
         has = (self.encoded.rows["flags"][index] & flag) != 0
         return index[has], index[~has]
 
@@ -146,3 +129,14 @@ class Selection:
                 total=len(longer),
             )
         )
+
+
+def notes_on(tally: Tally, name: str, encoding: Encoding) -> list[str]:
+    """Return a note for the user on each outcome in a tally.
+
+    Args:
+        tally: of the rows.
+        name: what to call the rows.
+        encoding: the rows were encoded with it.
+    """
+    return tally.notes(name, limit=f"{encoding.limit_name} tokens", too_long=encoding.too_long)

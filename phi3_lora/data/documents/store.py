@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from phi3_lora.arrays import Bool, Int32
 from phi3_lora.data.chat.rendering import Remarks
 from phi3_lora.data.chat.tokenizer import Document
-from phi3_lora.data.documents.encoding import HAS_MARKER_TEXT, LACKS_SYSTEM, ROW, EncodedRow
+from phi3_lora.data.documents.encoding import HAS_MARKER_TEXT, ROW, SYSTEM_DROPPED, EncodedRow
 from phi3_lora.data.sources.reading import Rows
 from phi3_lora.storage.atomic import write_bytes
 
@@ -33,13 +33,13 @@ _DTYPES: dict[str, Any] = {
 each row's last id; the sources (or problems) of rows end to end, and the place after each."""
 
 
-def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], told: Rows) -> None:
+def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], read: Rows) -> None:
     """Write rows as they come, in the memory of one part.
 
     Args:
         folder: empty.
         parts: rows.
-        told: has the counts of sources and the notes, once the last row came.
+        read: has the counts of sources and the notes, once the last row came.
 
     Raises:
         OSError: when the disk is full.
@@ -70,14 +70,14 @@ def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], told: Rows)
         "version": STORE_VERSION,
         "num_rows": num_rows,
         "sizes": {name: (folder / name).stat().st_size for name in _DTYPES},
-        "counts": told.counts,
-        "notes": told.notes,
+        "counts": read.counts,
+        "notes": read.notes,
     }
     write_bytes(folder / _META, json.dumps(meta).encode())
 
 
 def open_store(folder: Path) -> Store | None:
-    """A store; None when there is none, or it is not whole."""
+    """Open a store; None when the folder holds no whole one."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in _DTYPES}
@@ -95,7 +95,7 @@ class Store:
         """Map the files of a folder.
 
         Raises:
-            ValueError: when they do not fit each other.
+            ValueError: when the files do not fit each other.
         """
         mapped = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
         self._tokens, self._supervised = mapped["tokens"], mapped["supervised"]
@@ -140,7 +140,7 @@ class DocumentStore(Sequence[Document]):
 
         Args:
             store: where they are.
-            rows: (D,) which rows' documents they are.
+            rows: (D,) the rows of the documents.
         """
         self.store = store
         self.rows = rows
@@ -160,7 +160,7 @@ class DocumentStore(Sequence[Document]):
         facts = self.store.rows[row]
         flags = int(facts["flags"])
         remarks = Remarks(
-            bool(flags & HAS_MARKER_TEXT), int(facts["num_eaten"]), bool(flags & LACKS_SYSTEM)
+            bool(flags & HAS_MARKER_TEXT), int(facts["num_stripped"]), bool(flags & SYSTEM_DROPPED)
         )
         return Document(*self.store.arrays(row), self.store.source(row), remarks)
 

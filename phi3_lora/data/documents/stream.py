@@ -15,13 +15,13 @@ import numpy as np
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.encoding import Encoding, InMemory, encode_in_parts
-from phi3_lora.data.documents.overlap import Known
-from phi3_lora.data.documents.selection import Selection
+from phi3_lora.data.documents.overlap import DocumentIndex
+from phi3_lora.data.documents.selection import Selection, notes_on
 from phi3_lora.data.documents.tally import BAD, LEAKED, Tally
 from phi3_lora.data.rows.conversation import BadRow, Conversation
-from phi3_lora.data.sources.reading import bad_rows_listed, iterate_rows
+from phi3_lora.data.sources.bad_rows import STREAMING, BadRows
+from phi3_lora.data.sources.reading import iterate_rows
 from phi3_lora.data.sources.source import Source
-from phi3_lora.errors import MAX_SHOWN, DataError
 
 NAME = "training data"
 
@@ -30,104 +30,99 @@ class Block(NamedTuple):
     """Consecutive rows."""
 
     number: int
-    """From 0."""
+    """Counts from 0."""
     documents: Sequence[Document]
-    """Those there is something to learn from, in the order of the rows."""
+    """Documents of trainable rows, in the order of the rows."""
     tally: Tally
-    """What became of its rows."""
+    """The outcomes of the block's rows."""
     rows_hash: str
-    """sha256 of all rows of the pass up to its last one."""
+    """sha256 of all rows of the pass up to the block's last one."""
 
 
 class Stopped(Exception):
-    """Reading was to stop, and has."""
+    """Reading stopped because it was asked to."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedRows:
-    """Rows that can be passed over again and again."""
+    """Rows that can be read in several passes."""
 
     sources: Sequence[Source]
     tokenizer: ChatTokenizer
     encoding: Encoding
-    limit: str
-    """What the limit of tokens is called."""
     buffer_size: int
-    """Rows a block."""
-    held_out: Known = field(default_factory=lambda: Known(()))
-    """What is validated on; rows that are, too, are counted."""
+    """Rows in a block."""
+    held_out: DocumentIndex = field(default_factory=lambda: DocumentIndex(()))
+    """The validation documents; training rows among them are counted."""
 
     def __str__(self) -> str:
-        """As messages name them."""
+        """Return the name of the rows in messages."""
         return ", ".join(map(str, self.sources))
 
-    def told(self, tally: Tally) -> list[str]:
-        """What is to be said of rows that were counted."""
-        name = f"{NAME}, of {tally.num_rows:,} rows read"
-        return tally.notes(name, limit=self.limit, too_long=self.encoding.too_long)
+    def notes_on(self, tally: Tally) -> list[str]:
+        """Return a note for the user on each outcome of the rows that were read."""
+        return notes_on(tally, f"{NAME}, of {tally.num_rows:,} rows read", self.encoding)
 
 
-class Pass:
+class StreamPass:
     """One pass over the rows, from the first one on."""
 
     def __init__(self, rows: StreamedRows) -> None:
         """Begin at the first row."""
         self._of = rows
         self.is_stopped: Callable[[], bool] = lambda: False
-        """Asked at each row whether to stop."""
+        """Called at each row; reading stops when it returns True."""
         self._notes: list[str] = []
         self._rows = mixed_rows(rows.sources, self._notes)
         self._digest = hashlib.sha256()
         self.number = 0
-        """Of the next block."""
+        """The number of the next block."""
 
     def read(self) -> Block | None:
-        """The next block; None after the last one.
+        """Read the next block; return None after the last one.
 
         Raises:
             DataError: when a source does not exist or is damaged; when a row is bad or too long,
                 and that is to be an error.
-            Stopped: when it was to stop.
+            Stopped: when is_stopped returned True.
         """
         rows = self._next()
         if not rows:
             return None
+        of = self._of
         good = [row for row in rows if isinstance(row, Conversation)]
-        bad = [row for row in rows if isinstance(row, BadRow)]
-        # Said when they are met: the end of their file may never be read.
+        bad = BadRows(of.encoding.on_bad_row, STREAMING)
+        for row in rows:
+            if isinstance(row, BadRow):
+                bad.add(row)
+        # Noted when they are met: the end of their file may never be read.
         plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
         self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
-        of = self._of
         first = (self.number - 1) * of.buffer_size + 1
         place = f"rows {first:,} to {first + len(rows) - 1:,} of {of}"
-        if bad and of.encoding.on_bad_row == "error":
-            title = (
-                f"{len(bad):,} bad row(s) among {place}; correct or remove them (or leave them "
-                "out: --on-bad-row skip):"
-            )
-            raise DataError(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+        bad.refuse(f"among {place}")
         parts = encode_in_parts(good, of.tokenizer, of.encoding)
         encoded = InMemory([*itertools.chain.from_iterable(parts)])
-        selection = Selection(encoded, of.encoding, of.limit, ())
+        selection = Selection(encoded, of.encoding, ())
         index, tally = selection.choose(np.arange(len(good)), f"{NAME}, {place}")
-        tally += Tally(num_rows=len(bad))
-        tally = tally.plus(BAD, len(bad), [str(row) for row in bad[:MAX_SHOWN]])
+        tally += Tally(num_rows=bad.count)
+        tally = tally.plus(BAD, bad.count, bad.first)
         documents = encoded.documents(index)
         shared = [document.source for document, _ in of.held_out.among(documents)]
         tally = tally.plus(LEAKED, len(shared), shared[:1])
         return Block(self.number - 1, documents, tally, self._digest.hexdigest())
 
     def skip(self) -> bool:
-        """Read past the next block; False where there is none.
+        """Read past the next block; return False after the last one.
 
         Raises:
             DataError: when a source does not exist or is damaged.
-            Stopped: when it was to stop.
+            Stopped: when is_stopped returned True.
         """
         return bool(self._next())
 
     def notes(self) -> list[str]:
-        """What the user should know of the formats of what was read since they were asked for."""
+        """Return the notes on formats since the last call."""
         notes, self._notes[:] = [*self._notes], []
         return notes
 
@@ -145,7 +140,7 @@ class Pass:
 def mixed_rows(
     sources: Sequence[Source], notes: list[str] | None = None
 ) -> Iterator[Conversation | BadRow]:
-    """Rows of sources in turn, each source as often as its weight says, until all have ended.
+    """Read rows of sources in turn, each source as often as its weight says, until all have ended.
 
     Args:
         sources: what to read; one that ends drops out.
@@ -169,7 +164,7 @@ def mixed_rows(
 
 
 def _content(row: Conversation | BadRow) -> bytes:
-    """What a row says, wherever it lies."""
+    """Return the content of a row as bytes, without its place."""
     if isinstance(row, BadRow):
         return b"bad row\n"
     return (json.dumps([row.messages, row.weights, row.whole]) + "\n").encode()

@@ -1,16 +1,23 @@
-"""What became of rows, counted; the counts of parts add up to those of the whole."""
+"""Counts of the outcomes of rows; the tallies of parts add up to the tally of the whole."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phi3_lora.data.options import TooLong
 from phi3_lora.errors import MAX_SHOWN, listing
 
 BAD, UNRENDERED = "bad", "unrendered"
-SHORTENED, DROPPED, SILENT = "shortened", "dropped", "silent"
-MARKED, EATEN, SYSTEMLESS, LEAKED = "marked", "eaten", "systemless", "leaked"
+SHORTENED, DROPPED, NO_LOSS_TOKENS = "shortened", "dropped", "silent"
+HAS_MARKER_TEXT, STRIPPED_WHITESPACE = "marked", "eaten"
+SYSTEM_DROPPED, LEAKED = "systemless", "leaked"
+"""Kinds of rows. Checkpoints store these strings."""
+_KEY_OF = {"num_stripped": "num_eaten"}
+"""Field -> its key in a checkpoint, where they differ."""
+_FIELD_OF = {key: name for name, key in _KEY_OF.items()}
 _LISTED = (BAD, UNRENDERED)
 """Kinds of which the first MAX_SHOWN are named; of the others, the first one."""
 _LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
@@ -18,29 +25,35 @@ _LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of rows."""
+    """Counts of the outcomes of rows."""
 
     num_rows: int = 0
-    """All of them."""
+    """All rows, whatever their outcome."""
     longest: int = 0
     """Tokens of the longest row that does not fit."""
-    num_eaten: int = 0
-    """Characters of white space that markers beside a message eat, in rows that are kept."""
+    num_stripped: int = 0
+    """White-space characters that markers beside a message strip, in rows that are kept."""
     counts: dict[str, int] = field(default_factory=dict)
     """Kind -> rows of it."""
     first: dict[str, list[str]] = field(default_factory=dict)
-    """Kind -> file:line of the first one, or of those that are left out what is wrong, too."""
+    """Kind -> file:line of the first row; of unusable rows `file:line: why` of several."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as a checkpoint stores them."""
+        values = dataclasses.asdict(self)
+        return {_KEY_OF.get(name, name): value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tally:
-        """The inverse of dataclasses.asdict.
+        """Read what to_dict wrote.
 
         Raises:
             ValueError: when the values are not those of a tally.
         """
         try:
-            tally = cls(**values)
-            numbers = [tally.num_rows, tally.longest, tally.num_eaten, *tally.counts.values()]
+            renamed = {_FIELD_OF.get(key, key): value for key, value in values.items()}
+            tally = cls(**renamed)
+            numbers = [tally.num_rows, tally.longest, tally.num_stripped, *tally.counts.values()]
             named = [tally.first[kind] for kind in tally.counts]
         except (TypeError, AttributeError, KeyError) as cause:
             raise ValueError(f"no counts of rows: {cause}") from None
@@ -58,22 +71,22 @@ class Tally:
         return Tally(
             self.num_rows + later.num_rows,
             max(self.longest, later.longest),
-            self.num_eaten + later.num_eaten,
+            self.num_stripped + later.num_stripped,
             counts,
             first,
         )
 
     def plus(self, kind: str, count: int, first: Sequence[str]) -> Tally:
-        """With so many more rows of a kind; num_rows stays."""
+        """Return the tally with more rows of a kind; num_rows stays."""
         return self + Tally(counts={kind: count}, first={kind: [*first]}) if count else self
 
-    def notes(self, name: str, *, limit: str, too_long: str) -> list[str]:
-        """One text for each kind that there is, for the user.
+    def notes(self, name: str, *, limit: str, too_long: TooLong) -> list[str]:
+        """Return a text for the user on each kind that occurs.
 
         Args:
             name: what to call the rows.
             limit: what the limit of tokens is called.
-            too_long: what became of longer rows: drop, truncate_left or truncate_right.
+            too_long: the treatment of longer rows; not error.
         """
         notes = [
             listing(
@@ -85,21 +98,21 @@ class Tally:
             if kind in self.counts
         ]
         rendered = self.num_rows - sum(self.counts.get(kind, 0) for kind in _LISTED)
-        kept = rendered - sum(self.counts.get(kind, 0) for kind in (DROPPED, SILENT))
+        kept = rendered - sum(self.counts.get(kind, 0) for kind in (DROPPED, NO_LOSS_TOKENS))
         longer = f"longer than {limit}"
         texts = (
             (SHORTENED, rendered, f"shortened {{}} rows {longer} by whole turns", f"{too_long}; "),
             (DROPPED, rendered, f"dropped {{}} rows {longer}", f"longest {self.longest:,}; "),
-            (SILENT, rendered, "dropped {} rows without a supervised token", ""),
-            (MARKED, kept, "{} rows hold markers as text, kept as text", ""),
+            (NO_LOSS_TOKENS, rendered, "dropped {} rows without a supervised token", ""),
+            (HAS_MARKER_TEXT, kept, "{} rows hold markers as text, kept as text", ""),
             (
-                EATEN,
+                STRIPPED_WHITESPACE,
                 kept,
                 "{} rows lose white space that markers beside a message eat",
-                f"{self.num_eaten:,} in all; ",
+                f"{self.num_stripped:,} in all; ",
             ),
             (
-                SYSTEMLESS,
+                SYSTEM_DROPPED,
                 kept,
                 "{} rows lose their system message: the chat template has no place for it",
                 "",

@@ -1,4 +1,4 @@
-"""Rows that are longer than the model or the settings allow: shortened by whole turns, or not.
+"""Shortening of rows that are longer than the token limit, by whole turns.
 
 A turn is a user's message with all that follows it up to the next one. No message is ever cut.
 """
@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from phi3_lora.data.chat.masking import messages_in_loss
 from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.data.options import LossOn, TooLong
 from phi3_lora.data.rows.conversation import Conversation
 
 Encode = Callable[[Sequence[Conversation]], list[Document]]
-LEFT, RIGHT = "truncate_left", "truncate_right"
+LEFT: Final = "truncate_left"
+RIGHT: Final = "truncate_right"
 
 
 def shorten(
-    rows: Sequence[Conversation], encode: Encode, *, limit: int, side: str, loss_on: str
+    rows: Sequence[Conversation], encode: Encode, *, limit: int, side: TooLong, loss_on: LossOn
 ) -> list[Document | None]:
-    """Each row without as few whole turns as needed to fit; None where even one does not.
+    """Drop as few whole turns of each row as needed to fit; None where one turn is too long.
 
     Args:
         rows: rows that are too long.
@@ -50,8 +53,8 @@ def num_turns(row: Conversation) -> int:
     return 1 if row.whole else max(1, len(_starts(row)))
 
 
-def without_turns(row: Conversation, count: int, side: str) -> Conversation:
-    """A row without its oldest or last turns, its weights with it.
+def without_turns(row: Conversation, count: int, side: TooLong) -> Conversation:
+    """Return a row without its oldest or last turns, and its weights without theirs.
 
     Args:
         row: a conversation.

@@ -1,8 +1,8 @@
-"""What is wrong with data, row by row, and what it is like."""
+"""The check of data: problems of each row, and statistics of all."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
-from phi3_lora.data.documents.truncation import LEFT, RIGHT, shorten
+from phi3_lora.data.documents.encoding import (
+    SHORTENED,
+    TOO_LONG,
+    Encoding,
+    InMemory,
+    encode_part,
+)
+from phi3_lora.data.documents.selection import Selection
 from phi3_lora.data.quality.cleaning import (
     Cleaning,
     Finding,
@@ -19,8 +26,12 @@ from phi3_lora.data.quality.cleaning import (
     repeat_finding,
     row_steps,
 )
-from phi3_lora.data.quality.duplicates import NearIndex, exact_duplicates, said, spoken_text
-from phi3_lora.data.quality.leakage import leaks_in
+from phi3_lora.data.quality.duplicates import (
+    NearIndex,
+    exact_duplicates,
+    message_text,
+)
+from phi3_lora.data.quality.leakage import find_leaks
 from phi3_lora.data.quality.report import Lengths, Problem, Report
 from phi3_lora.data.quality.text_checks import marker_in
 from phi3_lora.data.rows.conversation import BAD, BadRow, Conversation
@@ -34,34 +45,15 @@ Row = Conversation | BadRow
 Rows = list[Conversation]
 
 
-class Base(NamedTuple):
-    """What a check knows of the base model."""
+class TokenBudget(NamedTuple):
+    """The tokenizer that rows are measured with, and how training encodes them."""
 
     tokenizer: ChatTokenizer
-    context: int
-    """Tokens that the model takes."""
-    loss_on: str = "assistant"
-    """What the loss counts on: assistant, last or all."""
-    max_length: int | None = None
-    """Tokens that training gives a row; None leaves it to the context."""
-    too_long: str = "drop"
-    """What training makes of longer rows: drop, truncate_left, truncate_right or error."""
-
-    @property
-    def limit(self) -> int:
-        """Tokens that a row may have in training."""
-        return min(self.context, self.max_length or self.context)
-
-    @property
-    def limit_name(self) -> str:
-        """The limit as messages call it."""
-        if self.limit < self.context:
-            return f"max_length {self.limit:,}"
-        return f"the model's context of {self.limit:,}"
+    encoding: Encoding
 
 
 class Previewed(NamedTuple):
-    """A row as it is trained on, or as it would be."""
+    """A row as training encodes it, and whether training keeps it."""
 
     document: Document
     """Shortened if training shortens it; whole if training leaves it out."""
@@ -75,7 +67,7 @@ def check_rows(
     train: Sequence[Row],
     valid: Sequence[Row] = (),
     *,
-    base: Base | None = None,
+    budget: TokenBudget | None = None,
     near: bool = True,
     limits: Cleaning | None = None,
 ) -> Report:
@@ -84,7 +76,7 @@ def check_rows(
     Args:
         train: rows to train on.
         valid: rows to validate on.
-        base: the base model's tokenizer and context; None measures lengths in characters.
+        budget: the base model's tokenizer and the limits; None measures lengths in characters.
         near: whether to look for near duplicates.
         limits: bounds in characters, patterns and a language that rows must keep to.
 
@@ -113,15 +105,15 @@ def check_rows(
         lengths=Lengths("characters", np.array([num_chars(r) for r in rows], dtype=np.int64)),
         near_duplicates=near,
     )
-    if base is not None:
-        _measure_tokens(report, rows, base)
+    if budget is not None:
+        _measure_tokens(report, rows, budget)
     order = {file: i for i, file in enumerate(files)}
     report.problems.sort(key=lambda p: (order[p.file], p.line))
     return report
 
 
 def _steps(limits: Cleaning) -> list[tuple[str, Step]]:
-    """What looks at each row: limits as they are set, and what is wrong in any data."""
+    """Return the checks of each row: those of any data, then the limits that are set."""
     always = row_steps(Cleaning(unicode=True, white_space=True, empty=True))
     return [*always, ("markers", _find_marker), ("weights", _find_no_weight), *row_steps(limits)]
 
@@ -137,7 +129,7 @@ def _place(source: str) -> tuple[str, int]:
 
 def _find_marker(row: Conversation) -> Finding | None:
     for i, message in enumerate(row.messages, start=1):
-        marker = marker_in(said(message))
+        marker = marker_in(message_text(message))
         if marker is not None:
             text = f"message {i} ({message['role']}): {marker} is read as plain text"
             return Finding("marker-text", text)
@@ -153,20 +145,20 @@ def _find_no_weight(row: Conversation) -> Finding | None:
 def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     """Repeated rows within the training data and within the validation data, and leaks."""
     rows, border = train + valid, len(train)
-    index = NearIndex([spoken_text(row) for row in rows]) if near else None
+    index = NearIndex.of_rows(rows) if near else None
     found = []
     for first, last in ((0, border), (border, len(rows))):
         exact = exact_duplicates(rows[first:last])
         matches = [m._replace(row=m.row + first, other=m.other + first) for m in exact]
-        told = {m.row for m in matches}
+        known = {m.row for m in matches}
         for match in index.duplicates(first, last) if index else ():
-            if match.row not in told:
-                told.add(match.row)
+            if match.row not in known:
+                known.add(match.row)
                 matches.append(match)
         for match in matches:
             finding = repeat_finding(match, rows[match.other])
             found.append(_problem(rows[match.row].source, finding))
-    for match in leaks_in(train, valid, index):
+    for match in find_leaks(train, valid, index):
         other = train[match.other].source
         text = f"{match.similarity:.2f} like the training row {other}"
         if match.is_exact:
@@ -175,15 +167,16 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
     return found
 
 
-def _measure_tokens(report: Report, rows: Rows, base: Base) -> None:
+def _measure_tokens(report: Report, rows: Rows, budget: TokenBudget) -> None:
     """Put lengths in tokens, their share in the loss and what they show into a report."""
+    tokenizer, encoding = budget
     lengths: list[int] = []
     report.loss_tokens = 0
-    told = {(p.file, p.line, p.kind) for p in report.problems}
+    known = {(p.file, p.line, p.kind) for p in report.problems}
     # In parts: only counts are kept of a document.
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[first : first + _ROWS_AT_ONCE]
-        documents, refused = base.tokenizer.encode_rows(part, loss_on=base.loss_on)
+        documents, refused = tokenizer.encode_rows(part, loss_on=encoding.loss_on)
         reasons = iter(refused)
         for row, document in zip(part, documents, strict=True):
             if document is None:
@@ -193,53 +186,58 @@ def _measure_tokens(report: Report, rows: Rows, base: Base) -> None:
             lengths.append(len(document.tokens))
             report.loss_tokens += document.loss_tokens
             problems = (
-                _problem(row.source, finding) for finding in _token_findings(document, base)
+                _problem(row.source, finding) for finding in _token_findings(document, encoding)
             )
-            report.problems += [p for p in problems if (p.file, p.line, p.kind) not in told]
+            report.problems += [p for p in problems if (p.file, p.line, p.kind) not in known]
     report.num_tokens = sum(lengths)
     report.lengths = Lengths("tokens", np.array(lengths, dtype=np.int64))
 
 
-def _token_findings(document: Document, base: Base) -> Iterator[Finding]:
+def _token_findings(document: Document, encoding: Encoding) -> Iterator[Finding]:
     count = len(document.tokens)
-    if count > base.limit:
-        yield Finding("too-long", f"{count:,} tokens, more than {base.limit_name}")
+    if count > encoding.limit:
+        yield Finding("too-long", f"{count:,} tokens, more than {encoding.limit_name}")
     if document.loss_tokens == 0:
         yield Finding("no-loss", "no token is in the loss")
-    if document.remarks.lacks_system:
+    if document.remarks.system_dropped:
         yield Finding("system-lost", "the chat template has no place for the system message")
     if document.remarks.has_marker_text:
         yield Finding("marker-text", "the text of a special token is read as plain text")
 
 
-def as_trained(rows: Rows, base: Base) -> list[Previewed]:
-    """Rows as training takes them.
+def as_trained(rows: Rows, budget: TokenBudget) -> list[Previewed]:
+    """Encode rows as training does, with the reason for each row that is left out or shortened.
 
     Raises:
         DataError: when the chat template refuses a row.
     """
-    encode = functools.partial(base.tokenizer.encode_conversations, loss_on=base.loss_on)
+    tokenizer, encoding = budget
+    parts = encode_part(rows, tokenizer, encoding)
+    # A preview shows rows for which training stops, too.
+    lenient = dataclasses.replace(encoding, too_long="drop", on_bad_row="error")
+    selection = Selection(InMemory(parts), lenient, ())
+    kept = set(selection.choose(np.arange(len(parts)), "rows")[0].tolist())
     found = []
-    for row, whole in zip(rows, encode(rows), strict=True):
-        document, training, remark = whole, "kept", ""
-        if len(whole.tokens) > base.limit:
-            remark = f"{len(whole.tokens):,} tokens, more than {base.limit_name}"
-            training = "error" if base.too_long == "error" else "dropped"
-            shorter = None
-            if base.too_long in (LEFT, RIGHT):
-                (shorter,) = shorten(
-                    [row], encode, limit=base.limit, side=base.too_long, loss_on=base.loss_on
-                )
-            if shorter is not None:
-                document, training = shorter, "shortened"
-        if training in ("kept", "shortened") and document.loss_tokens == 0:
-            training, remark = "dropped", "no token is in the loss"
+    for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        training = "kept" if i in kept else "dropped"
+        remark = "" if i in kept else "no token is in the loss"
+        if part.flags & (TOO_LONG | SHORTENED):
+            remark = f"{part.length:,} tokens, more than {encoding.limit_name}"
+        if part.flags & SHORTENED and i in kept:
+            training = "shortened"
+        elif part.flags & SHORTENED:
+            remark = "no token is in the loss"
+        elif part.flags & TOO_LONG and encoding.too_long == "error":
+            training = "error"
+        document = (
+            part.document or tokenizer.encode_conversations([row], loss_on=encoding.loss_on)[0]
+        )
         found.append(Previewed(document, training, remark))
     return found
 
 
 def first_rows(sources: Sequence[Source], limit: int) -> list[Conversation]:
-    """The first rows of sources; no more is read than is needed.
+    """Read the first rows of sources, and no more than needed.
 
     Raises:
         DataError: when a source does not exist, there are no rows, or one of these rows is bad.

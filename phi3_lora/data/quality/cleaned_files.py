@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.quality.cleaning import Change, Cleaned
 from phi3_lora.data.quality.splitting import TRAIN_NAME, as_json, write_lines
-from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow
-from phi3_lora.data.rows.formats import COLUMNS, FORMATS, RowReader
-from phi3_lora.data.sources.reading import bad_rows_listed
-from phi3_lora.data.sources.source import Part, Source, conversations_of, parts_of
-from phi3_lora.errors import MAX_SHOWN, DataError
+from phi3_lora.data.rows.conversation import BadRow, Conversation
+from phi3_lora.data.rows.formats import COLUMNS, FORMATS
+from phi3_lora.data.sources.bad_rows import REWRITING, BadRows
+from phi3_lora.data.sources.reading import read_parts
+from phi3_lora.data.sources.source import Source
+from phi3_lora.errors import DataError
 from phi3_lora.storage.atomic import replace_folder
 
 CHANGES_NAME = "changes.jsonl"
@@ -28,9 +30,9 @@ Others = dict[str, dict[str, Any]]
 
 
 def read_for_cleaning(
-    sources: Sequence[Source], *, on_bad_row: str, notes: list[str]
+    sources: Sequence[Source], *, on_bad_row: OnBadRow, notes: list[str]
 ) -> tuple[list[Conversation], Others]:
-    """Every row of sources, with what it holds beside its conversation.
+    """Read every row of sources, with the keys beside its conversation.
 
     Args:
         sources: in order; weights do not count.
@@ -42,47 +44,26 @@ def read_for_cleaning(
     """
     rows: list[Conversation] = []
     others: Others = {}
-    bad: list[BadRow] = []
-    for source in sources:
-        for part in parts_of(source):
-            reader = RowReader(source.format, source.columns)
-            for row, value in _rows_with_values(part, reader):
-                if isinstance(row, BadRow):
-                    bad.append(row)
-                    continue
-                rows.append(row)
-                if beside := other_keys(value, source):
-                    others[row.source] = beside
-            notes += [f"{part.name}: {note}" for note in reader.notes()]
+    bad = BadRows(on_bad_row, REWRITING)
+    for part in read_parts(sources):
+        for place, raw, found in part.rows():
+            if isinstance(found, BadRow):
+                bad.add(found)
+                continue
+            rows.append(found)
+            if beside := other_keys(raw.value, part.source):
+                others[place] = beside
+        notes += part.notes()
     names = ", ".join(map(str, sources))
-    if bad and on_bad_row == "error":
-        title = (
-            f"{len(bad):,} bad row(s) in {names}; correct or remove them (phi3-lora data check "
-            "lists them), or leave them out with --set data.on_bad_row=skip:"
-        )
-        raise DataError(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
-    if bad:
-        title = f"left out {len(bad):,} bad row(s) of {len(bad) + len(rows):,} in {names}:"
-        notes.append(bad_rows_listed(title, bad[:MAX_SHOWN], len(bad)))
+    bad.refuse(f"in {names}")
+    notes += bad.notes(len(rows), names)
     if not rows:
         raise DataError(f"{names}: no rows to clean")
     return rows, others
 
 
-def _rows_with_values(part: Part, reader: RowReader) -> Iterator[tuple[Conversation | BadRow, Any]]:
-    last: list[RawRow] = []
-
-    def seen() -> Iterator[RawRow]:
-        for raw in part.rows():
-            last[:] = [raw]
-            yield raw
-
-    for row in conversations_of(part._replace(rows=seen), reader):
-        yield row, last[0].value
-
-
 def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """What a row holds beside its conversation, and its label.
+    """Return the keys of a row beside its conversation, with its label.
 
     Args:
         value: the row as its file has it.
@@ -102,14 +83,14 @@ def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: Parquet has dates, bytes and numbers that are none."""
+    """Convert a value to JSON types: Parquet has dates, bytes and NaN."""
     if isinstance(value, (str, int)):
         return value
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A conversation as one JSON object, which is read as the same conversation again.
+    """Return a conversation as one JSON object that reads as the same conversation.
 
     Args:
         row: the conversation.

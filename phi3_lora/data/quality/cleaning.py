@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.quality.duplicates import Match, NearIndex, exact_duplicates, said, spoken_text
+from phi3_lora.data.quality.duplicates import (
+    Match,
+    NearIndex,
+    exact_duplicates,
+    message_text,
+)
 from phi3_lora.data.quality.languages import LanguageFilter
 from phi3_lora.data.quality.text_checks import (
     encoding_problem,
@@ -26,7 +31,7 @@ from phi3_lora.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cleaning:
-    """Which steps to take; none is taken unless it is set."""
+    """The steps to take; all are off by default."""
 
     unicode: bool = False
     """Put text into Unicode NFC and take out control characters."""
@@ -70,7 +75,7 @@ class Cleaning:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a step has against a row, and what it makes of it."""
+    """A problem of a row, and the row after the step."""
 
     kind: str
     message: str
@@ -83,13 +88,13 @@ Step = Callable[[Conversation], Finding | None]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one step did to one row."""
+    """The change that one step made to one row."""
 
     step: str
     """The field of Cleaning."""
     before: Conversation
     after: Conversation | None
-    """None: dropped."""
+    """None when the row was dropped."""
     message: str
 
     @property
@@ -143,7 +148,7 @@ def clean(
         matches = exact_duplicates(cleaned.rows)
         cleaned = _take(cleaned, "duplicates", _repeats(cleaned.rows, matches))
     if steps.near_duplicates:
-        index = NearIndex([spoken_text(row) for row in cleaned.rows])
+        index = NearIndex.of_rows(cleaned.rows)
         matches = list(index.duplicates(0, len(cleaned.rows)))
         cleaned = _take(cleaned, "near_duplicates", _repeats(cleaned.rows, matches))
     return cleaned
@@ -199,7 +204,7 @@ def repeat_finding(match: Match, other: Conversation) -> Finding:
 
 def num_chars(row: Conversation) -> int:
     """Characters of all turns, calls of tools included."""
-    return sum(len(said(m)) for m in row.messages)
+    return sum(len(message_text(m)) for m in row.messages)
 
 
 def length_finding(length: int, least: int | None, most: int | None, unit: str) -> Finding | None:
@@ -228,11 +233,11 @@ def _each_text(
     better: Callable[[str], str],
 ) -> Finding | None:
     problems = [(i, problem_of(m["content"])) for i, m in enumerate(row.messages, start=1)]
-    told = [f"{_name(row, i)}: {problem}" for i, problem in problems if problem is not None]
-    if not told:
+    texts = [f"{_name(row, i)}: {problem}" for i, problem in problems if problem is not None]
+    if not texts:
         return None
     messages = tuple({**m, "content": better(m["content"])} for m in row.messages)
-    return Finding(kind, "; ".join(told), dataclasses.replace(row, messages=messages))
+    return Finding(kind, "; ".join(texts), dataclasses.replace(row, messages=messages))
 
 
 def find_empty(row: Conversation) -> Finding | None:
@@ -261,7 +266,7 @@ def _pattern_step(pattern: str) -> Step:
 
     def step(row: Conversation) -> Finding | None:
         for i, message in enumerate(row.messages, start=1):
-            match = compiled.search(said(message))
+            match = compiled.search(message_text(message))
             if match is not None:
                 text = f"{_name(row, i)}: {match.group()[:60]!r} matches {pattern!r}"
                 return Finding("pattern", text)

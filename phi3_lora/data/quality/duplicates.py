@@ -1,4 +1,4 @@
-"""Rows that say the same: exactly, by a hash of their text, or nearly, by MinHash and true overlap.
+"""Duplicate rows: exact ones by a hash of their text, near ones by MinHash and true overlap.
 
 Near means: the sets of word triples of two rows have a Jaccard similarity of at least SIMILARITY.
 MinHash with bands of rows proposes pairs; each is then verified on the true sets.
@@ -29,7 +29,7 @@ SIMILARITY = 0.8
 """Jaccard similarity of the sets of word triples from which rows are near duplicates."""
 _NUM_PERM = 64
 _BANDS = 16
-"""Of 4 values each: a pair at SIMILARITY shares a band with probability 0.9998."""
+"""Bands of 4 values each: a pair at SIMILARITY shares a band with probability 0.9998."""
 _LEAST_AGREEMENT = 38
 """Equal values of 64; a pair at SIMILARITY has 51 on average with a deviation of 3.2."""
 _WINDOW = 64
@@ -40,7 +40,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 """Scripts without spaces between words (Thai to Khmer, kana, Han): each character is a word."""
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
-"""Odd multipliers that tell the places of a triple's words apart."""
+"""Odd multipliers, one for each place in a triple, so that word order counts."""
 
 Words = tuple[str, ...]
 
@@ -57,7 +57,7 @@ class Match(NamedTuple):
 
 
 class Groups:
-    """Which of n things belong together, by union of pairs."""
+    """Groups of n items, joined pair by pair."""
 
     def __init__(self, size: int) -> None:
         self._parent = list(range(size))
@@ -88,7 +88,7 @@ def exact_key(row: Conversation) -> bytes:
     """
     digest = hashlib.blake2b(digest_size=16)
     for message in row.messages:
-        text = f"{normalised(said(message))}\0{message.get('tools', '')}"
+        text = f"{normalised(message_text(message))}\0{message.get('tools', '')}"
         part = f"{message['role']}\0{text}".encode(errors="replace")
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
@@ -106,7 +106,7 @@ def matches_of(keys: Iterable[bytes]) -> list[Match]:
     return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
-def said(message: Message) -> str:
+def message_text(message: Message) -> str:
     """A message's content, and its calls of tools as JSON without their ids."""
     calls = message.get("tool_calls")
     if not calls:
@@ -116,13 +116,13 @@ def said(message: Message) -> str:
     return f"{message['content']}\n{text}" if message["content"] else text
 
 
-def spoken_text(row: Conversation) -> str:
-    """What near duplicates are judged by: every turn but the system's, which rows often share."""
-    return "\n".join(said(m) for m in row.messages if m["role"] != "system")
+def conversation_text(row: Conversation) -> str:
+    """Return the text that near duplicates are compared by: every turn but the system's."""
+    return "\n".join(message_text(m) for m in row.messages if m["role"] != "system")
 
 
 def can_find_near() -> bool:
-    """Whether the library for near duplicates is installed."""
+    """Return whether the library for near duplicates is installed."""
     return importlib.util.find_spec("datasketch") is not None
 
 
@@ -158,6 +158,15 @@ class NearIndex:
         for _, start, place in self._bands:
             crowded |= place > start
         self._crowded = np.flatnonzero(crowded)
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Conversation]) -> NearIndex:
+        """Index conversations by conversation_text.
+
+        Raises:
+            ConfigError: when datasketch is not installed.
+        """
+        return cls([conversation_text(row) for row in rows])
 
     def reordered(self, order: Sequence[int]) -> NearIndex:
         """The index of the same texts in another order, at little cost."""

@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid: small, offline, and sure only where it can be."""
+"""Language detection by py3langid, which is small and works offline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEAST_CONFIDENCE = 0.5
 
 
 class LanguageFilter:
-    """Tells texts that are clearly in another language than the one wanted."""
+    """Finds texts that are clearly in another language than the one wanted."""
 
     def __init__(self, code: str) -> None:
         """Load the model (0.5 s).
@@ -46,7 +46,7 @@ def _py3langid() -> Any:
     return optional_package(
         "py3langid.langid",
         extra="data",
-        need="telling languages needs py3langid",
+        need="detecting languages needs py3langid",
         error=ConfigError,
         otherwise=", or leave out --language",
     )

@@ -1,38 +1,28 @@
-"""Rows to validate on that are in the training data, too: their loss says nothing."""
+"""Validation rows that repeat training rows, so that their loss is no measure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phi3_lora.data.quality.duplicates import Match, NearIndex, exact_key, spoken_text
+from phi3_lora.data.quality.duplicates import Match, NearIndex, exact_key
 from phi3_lora.data.rows.conversation import Conversation
 
 
 def find_leaks(
-    train: Sequence[Conversation], valid: Sequence[Conversation], *, near: bool = True
+    train: Sequence[Conversation], valid: Sequence[Conversation], index: NearIndex | None
 ) -> list[Match]:
-    """Each validation row that repeats a training row, exactly or nearly.
+    """Find each validation row that repeats a training row, exactly or nearly.
 
     Args:
         train: rows trained on.
         valid: rows validated on.
-        near: whether to look for near duplicates, too.
+        index: of the training rows followed by the validation rows; None finds exact
+            repetitions only.
 
     Returns:
-        In the order of valid: the row's place in valid, the place in train of the row that is
-        most like it, and how much.
-
-    Raises:
-        ConfigError: when near is set and datasketch is not installed.
+        Matches in the order of valid: `row` is a place in valid, `other` the place in train of
+        the most similar row.
     """
-    index = NearIndex([spoken_text(row) for row in (*train, *valid)]) if near and valid else None
-    return leaks_in(train, valid, index)
-
-
-def leaks_in(
-    train: Sequence[Conversation], valid: Sequence[Conversation], index: NearIndex | None
-) -> list[Match]:
-    """As find_leaks, with an index of the training rows followed by the validation rows."""
     first = {exact_key(row): i for i, row in reversed(list(enumerate(train)))}
     exact = {i: first[key] for i, row in enumerate(valid) if (key := exact_key(row)) in first}
     found = [Match(i, other, 1.0, is_exact=True) for i, other in exact.items()]

@@ -36,12 +36,12 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        """As it is listed."""
+        """Return the problem as it is listed."""
         return f"{self.file}:{self.line}: {self.kind}: {self.message}"
 
 
 class Lengths(NamedTuple):
-    """How long rows are."""
+    """The lengths of rows."""
 
     unit: str
     """tokens or characters."""
@@ -96,9 +96,9 @@ class Report:
     problems: list[Problem]
     lengths: Lengths
     near_duplicates: bool
-    """Whether near duplicates were looked for."""
+    """True if near duplicates were looked for."""
     num_tokens: int | None = None
-    """Of all rows; None without a model."""
+    """Tokens of all rows; None without a model."""
     loss_tokens: int | None = None
 
     def counts(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Rows into training and validation data, so that nothing is on both sides.
+"""Splitting of rows into training and validation data, with nothing on both sides.
 
 Rows that repeat each other, exactly or nearly, and rows of one group stay together.
 """
@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phi3_lora.data.quality.duplicates import Groups, NearIndex, exact_key, matches_of, spoken_text
-from phi3_lora.data.rows.conversation import RawRow, RowError
-from phi3_lora.data.rows.formats import FORMATS, RowReader
-from phi3_lora.data.sources.source import Source, parts_of
+from phi3_lora.data.options import OnBadRow
+from phi3_lora.data.quality.duplicates import (
+    Groups,
+    NearIndex,
+    conversation_text,
+    exact_key,
+    matches_of,
+)
+from phi3_lora.data.rows.conversation import BadRow
+from phi3_lora.data.rows.formats import FORMATS
+from phi3_lora.data.sources.bad_rows import REWRITING, BadRows
+from phi3_lora.data.sources.reading import read_parts
+from phi3_lora.data.sources.source import Source
 from phi3_lora.engine.random_streams import permutation
 from phi3_lora.errors import DataError, listing
 from phi3_lora.storage.atomic import check_folder_unused, replace_folder
@@ -27,23 +36,23 @@ _KEYS_OF = 1000
 
 
 class SplitRow(NamedTuple):
-    """What a split keeps of a row: not the row itself, since all rows are in memory."""
+    """The facts of a row that a split needs; the row itself would take too much memory."""
 
     source: str
     """file:line."""
     key: bytes
     """Equal for rows that are exact duplicates."""
     text: str
-    """What near duplicates are judged by; empty when they are not looked for."""
+    """The text that near duplicates are compared by; empty when they are not looked for."""
     value: Mapping[str, Any]
-    """What the row holds under the keys that are asked for, null left out."""
+    """The values of the requested keys, without null."""
     line: bytes
-    """As it is written, without a line end; JSON."""
+    """The line to write, as JSON without a line end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which rows are for validation."""
+    """The choice of the validation rows."""
 
     valid: list[int]
     """Places of the rows, ascending."""
@@ -61,10 +70,10 @@ def read_split_rows(
     *,
     keys: Sequence[str] = (),
     near: bool = True,
-    on_bad_row: str = "error",
+    on_bad_row: OnBadRow = "error",
     notes: list[str] | None = None,
 ) -> list[SplitRow]:
-    """Every row of sources.
+    """Read every row of sources.
 
     Args:
         sources: in order; weights do not count, each row is there once.
@@ -78,64 +87,41 @@ def read_split_rows(
             counted; when rows of different formats or columns would go into one file.
     """
     rows: list[SplitRow] = []
-    problems: list[str] = []
+    bad = BadRows(on_bad_row, REWRITING)
     kinds: dict[str, str] = {}
-    for source in sources:
-        for part in parts_of(source):
-            reader, lines = RowReader(source.format, source.columns), _LineReader(part.name)
-            for raw in part.rows():
-                place = f"{part.name}:{raw.line}"
-                try:
-                    rows.append(_read(raw, place, reader, lines, keys, near=near))
-                except RowError as cause:
-                    problems.append(f"{place}: {cause}")
-            if reader.name != "auto":
-                kinds.setdefault(_kind(reader.name, source), part.name)
+    for part in read_parts(sources):
+        lines = _LineReader(part.name)
+        for place, raw, found in part.rows():
+            if isinstance(found, BadRow):
+                bad.add(found)
+                continue
+            value = {key: raw.value[key] for key in keys if raw.value.get(key) is not None}
+            text = conversation_text(found) if near else ""
+            line = lines.line(raw.line, raw.value)
+            rows.append(SplitRow(place, exact_key(found), text, value, line))
+        if part.format != "auto":
+            kinds.setdefault(_kind(part.format, part.source), part.name)
     names = ", ".join(map(str, sources))
-    if problems and on_bad_row == "error":
-        title = (
-            f"{len(problems):,} bad row(s); correct or remove them (phi3-lora data check lists "
-            "them), or leave them out with --set data.on_bad_row=skip:"
-        )
-        raise DataError(listing(title, problems))
-    if problems and notes is not None:
-        total = len(problems) + len(rows)
-        title = f"left out {len(problems):,} bad row(s) of {total:,} in {names}:"
-        notes.append(listing(title, problems))
+    bad.refuse(f"in {names}")
+    if notes is not None:
+        notes += bad.notes(len(rows), names)
     if not rows:
         raise DataError(f"{names}: no rows to split")
     if len(kinds) > 1:
-        told = [f"{name}: {kind}" for kind, name in kinds.items()]
+        found_kinds = [f"{name}: {kind}" for kind, name in kinds.items()]
         title = (
             "one file cannot hold all of these rows; split each source alone, or write them as "
             "messages first (phi3-lora data clean DATA --unicode --output DIR):"
         )
-        raise DataError(listing(title, told))
+        raise DataError(listing(title, found_kinds))
     return rows
 
 
 def _kind(name: str, source: Source) -> str:
-    """What rows must have in common to be read from one file."""
+    """Return what rows must have in common to be read from one file."""
     kind = "messages" if FORMATS[name].is_chat else name
     columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in sorted(source.columns.items()))
     return kind + (f", columns {{{columns}}}" if columns else "")
-
-
-def _read(
-    raw: RawRow,
-    place: str,
-    reader: RowReader,
-    lines: _LineReader,
-    keys: Sequence[str],
-    *,
-    near: bool,
-) -> SplitRow:
-    if raw.problem is not None:
-        raise RowError(raw.problem)
-    row = reader.read(raw.value, place)
-    value = {key: raw.value[key] for key in keys if raw.value.get(key) is not None}
-    text = spoken_text(row) if near else ""
-    return SplitRow(place, exact_key(row), text, value, lines.line(raw.line, raw.value))
 
 
 class _LineReader:
@@ -276,7 +262,7 @@ def _leaks(index: NearIndex, valid: Sequence[int], size: int) -> list[tuple[int,
 
 
 def _values(rows: Sequence[SplitRow], key: str) -> list[str]:
-    """What each row holds under a key, as text."""
+    """Return the value of each row under a key, as text."""
     missing = [row.source for row in rows if key not in row.value]
     if missing:
         there = {str(k) for row in rows[:_KEYS_OF] for k in json.loads(row.line)}

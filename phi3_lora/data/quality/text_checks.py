@@ -1,4 +1,4 @@
-"""What can be wrong with a text as such, its encoding and its white space, and setting it right."""
+"""Checks and repairs of a text's encoding and white space."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKER = re.compile(
 
 
 def encoding_problem(text: str) -> str | None:
-    """What is wrong with the encoding of a text; None if nothing is."""
+    """Return the problem of a text's encoding, if it has one."""
     control = _CONTROL.search(text)
     if control is not None:
         return f"control character U+{ord(control.group()):04X}"
@@ -39,7 +39,7 @@ def repaired(text: str) -> str:
 
 
 def white_space_problem(text: str) -> str | None:
-    """What is odd about the white space of a text; None if nothing is."""
+    """Return the problem of a text's white space, if it has one."""
     if text.strip() and text != text.strip():
         return "white space at its start or end"
     if "\r" in text:

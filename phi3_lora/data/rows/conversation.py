@@ -1,4 +1,4 @@
-"""What a row is once it is read: a conversation whose turns were checked, whatever its format."""
+"""A row after reading: a conversation with checked turns, whatever its format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROLE_OF = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""What a turn's speaker is called in data sets -> the role.
+"""Name of a turn's speaker in data sets -> the role.
 
 Source: axolotl, prompt_strategies/chat_template.py; LLaMA-Factory, data/README.md.
 """
@@ -39,11 +39,12 @@ _FOLLOWS = {
 }
 """Who may speak after whom, the system message apart; call is an assistant that calls tools."""
 BAD, EMPTY, ENCODING = "bad-row", "empty", "encoding"
-"""Kinds of rows that cannot be used: nothing is said where something must be; the text is damaged;
-all else."""
+"""Kinds of rows that cannot be used: any other problem; a text is missing; a text is damaged."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _MOST_NAMED = 12
+ToolCall = dict[str, Any]
+"""A call of a tool as the row has it: JSON."""
 Message = dict[str, Any]
 """`role` and `content` (strings); a call of tools has `tool_calls`, a system message `tools`."""
 
@@ -56,7 +57,7 @@ class Conversation:
     source: str
     """file:line."""
     weights: tuple[bool | None, ...] | None = None
-    """Whether each message is in the loss; None (of one or of all) leaves it to the settings."""
+    """True if each message is in the loss; None (of one or of all) leaves it to the settings."""
     whole: bool = False
     """Plain text: one message, whose every token is in the loss."""
 
@@ -71,26 +72,26 @@ class BadRow:
     kind: str = BAD
 
     def __str__(self) -> str:
-        """As it is listed."""
+        """Return the row as it is listed."""
         return f"{self.source}: {self.problem}"
 
 
 class RawRow(NamedTuple):
-    """What a file holds at a line: a value, or why there is none."""
+    """The value at a line of a file, or the problem in its place."""
 
     line: int
-    """From 1; in Parquet files and data sets the number of the row."""
+    """Counts from 1; in Parquet files and data sets the number of the row."""
     value: Any
     problem: str | None = None
     kind: str = BAD
-    """Of the problem."""
+    """The kind of the problem."""
 
 
 class RowError(ValueError):
     """A row that cannot be used; the message says why."""
 
     def __init__(self, problem: str, kind: str = BAD) -> None:
-        """Say why, and of which kind that is."""
+        """Hold the problem and its kind."""
         super().__init__(problem)
         self.kind = kind
 
@@ -123,7 +124,7 @@ def check_turns(value: Any, name: str = "messages") -> Turns:
         name: what the row calls them.
 
     Raises:
-        RowError: when they are no usable conversation.
+        RowError: when the turns cannot be used.
     """
     if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
         raise RowError(f"`{name}` must be a list with at least one message")
@@ -188,7 +189,7 @@ def _message(number: int, turn: Any) -> Message:
 
 
 def _is_simple(turn: Any) -> bool:
-    """Whether nothing about a turn needs a closer look, which takes five times as long."""
+    """Return whether a turn can skip the full checks, which take five times as long."""
     if type(turn) is not dict or len(turn) != 2:
         return False
     role, content = turn.get("role"), turn.get("content")
@@ -243,7 +244,7 @@ def check_text(label: str, text: str) -> None:
         raise RowError(f"{label}: holds half a surrogate pair", ENCODING) from None
 
 
-def _tool_calls(number: int, role: str, calls: Any) -> list[dict[str, Any]]:
+def _tool_calls(number: int, role: str, calls: Any) -> list[ToolCall]:
     if role != "assistant":
         raise RowError(f"message {number}: only the assistant has tool_calls, not {role}")
     if not isinstance(calls, list):
@@ -261,7 +262,7 @@ def _tool_calls(number: int, role: str, calls: Any) -> list[dict[str, Any]]:
     return [dict(call) for call in calls]
 
 
-def _call_in_text(number: int, content: Any) -> list[dict[str, Any]]:
+def _call_in_text(number: int, content: Any) -> list[ToolCall]:
     """The call that a ShareGPT turn of `function_call` holds as JSON.
 
     Source: LLaMA-Factory, data/README.md.
@@ -278,7 +279,7 @@ def check_json(label: str, value: Any) -> str:
     """A value as JSON text.
 
     Raises:
-        RowError: when it has none.
+        RowError: when JSON cannot hold it.
     """
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -146,7 +146,7 @@ LONGEST_ROW = 1 << 23
 """Characters of a row: 64 for each token of the longest context (131,072); tokenising more of them
 at once takes gigabytes."""
 _TRUTHS = (True, False, 0, 1, "0", "1", "true", "false")
-"""What tells a good answer from a bad one."""
+"""Labels that mark an answer as good or bad."""
 
 
 class RowReader:
@@ -194,7 +194,7 @@ class RowReader:
         return Conversation(turns.messages, source, turns.weights, whole)
 
     def notes(self) -> list[str]:
-        """What the user should know of the rows that were read."""
+        """Return what the user should know of the rows that were read."""
         if self.name != "text":
             return []
         unread = f"; not read: {named(sorted(self._unread))}" if self._unread else ""
@@ -222,7 +222,7 @@ class RowReader:
         return rest | {k: present[v] for k, v in self._columns.items() if v in present}
 
     def _has_null(self, value: Row) -> bool:
-        """Whether something that a row needs is null."""
+        """Return whether something that a row needs is null."""
         if None not in value.values():
             return False
         theirs = (self._columns.get(key, key) for key in COLUMNS if key not in _OPTIONAL)
@@ -257,7 +257,7 @@ class RowReader:
         )
 
     def _refuse_incomplete(self, row: Row) -> None:
-        """Refuse what is a row of the file's format but for a value; an empty cell is none."""
+        """Refuse a row that lacks a value of the file's format; an empty cell has no value."""
         needs = () if self.name == "auto" else FORMATS[self.name].needs
         missing = [key for key in needs if key not in row]
         if missing and len(missing) < len(needs):

@@ -1,1 +1,1 @@
-"""Where rows come from: files, folders, data sets."""
+"""Sources of rows: files, folders, data sets, and rows in memory."""

@@ -16,7 +16,7 @@ _DESCRIPTIONS = ("state.json", "dataset_info.json")
 
 
 def is_saved_data_set(folder: Path) -> bool:
-    """Whether `save_to_disk` of the library `datasets` wrote the folder."""
+    """Return whether `save_to_disk` of the library `datasets` wrote the folder."""
     names = {"dataset_dict.json"}, set(_DESCRIPTIONS)
     return any(all((folder / name).is_file() for name in some) for some in names)
 
@@ -43,7 +43,7 @@ def hub_splits(name: str, subset: str | None) -> list[str]:
         DataError: when the hub has no such data set or is out of reach.
     """
     datasets = _library(name)
-    return [str(n) for n in _told(name, lambda: datasets.get_dataset_split_names(name, subset))]
+    return [str(n) for n in _called(name, lambda: datasets.get_dataset_split_names(name, subset))]
 
 
 def saved_rows(folder: Path, split: str | None) -> Iterator[RawRow]:
@@ -52,7 +52,7 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[RawRow]:
     Raises:
         DataError: when it is damaged.
     """
-    return _rows(str(folder), _saved(folder, split))
+    return data_set_rows(str(folder), _saved(folder, split))
 
 
 def saved_files(folder: Path, split: str | None) -> Sequence[Path] | None:
@@ -76,7 +76,7 @@ def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> I
     Raises:
         DataError: when the hub has no such data set or is out of reach.
     """
-    return _rows(name, _loaded(name, subset, split, streaming=streaming))
+    return data_set_rows(name, _loaded(name, subset, split, streaming=streaming))
 
 
 def hub_files(name: str, subset: str | None, split: str) -> Sequence[Path] | None:
@@ -98,13 +98,13 @@ def hub_files(name: str, subset: str | None, split: str) -> Sequence[Path] | Non
 
 def _saved(folder: Path, split: str | None) -> Any:
     datasets = _library(str(folder))
-    data = _told(str(folder), lambda: datasets.load_from_disk(str(folder)))
+    data = _called(str(folder), lambda: datasets.load_from_disk(str(folder)))
     return data if split is None else data[split]
 
 
 def _loaded(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
     datasets = _library(name)
-    return _told(
+    return _called(
         name, lambda: datasets.load_dataset(name, subset, split=split, streaming=streaming)
     )
 
@@ -117,7 +117,21 @@ def _files_under(data: Any) -> Sequence[Path] | None:
     return [*rows, *(path for path in meanings if path.is_file())] or None
 
 
-def _rows(name: str, data: Any) -> Iterator[RawRow]:
+def is_data_set(value: Any) -> bool:
+    """Return whether a value is one split of a data set of the library, without importing it."""
+    return hasattr(value, "features") and hasattr(value, "__iter__") and not isinstance(value, dict)
+
+
+def data_set_rows(name: str, data: Any) -> Iterator[RawRow]:
+    """Read the rows of one split, with the names of classes in place of their numbers.
+
+    Args:
+        name: what to call the data set in messages.
+        data: a `datasets.Dataset` or `datasets.IterableDataset`.
+
+    Raises:
+        DataError: when the library cannot read a row.
+    """
     labels = {
         key: feature.names
         for key, feature in (data.features or {}).items()
@@ -126,7 +140,7 @@ def _rows(name: str, data: Any) -> Iterator[RawRow]:
     rows = iter(data)
     number = 0
     while True:
-        row = _told(name, lambda: next(rows, None))
+        row = _called(name, lambda: next(rows, None))
         if row is None:
             return
         number += 1
@@ -148,10 +162,10 @@ def _library(name: str) -> Any:
     return optional_package("datasets", extra="data", need=need, error=DataError)
 
 
-def _told(name: str, call: Callable[[], T]) -> T:
+def _called(name: str, call: Callable[[], T]) -> T:
     try:
         return call()
-    except Exception as cause:  # the library raises those of every package below it
+    except Exception as cause:  # the library raises exceptions of every package below it
         first = next(iter(str(cause).strip().splitlines()), "")
         raise DataError(
             f"the data set {name} cannot be read: {type(cause).__name__}: {first}"

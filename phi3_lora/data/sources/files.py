@@ -68,7 +68,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def kind_of(path: Path) -> str:
-    """The end of a file's name that tells its kind, the compression apart; lower case."""
+    """Return a file's extension in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -185,7 +185,7 @@ def _json_rows(path: Path, stream: io.BufferedReader, kind: str) -> Iterator[Raw
 
 
 def _is_one_text(head: bytes, kind: str) -> bool:
-    """Whether a file that begins so is one JSON text, not a text a line."""
+    """Return whether a file that begins so is one JSON text, not a text a line."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     if first[:1] not in (b"[", b"{") or (first[:1] == b"{" and kind != ".json"):
         return False

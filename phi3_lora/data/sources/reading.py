@@ -1,60 +1,107 @@
-"""Rows of sources as conversations, with every bad row named by file and line."""
+"""Rows of sources as conversations. Every bad row is named by file and line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
-from phi3_lora.data.rows.conversation import BadRow, Conversation, Message, RowError
+from phi3_lora.data.options import OnBadRow
+from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
 from phi3_lora.data.rows.formats import RowReader
-from phi3_lora.data.sources.source import Source, conversations_of, parts_of
-from phi3_lora.errors import MAX_SHOWN, DataError, listing
+from phi3_lora.data.sources.bad_rows import TRAINING, BadRows
+from phi3_lora.data.sources.in_memory import Data, as_source
+from phi3_lora.data.sources.source import Part, Source, parts_of
+from phi3_lora.errors import DataError
 
-__all__ = [
-    "BadRow",
-    "Conversation",
-    "Message",
-    "RowError",
-    "Rows",
-    "iterate_rows",
-    "read_conversations",
-    "read_rows",
-]
-Named = Path | str | Source | Sequence[Source]
+Named = Data | Sequence[Source]
+"""Data as a caller names or holds it, or several sources."""
 
 
 @dataclass(slots=True)
 class Rows:
-    """What was read."""
+    """Conversations of sources, and the facts of reading them."""
 
     conversations: list[Conversation] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     """Conversations of each source, in order."""
     notes: list[str] = field(default_factory=list)
-    """What was left out and why, for the user."""
+    """Notes for the user on rows that were left out and on formats."""
+
+
+class ReadRow(NamedTuple):
+    """A row as its file holds it, and the conversation that it means."""
+
+    place: str
+    """file:line."""
+    raw: RawRow
+    found: Conversation | BadRow
+
+
+class PartReader:
+    """Reads one part of a source; the first usable row decides the format."""
+
+    def __init__(self, source: Source, part: Part) -> None:
+        """Start before the first row."""
+        self.source = source
+        self.name = part.name
+        self._part = part
+        self._reader = RowReader(source.format, source.columns)
+
+    @property
+    def format(self) -> str:
+        """The format of the rows; auto before the first usable one."""
+        return self._reader.name
+
+    def rows(self) -> Iterator[ReadRow]:
+        """Read every row, usable or not."""
+        for raw in self._part.rows():
+            place = f"{self.name}:{raw.line}"
+            yield ReadRow(place, raw, self._found(raw, place))
+
+    def _found(self, raw: RawRow, place: str) -> Conversation | BadRow:
+        if raw.problem is not None:
+            return BadRow(place, raw.problem, raw.kind)
+        try:
+            return self._reader.read(raw.value, place)
+        except RowError as cause:
+            return BadRow(place, str(cause), cause.kind)
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of the rows that were read."""
+        return [f"{self.name}: {note}" for note in self._reader.notes()]
+
+
+def read_parts(sources: Sequence[Source]) -> Iterator[PartReader]:
+    """Open every part of sources in order.
+
+    Raises:
+        DataError: when a source does not exist.
+    """
+    for source in sources:
+        for part in parts_of(source):
+            yield PartReader(source, part)
 
 
 def iterate_rows(named: Named, notes: list[str] | None = None) -> Iterator[Conversation | BadRow]:
-    """Every row of sources in order, one at a time: a conversation, or why it is none.
+    """Read every row of sources in order, one at a time: a conversation or a bad row.
 
     Args:
-        named: a file, a folder, a pattern, a data set, or several sources.
+        named: a file, a folder, a pattern, a data set, rows in memory, or several sources.
         notes: gets what the user should know of a file's format.
 
     Raises:
         DataError: when a source does not exist, or a file is damaged.
     """
-    for source in as_sources(named):
-        for part in parts_of(source):
-            reader = RowReader(source.format, source.columns)
-            yield from conversations_of(part, reader)
-            if notes is not None:
-                notes += [f"{part.name}: {note}" for note in reader.notes()]
+    for part in read_parts(as_sources(named)):
+        for row in part.rows():
+            yield row.found
+        if notes is not None:
+            notes += part.notes()
 
 
 def read_conversations(named: Named) -> list[Conversation]:
-    """Every conversation of a file, a folder, a pattern, a data set, or several sources.
+    """Read every conversation of sources; the arguments are those of iterate_rows.
 
     Raises:
         DataError: as read_rows.
@@ -62,12 +109,12 @@ def read_conversations(named: Named) -> list[Conversation]:
     return read_rows(named).conversations
 
 
-def read_rows(named: Named, *, on_bad_row: str = "error") -> Rows:
-    """Every row of sources, in memory.
+def read_rows(named: Named, *, on_bad_row: OnBadRow = "error") -> Rows:
+    """Read every row of sources into memory.
 
     Args:
         named: as iterate_rows.
-        on_bad_row: error, or skip: leave bad rows out and note them.
+        on_bad_row: error, or skip, which leaves bad rows out and notes them.
 
     Raises:
         DataError: when there is no usable row, a file is missing or damaged, or a row is bad; all
@@ -78,8 +125,8 @@ def read_rows(named: Named, *, on_bad_row: str = "error") -> Rows:
     return rows
 
 
-def usable_rows(named: Named, rows: Rows, *, on_bad_row: str) -> Iterator[Conversation]:
-    """The conversations of sources, one at a time; for data that does not fit into memory.
+def usable_rows(named: Named, rows: Rows, *, on_bad_row: OnBadRow) -> Iterator[Conversation]:
+    """Read the conversations of sources one at a time, for data that does not fit into memory.
 
     Args:
         named: as iterate_rows.
@@ -89,53 +136,43 @@ def usable_rows(named: Named, rows: Rows, *, on_bad_row: str) -> Iterator[Conver
     Raises:
         DataError: as read_rows, after the last row.
     """
-    num_bad, num_good = 0, 0
-    bad: list[BadRow] = []
+    bad = BadRows(on_bad_row, TRAINING)
+    num_good = 0
     sources = as_sources(named)
     for source in sources:
         before = num_good
         for row in iterate_rows(source, rows.notes):
             if isinstance(row, BadRow):
-                num_bad += 1
-                bad += [row] if num_bad <= MAX_SHOWN else []
+                bad.add(row)
                 continue
             num_good += 1
-            if not num_bad or on_bad_row == "skip":
+            if not bad.must_be_refused:
                 yield row
         rows.counts.append(num_good - before)
     names = ", ".join(map(str, sources))
-    if num_bad and on_bad_row == "error":
-        title = (
-            f"{num_bad:,} bad row(s) in {names}; correct or remove them (train and evaluate can "
-            "leave them out: --on-bad-row skip):"
-        )
-        raise DataError(bad_rows_listed(title, bad, num_bad))
-    if num_bad:
-        title = f"skipped {num_bad:,} bad row(s) of {num_bad + num_good:,} in {names}:"
-        rows.notes.append(bad_rows_listed(title, bad, num_bad))
+    bad.refuse(f"in {names}")
+    rows.notes += bad.notes(num_good, names)
     if not num_good:
-        raise DataError("\n".join([_without_rows(names, num_bad), *rows.notes]))
+        raise DataError("\n".join([_without_rows(names, bad.count), *rows.notes]))
 
 
 def as_sources(named: Named) -> Sequence[Source]:
-    """Sources of what a caller names."""
-    if isinstance(named, Source):
-        return [named]
-    if isinstance(named, (str, Path)):
-        return [Source(path=str(named))]
-    return named
+    """Return the sources that a caller names.
 
-
-def bad_rows_listed(title: str, first: Sequence[BadRow], total: int) -> str:
-    """One message for bad rows of which only the first ones are at hand."""
-    return listing(title, [str(row) for row in first], total=total)
+    Raises:
+        DataError: when named is neither a name nor rows.
+    """
+    if not isinstance(named, (list, tuple)):
+        return [as_source(named)]
+    sources = [one for one in named if isinstance(one, Source)]
+    return sources if len(sources) == len(named) else [as_source(named)]
 
 
 def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
     """Check that sources hold rows, usable or not.
 
     Raises:
-        DataError: when there are none.
+        DataError: when there is no row.
     """
     if not rows:
         raise DataError(_without_rows(", ".join(map(str, sources)), 0))
@@ -144,4 +181,5 @@ def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
 def _without_rows(names: str, num_bad: int) -> str:
     if num_bad:
         return f"{names}: no usable row is left"
-    return f"{names} has no rows: each must hold `messages`, or the keys of another format"
+    name = names or "the list"
+    return f"{name} has no rows: each must hold `messages`, or the keys of another format"

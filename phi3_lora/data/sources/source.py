@@ -1,4 +1,4 @@
-"""What a --data value may name: a file, a folder, a pattern, a data set; and the rows there."""
+"""Sources of rows: a file, a folder, a pattern or a data set, found by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
-from phi3_lora.data.rows.formats import COLUMNS, FORMATS, RowReader
+from phi3_lora.data.rows.conversation import RawRow
+from phi3_lora.data.rows.formats import COLUMNS, FORMATS
 from phi3_lora.data.sources.datasets_library import (
     hub_files,
     hub_rows,
@@ -36,19 +36,21 @@ _SPLIT_NAMES = {
 }
 """Split -> what it is called in names of files, folders and data sets."""
 _SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+ROWS_IN_MEMORY = "(rows in memory)"
+"""The path that config.yaml holds for rows that the caller passed in memory."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One of the places that a run's rows come from (an entry of `data.sources`)."""
+    """One source of a run's rows (an entry of `data.sources`)."""
 
     path: str
     """A file, a folder, a pattern, a data set of the hub (owner/name[/subset][:split]), or demo."""
     weight: float = 1.0
     """How often an epoch takes each row: 0.5 takes half of them, 2 takes each twice."""
     split: str | None = None
-    """Of a folder or a data set: train, valid, test or one of its own; null is train."""
+    """The split of a folder or a data set: train, valid, test or its own name; null is train."""
     subset: str | None = None
     """The configuration of a data set that has several."""
     format: str = "auto"
@@ -67,25 +69,29 @@ class Source:
         check_columns(self.columns)
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Return the name of the source in messages."""
         return f"{self.path}[{self.split}]" if self.split else self.path
+
+    def rows_in_memory(self) -> Callable[[], Iterator[RawRow]] | None:
+        """Return a reader of rows that the source itself holds; None where the path names them."""
+        return None
 
 
 def check_format(name: str) -> None:
     """Check the name of a format of rows.
 
     Raises:
-        ConfigError: when there is none of that name.
+        ConfigError: when the format is unknown.
     """
     if name not in ("auto", *FORMATS):
         raise ConfigError(f"data format must be one of auto, {', '.join(FORMATS)}; got {name!r}")
 
 
 def check_columns(columns: dict[str, str]) -> None:
-    """Check what columns are mapped to.
+    """Check the keys of a mapping of columns.
 
     Raises:
-        ConfigError: when a key is none that rows are read by.
+        ConfigError: when a key is not one that rows are read by.
     """
     unknown = sorted(columns.keys() - set(COLUMNS))
     if unknown:
@@ -101,15 +107,18 @@ class Part(NamedTuple):
     name: str
     rows: Callable[[], Iterator[RawRow]]
     files: Callable[[], Sequence[Path] | None]
-    """What the rows and their meaning lie in; None where that is no file on the disk."""
+    """The files of the rows and of their features; None where these are not on the disk."""
 
 
 def parts_of(source: Source) -> list[Part]:
     """The files of a source, or the split of the data set it names.
 
     Raises:
-        DataError: when there are none.
+        DataError: when the source does not exist or has no files.
     """
+    read = source.rows_in_memory()
+    if read is not None:
+        return [Part(source.path, read, lambda: None)]
     place = _place(source)
     if place.hub is not None:
         return [_hub_part(place.hub, place.subset, place.split or "train", source.streaming)]
@@ -149,16 +158,16 @@ def check_exists(source: Source) -> None:
     """Check that a source is there; a data set of the hub is asked for only when it is read.
 
     Raises:
-        DataError: when it is not.
+        DataError: when it does not exist.
     """
     parts_of(source)
 
 
 def splits_of(source: Source) -> list[str]:
-    """Which splits a source has, as it calls them; none for files and patterns.
+    """Return the splits of a source under its own names; empty for files and patterns.
 
     Raises:
-        DataError: when there is no such source.
+        DataError: when the source does not exist.
     """
     place = _place(source)
     if place.hub is not None:
@@ -171,7 +180,7 @@ def splits_of(source: Source) -> list[str]:
 
 
 def with_split(source: Source, split: str) -> Source | None:
-    """The same source's train, valid or test split; None when it has none or names one itself."""
+    """Return the source with another split; None if it lacks that split or names one itself."""
     if _place(source).split is not None:
         return None
     names = splits_of(source)
@@ -179,21 +188,8 @@ def with_split(source: Source, split: str) -> Source | None:
     return None if found is None else dataclasses.replace(source, split=found)
 
 
-def conversations_of(part: Part, reader: RowReader) -> Iterator[Conversation | BadRow]:
-    """Every row of a part, read as a conversation or told why not."""
-    for raw in part.rows():
-        place = f"{part.name}:{raw.line}"
-        if raw.problem is not None:
-            yield BadRow(place, raw.problem, raw.kind)
-            continue
-        try:
-            yield reader.read(raw.value, place)
-        except RowError as cause:
-            yield BadRow(place, str(cause), cause.kind)
-
-
 class _Place(NamedTuple):
-    """Where a source is: files, a folder, or a data set of the hub."""
+    """The place of a source: files, a folder, or a data set of the hub."""
 
     path: str
     split: str | None
@@ -204,6 +200,10 @@ class _Place(NamedTuple):
 
 
 def _place(source: Source) -> _Place:
+    if source.rows_in_memory() is not None:
+        return _Place(source.path, None)
+    if source.path == ROWS_IN_MEMORY:
+        raise DataError("the rows of this run were in memory: pass them again, as train(data=rows)")
     if source.path == "demo":
         return _Place(source.path, source.split, root=DEMO_DATA_DIR)
     local = _local(source.path, source.split)

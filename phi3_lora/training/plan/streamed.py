@@ -20,7 +20,7 @@ from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import documents_digest
 from phi3_lora.data.documents.selection import NOTHING_LEFT
 from phi3_lora.data.documents.store import document_lengths, num_loss_tokens
-from phi3_lora.data.documents.stream import Block, Pass, Stopped, StreamedRows
+from phi3_lora.data.documents.stream import Block, Stopped, StreamedRows, StreamPass
 from phi3_lora.data.documents.tally import Tally
 from phi3_lora.engine.packing import Rows
 from phi3_lora.errors import CheckpointError, DataError, listing
@@ -107,7 +107,7 @@ class StreamedPlan:
             note: told what the user should know of what is read.
 
         Raises:
-            DataError: as Pass.read; when there is no row.
+            DataError: as StreamPass.read; when there is no row.
         """
         self.total_steps = max_steps
         self._rows = rows
@@ -116,12 +116,12 @@ class StreamedPlan:
         self._row_tokens = row_tokens
         self._note = note
         self._told: set[str] = set()
-        begun = Pass(rows)
+        begun = StreamPass(rows)
         first = begun.read()
         if first is None:
             raise DataError(f"{rows} has no rows")
         # A pipe can be read but once: the first steps go on with this pass.
-        self._begun: tuple[Pass, Block] | None = (begun, first)
+        self._begun: tuple[StreamPass, Block] | None = (begun, first)
         lengths = document_lengths(first.documents)
         self._first_facts = {
             "buffer_size": rows.buffer_size,
@@ -135,7 +135,7 @@ class StreamedPlan:
         held = f"{settings} {first.rows_hash} {documents_digest(first.documents)}"
         self._hash = hashlib.sha256(held.encode()).hexdigest()
         self._tell(begun)
-        for text in rows.told(first.tally):
+        for text in rows.notes_on(first.tally):
             note(text)
 
     def hash(self, position: Position | None = None) -> str:
@@ -159,7 +159,7 @@ class StreamedPlan:
         place = None if position is None else Place.from_position(position)
         # Of one block, all was said when it was read.
         is_more = place is not None and place.tallied.num_rows > self._rows.buffer_size
-        return self._rows.told(place.tallied) if place and is_more else []
+        return self._rows.notes_on(place.tallied) if place and is_more else []
 
     def steps(
         self,
@@ -171,7 +171,7 @@ class StreamedPlan:
         """The steps that follow the after-th one, whose position is needed unless it is 0.
 
         Raises:
-            DataError: as Pass.read; when a whole pass has nothing to learn from.
+            DataError: as StreamPass.read; when a whole pass has nothing to learn from.
             CheckpointError: when the rows up to the position are not those they were, or it is
                 not the position of a stream.
         """
@@ -225,7 +225,7 @@ class StreamedPlan:
                 rows_hash=block.rows_hash,
                 plan_hash="",
                 first_pass_hash=place.first_pass_hash,
-                tally=dataclasses.asdict(tally),
+                tally=tally.to_dict(),
             )
             for row in self._rows_of(block, at, skip=place.row if is_resumed else 0):
                 yield row
@@ -246,7 +246,7 @@ class StreamedPlan:
             epoch=place.epoch + 1,
             plan_hash="",
             first_pass_hash=place.first_pass_hash or rows_hash,
-            tally=dataclasses.asdict(tally),
+            tally=tally.to_dict(),
         )
 
     def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
@@ -269,7 +269,7 @@ class StreamedPlan:
         """Blocks from that of a place on."""
         block: Block | None = None
         if self._begun is None:
-            reading = Pass(self._rows)
+            reading = StreamPass(self._rows)
         else:
             # Held here alone, so that the block is gone when the next one is done with.
             reading, block = self._begun
@@ -291,7 +291,7 @@ class StreamedPlan:
             block = reading.read()
         self._tell(reading)
 
-    def _tell(self, reading: Pass) -> None:
+    def _tell(self, reading: StreamPass) -> None:
         """Notes on the formats of what was read, each once a run."""
         for text in reading.notes():
             if text not in self._told:
@@ -306,7 +306,7 @@ class StreamedPlan:
                 "file, or ask for fewer steps (--max-steps)"
             )
         problem = f"{self._rows}: {NOTHING_LEFT}"
-        return DataError(listing(problem, self._rows.told(tally)))
+        return DataError(listing(problem, self._rows.notes_on(tally)))
 
     def _other_rows(self) -> CheckpointError:
         return CheckpointError(

@@ -10,21 +10,13 @@ import pytest
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents import cache as token_cache
 from phi3_lora.data.documents.batch import documents_digest
-from phi3_lora.data.documents.store import DocumentStore
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.documents.store import DocumentStore, document_lengths, num_loss_tokens
 from phi3_lora.errors import ConfigError, DataError
 from phi3_lora.inference.scoring_data import ToScore, load_to_score
-from tests.tiny import chat, write_rows, write_tokenizer
+from tests.tiny import chat, write_rows
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture
@@ -43,8 +35,11 @@ def load(
     data: str, tokenizer: ChatTokenizer, said: list[str] | None = None, **more: Any
 ) -> ToScore:
     said = [] if said is None else said
-    options = {"max_length": 40, "context": 60, "on_bad_row": "skip", **more}
-    return load_to_score(data, tokenizer, note=said.append, **options)
+    kept = ("limit", "with_conversations")
+    options = {name: value for name, value in more.items() if name not in kept}
+    encoding = Encoding(**{"max_length": 40, "context": 60, "on_bad_row": "skip", **options})
+    rest = {name: more[name] for name in kept if name in more}
+    return load_to_score(data, tokenizer, encoding, note=said.append, **rest)
 
 
 def lines(found: ToScore) -> list[int]:
@@ -71,8 +66,9 @@ def test_the_loss_counts_on_what_was_asked_for_and_says_so(
     said: list[str] = []
     options = {"loss_on": loss_on, "with_conversations": is_answered}
     dataset = load(data, tokenizer, said, **options).dataset
-    expected = dataset.num_tokens - len(dataset.documents) if num_answers is None else num_answers
-    assert dataset.loss_tokens == expected
+    num_tokens = int(document_lengths(dataset.documents).sum())
+    expected = num_tokens - len(dataset.documents) if num_answers is None else num_answers
+    assert num_loss_tokens(dataset.documents) == expected
     assert [text for text in said if text.startswith("the loss")] == ([phrase] if phrase else [])
 
 

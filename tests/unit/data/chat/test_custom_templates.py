@@ -165,7 +165,7 @@ def test_white_space_that_a_template_trims_is_counted(
     )
     document = encode(tokenizer, talk("  q ", "  a b  "))
     assert learnt(tokenizer, document) == f"{kept}{END}"
-    assert document.remarks.num_eaten == 7
+    assert document.remarks.num_stripped == 7
 
 
 def test_a_row_that_a_template_rewrites_only_sometimes_is_named(tmp_path: Path) -> None:

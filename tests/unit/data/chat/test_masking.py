@@ -128,7 +128,7 @@ def test_eaten_white_space_is_counted(name: str, eats: str, messages: Messages) 
     )
     kept = [left_after_eating(m["content"], eats) for m in messages]
     lost = sum(len(m["content"]) - len(k) for m, k in zip(messages, kept, strict=True))
-    assert encode(family_tokenizer(name, eats), messages).remarks.num_eaten == lost
+    assert encode(family_tokenizer(name, eats), messages).remarks.num_stripped == lost
 
 
 @given(text=hostile)
@@ -236,11 +236,11 @@ def test_a_row_without_text_to_learn_or_encode_is_a_bad_row(
 
 def test_a_system_message_without_a_place_is_told() -> None:
     first_release = family_tokenizer("Phi-3-mini-4k, first release", "after")
-    assert encode(first_release, talk("a", "b", system="s")).remarks.lacks_system
-    assert not encode(first_release, talk("a", "b", system="")).remarks.lacks_system
+    assert encode(first_release, talk("a", "b", system="s")).remarks.system_dropped
+    assert not encode(first_release, talk("a", "b", system="")).remarks.system_dropped
     assert not encode(
         family_tokenizer("Phi-4", "after"), talk("a", "b", system="s")
-    ).remarks.lacks_system
+    ).remarks.system_dropped
 
 
 def test_settings_take_what_the_loss_counts_on_and_name_it_for_other_tools_switches() -> None:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.dataset import build_dataset
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.rows.conversation import BadRow, Conversation
 from phi3_lora.data.sources.reading import iterate_rows, read_rows
@@ -199,7 +200,7 @@ def test_of_any_file_the_answers_are_learnt_and_bad_rows_named(
         if isinstance(read, Conversation):
             assert read.messages == row.messages
     good = [row for row in rows if row.kind is None]
-    dataset = build_dataset(conversations_read, tokenizer, max_length=10**6, name="d")
+    dataset = build_dataset(conversations_read, tokenizer, Encoding(max_length=10**6), "d")
     end = TEMPLATES[name].end
     for row, document in zip(good, dataset.documents, strict=True):
         said = [m["content"] for m in row.messages if m["role"] == "assistant"]

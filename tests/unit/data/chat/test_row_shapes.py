@@ -129,7 +129,7 @@ def test_a_template_that_reads_contents_is_run_for_each_row(tmp_path: Path, read
     tokenizer = ChatTokenizer(tmp_path, vocab_size=264)
     row = Conversation(talk("zbad", "a"), "x:1")
     teach(tokenizer, row)
-    assert tokenizer._shapes.quick(row, "assistant") is None
+    assert tokenizer._shapes.cached(row, "assistant") is None
     (found,), problems = tokenizer.encode_rows([row])
     if found is None:
         with pytest.raises(DataError, match=re.escape(problems[0].partition(": ")[2])):

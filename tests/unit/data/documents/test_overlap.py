@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phi3_lora.data.documents.overlap import Known, overlap_note
+from phi3_lora.data.documents.overlap import DocumentIndex, overlap_note
 from tests.tiny import random_documents
 
 
@@ -30,4 +30,4 @@ def test_nothing_is_said_of_data_that_shares_nothing() -> None:
 def test_the_mask_makes_no_other_document() -> None:
     document = random_documents([8])[0]
     other = document._replace(supervised=~document.supervised)
-    assert [source for _, source in Known([document]).among([other])] == [document.source]
+    assert [source for _, source in DocumentIndex([document]).among([other])] == [document.source]

@@ -16,8 +16,9 @@ from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents import cache as token_cache
 from phi3_lora.data.documents.batch import documents_digest
 from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.selection import Dataset
-from phi3_lora.data.documents.store import DocumentStore, document_lengths
+from phi3_lora.data.documents.store import DocumentStore, document_lengths, num_loss_tokens
 from phi3_lora.data.sources.source import Source
 from phi3_lora.errors import DataError, StorageError
 from phi3_lora.storage.cache import cache_root
@@ -27,15 +28,7 @@ from tests.tiny import TEMPLATE, chat, write_rows, write_tokenizer
 Splits = tuple[Dataset, Dataset | None]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def load(
@@ -48,12 +41,19 @@ def load(
     said: list[str] | None = None,
     **changes: Any,
 ) -> Splits:
-    settings = {"max_length": 60, "valid_fraction": 0.0, "seed": 3, **changes}
+    settings = {name: changes.pop(name) for name in ("valid_fraction", "seed") if name in changes}
+    settings = {"valid_fraction": 0.0, "seed": 3, **settings}
+    encoding = Encoding(**{"max_length": 60, **changes})
     said = [] if said is None else said
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_cache, "CACHE_FROM_BYTES", 0 if cached else 10**9)
         files = resolve_data(str(data), valid, more=more)
-        return load_splits(files, tokenizer, note=said.append, **settings)
+        return load_splits(files, tokenizer, encoding, note=said.append, **settings)
+
+
+def size_of(dataset: Dataset) -> tuple[int, int]:
+    lengths = document_lengths(dataset.documents)
+    return int(lengths.sum()), num_loss_tokens(dataset.documents)
 
 
 def rows_of_all_kinds(count: int = 300) -> list[Any]:
@@ -94,7 +94,7 @@ def assert_same(found: Splits, expected: Splits) -> None:
             continue
         assert isinstance(ours.documents, DocumentStore) and isinstance(theirs.documents, list)
         assert ours.notes == theirs.notes
-        assert (ours.num_tokens, ours.loss_tokens) == (theirs.num_tokens, theirs.loss_tokens)
+        assert size_of(ours) == size_of(theirs)
         assert documents_digest(ours.documents) == documents_digest(theirs.documents)
         assert plan_of(ours).hash() == plan_of(theirs).hash()
         packed: dict[str, Any] = {"packing": True, "max_length": 64}
@@ -216,7 +216,7 @@ def test_another_file_or_another_reading_of_it_makes_other_tokens(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_cache, "CACHE_FROM_BYTES", 0)
         files = resolve_data(source)
-        load_splits(files, tokenizer, max_length=60, valid_fraction=0.0, seed=3)
+        load_splits(files, tokenizer, Encoding(max_length=60), valid_fraction=0.0, seed=3)
     assert len(stores()) == 2
 
 
@@ -292,7 +292,7 @@ def test_runs_that_start_at_once_share_the_work(
                 go_on.set()
 
         results[i] = load_splits(
-            files, tokenizer, max_length=60, valid_fraction=0.0, seed=0, note=note
+            files, tokenizer, Encoding(max_length=60), valid_fraction=0.0, seed=0, note=note
         )
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
@@ -363,7 +363,8 @@ def test_a_plan_of_documents_on_the_disk_reads_no_document(
         raise AssertionError("a document was read")
 
     monkeypatch.setattr(DocumentStore, "__getitem__", fails)
-    assert train.num_tokens > train.loss_tokens > 0
+    num_tokens, loss_tokens = size_of(train)
+    assert num_tokens > loss_tokens > 0
     assert len(plan_of(train, packing=True, max_length=64).hash()) == 64
 
 

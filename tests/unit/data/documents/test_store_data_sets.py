@@ -13,27 +13,20 @@ from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents import cache as token_cache
 from phi3_lora.data.documents.batch import documents_digest
 from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.store import DocumentStore
 from phi3_lora.data.sources.source import Source
 from phi3_lora.storage.cache import cache_root
-from tests.tiny import write_tokenizer
 
 Rows = list[dict[str, Any]]
 KINDS = ("saved", "saved alone", "hub")
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def own_caches(empty_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(token_cache, "CACHE_FROM_BYTES", 0)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    write_tokenizer(tmp_path)
-    return ChatTokenizer(tmp_path, vocab_size=264)
 
 
 def pairs(count: int, answer: str = "a") -> Rows:
@@ -77,11 +70,17 @@ def root(request: pytest.FixtureRequest, hub: Path, tmp_path: Path) -> Path:
 
 
 def load(
-    source: str | Source, tokenizer: ChatTokenizer, said: list[str] | None = None, **more: Any
+    source: str | Source,
+    tokenizer: ChatTokenizer,
+    said: list[str] | None = None,
+    seed: int = 3,
+    **more: Any,
 ) -> Dataset:
-    settings = {"max_length": 60, "valid_fraction": 0.0, "seed": 3, **more}
+    encoding = Encoding(**{"max_length": 60, **more})
     said = [] if said is None else said
-    return load_splits(resolve_data(source), tokenizer, note=said.append, **settings)[0]
+    return load_splits(
+        resolve_data(source), tokenizer, encoding, valid_fraction=0.0, seed=seed, note=said.append
+    )[0]
 
 
 def stores() -> list[Path]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.documents.dataset import encoding_of, load_split
-from phi3_lora.data.documents.overlap import Known
+from phi3_lora.data.documents.dataset import load_split
+from phi3_lora.data.documents.encoding import Encoding
+from phi3_lora.data.documents.overlap import DocumentIndex
 from phi3_lora.data.documents.stream import Block, StreamedRows
 from phi3_lora.data.sources.source import Source
 from phi3_lora.engine.packing import packed_rows
@@ -251,11 +252,11 @@ def test_the_first_row_that_is_validated_on_is_named(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:5])
-    encoding, limit = encoding_of(60, None)
+    encoding = Encoding(max_length=60)
     named = [Source(path=str(path))]
-    documents = load_split(named, tokenizer, encoding, limit).documents
+    documents = load_split(named, tokenizer, encoding).documents
     said: list[str] = []
-    rows = StreamedRows(named, tokenizer, encoding, limit, 5, Known(documents[1:]))
+    rows = StreamedRows(named, tokenizer, encoding, 5, DocumentIndex(documents[1:]))
     StreamedPlan(rows, rows_per_step=1, max_steps=1, seed=1, note=said.append)
     assert len(said) == 1 and "4 of 5 rows are in the validation data" in said[0]
     assert f"(first {path}:2)" in said[0]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.data.documents.dataset import encoding_of, load_splits, resolve_data
+from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.stream import StreamedRows, mixed_rows
 from phi3_lora.data.rows.conversation import BadRow
 from phi3_lora.data.sources.source import Source
@@ -23,6 +24,7 @@ from phi3_lora.training.plan.streamed import StreamedPlan
 from tests.tiny import chat, write_rows
 
 MAX_LENGTH = 60
+ENCODING = Encoding(max_length=MAX_LENGTH, on_bad_row="skip")
 ROWS = {
     "short": chat("q", "a"),
     "longer": chat("q", "a" * 9),
@@ -63,8 +65,7 @@ def written(folder: str, kinds: list[tuple[list[str], float]]) -> list[Source]:
 def plan_of(
     tokenizer: ChatTokenizer, named: list[Source], *, buffer_size: int, **shape: Any
 ) -> StreamedPlan:
-    encoding, limit = encoding_of(MAX_LENGTH, None, on_bad_row="skip")
-    return StreamedPlan(StreamedRows(named, tokenizer, encoding, limit, buffer_size), **shape)
+    return StreamedPlan(StreamedRows(named, tokenizer, ENCODING, buffer_size), **shape)
 
 
 def lines(steps: list[Step]) -> list[str]:
@@ -140,10 +141,9 @@ def test_a_buffer_that_holds_all_rows_gives_the_steps_of_a_plan_of_all(
         train, _ = load_splits(
             resolve_data(named[0].path),
             tokenizer,
-            max_length=MAX_LENGTH,
+            ENCODING,
             valid_fraction=0,
             seed=3,
-            on_bad_row="skip",
         )
         whole = Plan(
             train.documents,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -15,7 +14,13 @@ from phi3_lora.data.documents.overlap import overlap_note
 from phi3_lora.data.documents.tally import Tally
 from tests.tiny import random_documents
 
-KINDS = [tallies.BAD, tallies.DROPPED, tallies.SILENT, tallies.MARKED, tallies.LEAKED]
+KINDS = [
+    tallies.BAD,
+    tallies.DROPPED,
+    tallies.NO_LOSS_TOKENS,
+    tallies.HAS_MARKER_TEXT,
+    tallies.LEAKED,
+]
 
 
 def counted(kinds: list[str | None], start: int = 1) -> Tally:
@@ -32,12 +37,19 @@ def test_parts_add_up_to_the_whole(kinds: list[str | None], cut: int) -> None:
     whole = counted(kinds)
     assert counted(kinds[:cut]) + counted(kinds[cut:], 1 + len(kinds[:cut])) == whole
     assert whole + Tally() == Tally() + whole == whole
-    kept = json.loads(json.dumps(dataclasses.asdict(whole)))
+    kept = json.loads(json.dumps(whole.to_dict()))
     assert Tally.from_dict(kept) == whole
 
 
 def test_each_kind_is_told_of_the_rows_it_is_among() -> None:
-    kinds = [None, tallies.BAD, tallies.DROPPED, tallies.SILENT, tallies.MARKED, tallies.LEAKED]
+    kinds = [
+        None,
+        tallies.BAD,
+        tallies.DROPPED,
+        tallies.NO_LOSS_TOKENS,
+        tallies.HAS_MARKER_TEXT,
+        tallies.LEAKED,
+    ]
     notes = counted([*kinds, tallies.DROPPED, tallies.LEAKED]).notes(
         "d", limit="9 tokens", too_long="drop"
     )
@@ -62,3 +74,16 @@ def test_a_document_that_is_trained_on_twice_is_one_that_is_shared() -> None:
     train = [valid[0]._replace(source=f"t:{i}") for i in range(3)]
     note = overlap_note(train, valid)
     assert note is not None and ": 1 of 2 different rows" in note
+
+
+def test_a_checkpoint_keeps_the_keys_that_older_ones_have() -> None:
+    stored = Tally(num_rows=3, num_stripped=2).plus(tallies.STRIPPED_WHITESPACE, 1, ["a:1"])
+    assert stored.to_dict() == {
+        "num_rows": 3,
+        "longest": 0,
+        "num_eaten": 2,
+        "counts": {"eaten": 1},
+        "first": {"eaten": ["a:1"]},
+    }
+    kinds = (tallies.HAS_MARKER_TEXT, tallies.NO_LOSS_TOKENS, tallies.SYSTEM_DROPPED)
+    assert kinds == ("marked", "silent", "systemless")

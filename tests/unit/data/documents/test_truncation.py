@@ -12,21 +12,14 @@ from hypothesis import strategies as st
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents.dataset import build_dataset
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.truncation import without_turns
 from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.errors import DataError
-from tests.tiny import write_tokenizer
 
 END = "<|end|>"
 LEFT, RIGHT = "truncate_left", "truncate_right"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return ChatTokenizer(folder, vocab_size=264)
 
 
 def row(*turns: str, system: str | None = None, source: str = "f:1", **more: Any) -> Conversation:
@@ -39,9 +32,8 @@ def row(*turns: str, system: str | None = None, source: str = "f:1", **more: Any
 def build(
     tokenizer: ChatTokenizer, rows: Sequence[Conversation], limit: int, too_long: str, **more: Any
 ) -> Dataset:
-    return build_dataset(
-        rows, tokenizer, max_length=limit, name="training data", too_long=too_long, **more
-    )
+    encoding = Encoding(**{"max_length": limit, "too_long": too_long, **more})
+    return build_dataset(rows, tokenizer, encoding, "training data")
 
 
 def texts(tokenizer: ChatTokenizer, dataset: Dataset) -> list[str]:

@@ -16,8 +16,8 @@ from phi3_lora.data.quality.duplicates import (
     Groups,
     NearIndex,
     can_find_near,
+    conversation_text,
     exact_duplicates,
-    spoken_text,
     word_triples,
 )
 from phi3_lora.data.quality.leakage import find_leaks
@@ -169,7 +169,7 @@ def test_a_shared_system_message_makes_no_near_duplicates() -> None:
     rng = random.Random(4)
     system = random_text(rng, 200)
     rows = [row(random_text(rng, 10), random_text(rng, 10), system) for _ in range(20)]
-    assert found_in([spoken_text(r) for r in rows]) == []
+    assert found_in([conversation_text(r) for r in rows]) == []
 
 
 def test_the_signature_is_the_same_in_every_process() -> None:
@@ -223,17 +223,18 @@ def test_leaks_are_exact_and_near_with_the_most_similar_training_row() -> None:
         row(texts[2] + " more"),
         row(changed(rng, texts[3], 12)),
     ]
-    found = find_leaks(train, valid)
+    found = find_leaks(train, valid, NearIndex.of_rows([*train, *valid]))
     assert [(m.row, m.other) for m in found] == [(1, 1), (2, 2)]
     assert found[0].similarity == 1.0 and SIMILARITY <= found[1].similarity < 1.0
     assert [m.is_exact for m in found] == [True, False]
-    exact = find_leaks(train, valid, near=False)
+    exact = find_leaks(train, valid, None)
     assert [(m.row, m.other) for m in exact] == [(1, 1)]
 
 
 def test_repetitions_within_one_side_are_no_leaks() -> None:
-    assert find_leaks([row("a b c d"), row("a b c d")], [row("e f g h"), row("e f g h")]) == []
-    assert find_leaks([row("a")], []) == []
+    train, valid = [row("a b c d"), row("a b c d")], [row("e f g h"), row("e f g h")]
+    assert find_leaks(train, valid, NearIndex.of_rows([*train, *valid])) == []
+    assert find_leaks([row("a")], [], NearIndex.of_rows([row("a")])) == []
 
 
 def call(name: str, line: int, **fields: Any) -> Conversation:
@@ -248,7 +249,7 @@ def call(name: str, line: int, **fields: Any) -> Conversation:
 def test_calls_of_other_tools_are_no_duplicates_but_their_ids_do_not_matter() -> None:
     rows = [call("order", 1), call("cancel", 2), call("order", 3)]
     assert [(m.row, m.other) for m in exact_duplicates(rows)] == [(2, 0)]
-    assert "cancel" in spoken_text(rows[1])
+    assert "cancel" in conversation_text(rows[1])
 
 
 def test_rows_that_may_call_other_tools_are_no_exact_duplicates() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from phi3_lora.data.quality.duplicates import NearIndex
+from phi3_lora.data.quality.duplicates import Match, NearIndex
 from phi3_lora.data.quality.leakage import find_leaks
 from phi3_lora.data.quality.splitting import (
     Split,
@@ -53,6 +53,11 @@ def sides_of(path: Path, found: Split) -> tuple[list[Conversation], list[Convers
     return sides
 
 
+def leaks_of(path: Path, found: Split) -> list[Match]:
+    train, valid = sides_of(path, found)
+    return find_leaks(train, valid, NearIndex.of_rows([*train, *valid]))
+
+
 def split(rows: list[SplitRow], **settings: Any) -> Split:
     return split_rows(rows, **{"fraction": 0.1, "seed": 0} | settings)
 
@@ -88,7 +93,7 @@ def test_near_and_exact_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     for seed in range(5):
         read = write(tmp_path / "d.jsonl", rows)
         found = split(read, fraction=0.3, seed=seed)
-        assert find_leaks(*sides_of(tmp_path / "d.jsonl", found)) == [] and len(found.valid) == 36
+        assert leaks_of(tmp_path / "d.jsonl", found) == [] and len(found.valid) == 36
         assert (found.num_groups, found.largest_group) == (40, 3)
 
 
@@ -101,7 +106,7 @@ def test_pairs_that_the_first_search_misses_are_found_when_the_sides_are_compare
     read = write(tmp_path / "d.jsonl", rows)
     monkeypatch.setattr(NearIndex, "duplicates", lambda self, first, last: iter(()))
     found = split(read, fraction=0.4)
-    assert len(found.valid) == 40 and find_leaks(*sides_of(tmp_path / "d.jsonl", found)) == []
+    assert len(found.valid) == 40 and leaks_of(tmp_path / "d.jsonl", found) == []
     assert found.largest_group == 2
 
 

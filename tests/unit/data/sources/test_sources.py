@@ -12,6 +12,7 @@ import pytest
 from phi3_lora.config.load import load_settings
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents.dataset import load_splits, resolve_data, resolve_scoring_file
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.mixing import copies
 from phi3_lora.data.sources import source as module
 from phi3_lora.data.sources.datasets_library import hub_rows, hub_splits
@@ -257,7 +258,9 @@ def test_weighted_sources_are_trained_on_and_never_validated_twice(tmp_path: Pat
     ]
     sources = (Source(path=str(paths[0]), weight=2), Source(path=str(paths[1]), weight=0.5))
     files = resolve_data("", more=sources)
-    train, valid = load_splits(files, tokenizer, max_length=64, valid_fraction=0.2, seed=1)
+    train, valid = load_splits(
+        files, tokenizer, Encoding(max_length=64), valid_fraction=0.2, seed=1
+    )
     assert valid is not None
     train_places = [d.source for d in train.documents]
     valid_places = [d.source for d in valid.documents]
@@ -275,10 +278,9 @@ def test_skipped_rows_are_noted_for_both_splits(tmp_path: Path) -> None:
     valid = write_rows(tmp_path / "valid.jsonl", [*ROWS, [1]])
     files = resolve_data(str(train), str(valid))
     with pytest.raises(DataError, match=r"1 bad row\(s\)"):
-        load_splits(files, tokenizer, max_length=64, valid_fraction=0, seed=0)
-    splits = load_splits(
-        files, tokenizer, max_length=64, valid_fraction=0, seed=0, on_bad_row="skip"
-    )
+        load_splits(files, tokenizer, Encoding(max_length=64), valid_fraction=0, seed=0)
+    encoding = Encoding(max_length=64, on_bad_row="skip")
+    splits = load_splits(files, tokenizer, encoding, valid_fraction=0, seed=0)
     for path, split in zip((train, valid), splits, strict=True):
         assert split is not None and len(split.documents) == 3
         assert f"skipped 1 bad row(s) of 4 in {path}:\n  {path}:4: " in split.notes[0]

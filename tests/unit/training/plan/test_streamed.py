@@ -14,6 +14,7 @@ import pytest
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
 from phi3_lora.data.documents.dataset import load_splits, resolve_data
+from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.stream import mixed_rows
 from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.data.sources import source as sources_module
@@ -31,7 +32,7 @@ def test_data_that_fits_into_the_buffer_gives_the_steps_of_a_run_that_is_not_str
     tokenizer: ChatTokenizer, path: Path, packing: bool
 ) -> None:
     train, _ = load_splits(
-        resolve_data(str(path)), tokenizer, max_length=60, valid_fraction=0, seed=3
+        resolve_data(str(path)), tokenizer, Encoding(max_length=60), valid_fraction=0, seed=3
     )
     whole = Plan(
         train.documents,
