@@ -40,12 +40,12 @@ TRANSFORMERS_FILE = "transformers.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class QuantizationError:
-    """How far the weights on the grid are from those they came from."""
+    """The distance between the weights on a grid and the weights that they came from."""
 
     mean: float
     """|difference| / |weight| in the Frobenius norm, over all quantised weights."""
     worst: float
-    """The same of the module where it is largest."""
+    """|difference| / |weight| of the module where it is largest."""
     worst_module: str
 
 
@@ -110,7 +110,7 @@ def _described(config: ModelConfig) -> str:
 
 
 class _Writer:
-    """Makes the tensors of the new file as they are written, and keeps account of the error."""
+    """Makes the tensors of the new file while they are written, and sums up the error."""
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo], bits: int) -> None:
         self._config = config
@@ -120,7 +120,7 @@ class _Writer:
         self._squares: dict[str, tuple[float, float]] = {}
 
     def for_mlx(self) -> dict[str, NewTensor]:
-        """Under mlx-lm's names: weight (words), scales and biases (all minus half the range)."""
+        """Return the tensors under mlx-lm's names: weight (words), scales and biases."""
         found = {}
         shapes = self._config.grid_shapes()
         for name in self._config.tensor_shapes():
@@ -151,7 +151,7 @@ class _Writer:
         return from_float32(self._scales * np.float32(factor), "BF16")
 
     def error(self) -> QuantizationError:
-        """Of everything written."""
+        """Return the error of everything written."""
         relative = {m: (g / max(w, 1e-300)) ** 0.5 for m, (g, w) in self._squares.items()}
         gaps, weights = (sum(column) for column in zip(*self._squares.values(), strict=True))
         worst = max(relative, key=lambda module: relative[module])
@@ -161,7 +161,7 @@ class _Writer:
 def for_compressed_tensors(
     tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, NewTensor]:
-    """The same words under the names of compressed-tensors' pack-quantized layout."""
+    """Name the words of a grid as compressed-tensors' pack-quantized layout does."""
     found = {}
     shapes = config.grid_shapes()
     for name, info in tensors.items():
@@ -187,7 +187,7 @@ def _signed_words(info: TensorInfo) -> np.ndarray:
 
 
 def read_grid(tensors: Mapping[str, TensorInfo], module: str) -> Grid:
-    """The quantised weight of a module."""
+    """Read the quantised weight of a module."""
     words = np.asarray(read_raw(tensors[f"{module}.weight"]))
     return Grid(words, read_float32(tensors[f"{module}.scales"]))
 
@@ -195,7 +195,7 @@ def read_grid(tensors: Mapping[str, TensorInfo], module: str) -> Grid:
 def dense_weight(
     tensors: Mapping[str, TensorInfo], config: ModelConfig, module: str
 ) -> NDArray[np.float32]:
-    """The weight of a module in full, in float32.
+    """Read the weight of a module in full, in float32.
 
     Raises:
         ModelError: when it is missing, or quantised otherwise than on a shared grid.
@@ -209,7 +209,7 @@ def dense_weight(
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that mlx-lm reads from a folder on a shared grid."""
+    """Return name -> shape of every tensor that mlx-lm reads from a folder on a shared grid."""
     assert config.grid_bits is not None
     shapes = config.tensor_shapes()
     for module, (out_features, in_features) in config.grid_shapes().items():
@@ -220,7 +220,7 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def grid_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
-    """What makes the words of a folder other numbers in MLX than in PyTorch."""
+    """Return the problems that make a folder's words other numbers in MLX than in PyTorch."""
     assert config.grid_bits is not None
     problems = []
     for module in config.grid_shapes():

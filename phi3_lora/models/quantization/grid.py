@@ -22,7 +22,7 @@ GROUP_SIZE = 32
 GRID_BITS = {"4bit": 4, "8bit": 8}
 """Name of a grid -> bits of a weight."""
 GRID_VERSION = 1
-"""Of the rule that chooses scales; a cached base of another version is made anew."""
+"""Version of the rule that chooses scales; a cached base of another version is made anew."""
 
 _STRETCHES = (0.875, 0.9375, 1.0, 1.0625)
 """Candidates for a 4-bit scale, over the one that just holds the group's largest weight."""
@@ -41,12 +41,12 @@ class Grid(NamedTuple):
 
 
 def bits_of(grid: Grid) -> int:
-    """Bits of a weight: a group of 32 fills so many words."""
+    """Return the bits of a weight: a group of 32 fills as many words."""
     return int(grid.words.shape[1] // grid.scales.shape[1])
 
 
 def quantize(weight: Float32, bits: int) -> Grid:
-    """The nearest weights on a grid.
+    """Round a weight to the nearest values on a grid.
 
     Args:
         weight: (out, in), finite; in must be a multiple of 32.
@@ -60,7 +60,7 @@ def quantize(weight: Float32, bits: int) -> Grid:
 
 
 def dequantize(grid: Grid) -> Float32:
-    """The weight (out, in) that the grid stands for; exact."""
+    """Compute the weight (out, in) that a grid stands for; exact."""
     bits = bits_of(grid)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = (grid.words[..., None] >> shifts) & np.uint32(2**bits - 1)
