@@ -7,16 +7,18 @@ from typing import Any
 
 import click
 
+from phi3_lora.adapters.formats.registry import TARGETS
 from phi3_lora_cli.options import note, output_options, part_names, print_json, untold_options
 
-_LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
 _TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
 
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--to", type=click.Choice(_LAYOUTS), help="The layout; --for knows it by itself.")
+@click.option(
+    "--to", type=click.Choice(list(TARGETS)), help="The layout; --for knows it by itself."
+)
 @click.option("--for", "consumer", type=click.Choice(_TOOLS), help="Keep this tool's rules.")
 @click.option("--model", metavar="ID|DIR|demo", help="The base model.")
 @click.option(
@@ -49,9 +51,9 @@ def command(
     Example:
       phi3-lora convert mlx_adapter peft_adapter --to peft --verify
     """
-    from phi3_lora.adapters.convert import Job, convert
+    from phi3_lora.adapters.convert import ConversionRequest, convert
     from phi3_lora.adapters.formats.folder import check_unused
-    from phi3_lora.adapters.formats.loralib import Untold
+    from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
     from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import look_at_model
 
@@ -61,14 +63,14 @@ def command(
         raise click.UsageError("--for ollama needs --model: a Modelfile holds its template")
     if consumer == "ollama":
         check_unused(Path(target))
-    job = Job(
+    job = ConversionRequest(
         source=resolve_adapter_dir(source),
         target=Path(target) / "adapter.gguf" if consumer == "ollama" else Path(target),
         to=layout,
         consumer=consumer,
         config=None if base is None else base.config,
         row_norms=None if base is None else base.row_norms,
-        untold=Untold(alpha, prefix, part_names(enable), parts),
+        missing=MissingMetadata(alpha, prefix, part_names(enable), parts),
         rank=rank,
     )
     result = convert(job)
@@ -91,7 +93,7 @@ def _layout(to: str | None, consumer: str | None) -> str:
     if layout is None:
         raise click.UsageError("say where to: --to LAYOUT or --for TOOL")
     reads = CONSUMERS[consumer].layout if consumer else layout
-    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
+    if reads not in {layout, *(member.name for member in TARGETS[layout].members)}:
         raise click.UsageError(f"--for {consumer} reads {reads}: leave out --to {layout}")
     return layout
 

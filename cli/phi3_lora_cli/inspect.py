@@ -38,7 +38,7 @@ def command(
     Example:
       phi3-lora inspect runs/demo/adapter
     """
-    from phi3_lora.adapters.formats.loralib import Untold
+    from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
     from phi3_lora.adapters.inspection import inspect_adapter
     from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import look_at_model
@@ -48,7 +48,7 @@ def command(
     if path is not None:
         check_name(path)
     config = None if model is None else look_at_model(model, with_weights=False).config
-    untold = Untold(alpha, prefix, part_names(enable), parts)
+    untold = MissingMetadata(alpha, prefix, part_names(enable), parts)
     facts = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
     if path is not None:
         write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")

@@ -7,16 +7,17 @@ from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.deltas import delta_norm
-from phi3_lora.adapters.formats.folder import find_layouts, read_adapter
-from phi3_lora.adapters.formats.loralib import Untold
-from phi3_lora.adapters.formats.sources import other_layout, read_source
+from phi3_lora.adapters.formats.detect import find_adapter_file, find_layouts
+from phi3_lora.adapters.formats.folder import read_adapter
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.adapters.formats.tools import CONSUMERS, faults_of
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.models.config import ModelConfig
 
 
 def inspect_adapter(
-    path: Path, untold: Untold | None = None, config: ModelConfig | None = None
+    path: Path, missing: MissingMetadata | None = None, config: ModelConfig | None = None
 ) -> dict[str, Any]:
     """Layout, ranks, effective scales, targets, layers and the norm of each delta.
 
@@ -24,17 +25,17 @@ def inspect_adapter(
 
     Args:
         path: a folder or file of any layout.
-        untold: what a .pt or .npz does not say.
+        missing: values that a .pt or .npz does not store.
         config: the base model's shape, which parts of a fused weight in a .pt may need.
 
     Raises:
         AdapterError: when it is damaged.
     """
-    if other_layout(path) is None:
+    if find_adapter_file(path) is None:
         layouts = set(find_layouts(path))
         adapter = read_adapter(path, keep_parts=True)
     else:
-        adapter, layout = read_source(path, config, untold or Untold())
+        adapter, layout = read_source(path, config, missing or MissingMetadata())
         layouts = {layout}
     modules = {
         module: {

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
 from phi3_lora.adapters.formats.folder import TEMPLATE_NAME
-from phi3_lora.adapters.formats.loralib import Untold
-from phi3_lora.adapters.formats.sources import read_source
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.engine.registry import choose_backend
 from phi3_lora.engine.request import LoadRequest
@@ -69,7 +69,7 @@ def load_adapter(path: str, base: BaseModel) -> Adapter:
         ConfigError: when its chat template cannot be used.
     """
     folder = resolve_adapter_dir(path)
-    adapter, _ = read_source(folder, base.config, Untold(), base.row_norms)
+    adapter, _ = read_source(folder, base.config, MissingMetadata(), base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
     template = folder / TEMPLATE_NAME
     if template.exists() and not base.tokenizer.has_own_template:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.formats.folder import find_layouts
+from phi3_lora.adapters.formats.detect import find_layouts
 from phi3_lora.arrays import Float32
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch

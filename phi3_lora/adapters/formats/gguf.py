@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.record import FileFormat, Written
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.models.config import PROJECTIONS
+from phi3_lora.models.config import PROJECTIONS, ModelConfig
 from phi3_lora.models.gguf_names import gguf_name, module_of_gguf_name
 from phi3_lora.storage.atomic import explained, fsync_folder
 from phi3_lora.storage.optional import gguf_package
@@ -135,3 +137,27 @@ def _reader(path: Path) -> Any:
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _read_record(path: Path, missing: MissingMetadata, config: ModelConfig | None) -> Adapter:
+    return read_gguf_adapter(path)
+
+
+def _write_record(path: Path, adapter: Adapter, missing: MissingMetadata) -> Written:
+    write_gguf_adapter(path, adapter)
+    return Written()
+
+
+GGUF = FileFormat(
+    name="gguf",
+    pattern="*.gguf",
+    detect=_is_gguf,
+    read=_read_record,
+    write=_write_record,
+    refusal=why_not_gguf,
+)
