@@ -49,9 +49,10 @@ def command(
         check_name(path)
     config = None if model is None else look_at_model(model, with_weights=False).config
     untold = MissingMetadata(alpha, prefix, part_names(enable), parts)
-    facts = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
+    report = inspect_adapter(resolve_adapter_dir(adapter), untold, config)
+    facts = report.to_dict()
     if path is not None:
-        write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
+        write_heat_map(path, report.delta_norms, f"Norm of each delta: {adapter}")
         facts["plot"] = str(path)
     if as_json:
         print_json(facts)

@@ -364,7 +364,7 @@ def test_delta_norm_is_the_deltas_frobenius_norm(tmp_path: Path) -> None:
     adapter = make_adapter()
     adapter.weights[lora_b_name(QKV)][:] = 0.0
     write_adapter_folder(tmp_path / "a", adapter)
-    facts = inspect_adapter(tmp_path / "a")
+    facts = inspect_adapter(tmp_path / "a").to_dict()
     for module in SHAPES:
         expected = np.linalg.norm(adapter.delta(module).astype(np.float64))
         assert facts["delta_norms"][module] == pytest.approx(expected, rel=1e-6)

@@ -107,7 +107,7 @@ def test_convert_goes_both_ways_and_stock_peft_reads_the_split_names(
     assert found.lossless and found.source == "mlx+peft"
     stored = json.loads((tmp_path / "u/adapter_config.json").read_text())
     assert set(stored["target_modules"]) >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    inspected = inspect_adapter(tmp_path / "u")
+    inspected = inspect_adapter(tmp_path / "u").to_dict()
     assert inspected["layout"] == "unfused" and "self_attn.k_proj" in inspected["target_modules"]
     assert "apart" in inspected["loads_in"]["peft"]
     back = convert(
