@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phi3_lora
+from phi3_lora.adapters.formats.registry import TARGETS
+from phi3_lora.adapters.formats.tools import CONSUMERS
 from phi3_lora_cli.options import given, note, output_options, print_json, source_options
 
 if TYPE_CHECKING:
     from phi3_lora.api.adapters import ConversionResult
 
-_LAYOUTS = ("peft", "mlx", "both", "unfused", "loralib", "gguf")
-_TOOLS = ("vllm", "llama.cpp", "ollama", "mlx-lm", "peft")
-
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@click.option("--to", type=click.Choice(_LAYOUTS), help="The layout; --for implies one.")
-@click.option("--for", "for_tool", type=click.Choice(_TOOLS), help="Write what this tool reads.")
+@click.option("--to", type=click.Choice(list(TARGETS)), help="The layout; --for implies one.")
+@click.option(
+    "--for", "for_tool", type=click.Choice(list(CONSUMERS)), help="Write what this tool reads."
+)
 @click.option("--model", metavar="ID|DIR|demo", help="The base model.")
 @click.option(
     "--verify", is_flag=True, help="Compare the result with SRC; exit code 3 if it differs."

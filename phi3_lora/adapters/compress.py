@@ -48,8 +48,8 @@ def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
     return with_factors(adapter, weights, alphas, use_rslora=adapter.use_rslora), lost
 
 
-def settled(adapter: Adapter, spec: LoraSpec) -> Adapter:
-    """The same deltas where a start from the weights was taken off again: as factors of their own.
+def drop_initial_factors(adapter: Adapter, spec: LoraSpec) -> Adapter:
+    """Refactor a PiSSA or OLoRA adapter so that its two cancelling halves disappear.
 
     Two large halves that nearly cancel would be noise in half precision. Parts of a fused weight
     stay apart.

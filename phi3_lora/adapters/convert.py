@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,51 +10,49 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, check_fits, uniform_adapter
+from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.compress import compressed
 from phi3_lora.adapters.deltas import relative_difference
+from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
 from phi3_lora.adapters.formats.folder import (
-    FINGERPRINT_NAME,
     TEMPLATE_NAME,
     check_apart,
     check_unused,
     write_adapter_folder,
 )
 from phi3_lora.adapters.formats.fused import RowNorms
-from phi3_lora.adapters.formats.gguf import write_gguf_adapter
-from phi3_lora.adapters.formats.loralib import Untold, to_loralib
-from phi3_lora.adapters.formats.sources import read_source, with_layers
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.reading import read_source
+from phi3_lora.adapters.formats.record import FileFormat, Written
+from phi3_lora.adapters.formats.registry import FILE_FORMATS, TARGETS
 from phi3_lora.adapters.formats.tools import adapted_for
-from phi3_lora.adapters.formats.torch_pickle import encode_torch_file
 from phi3_lora.adapters.names import EMBEDDING, HEAD, lora_a_name, lora_b_name
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.storage.atomic import explained, replace_file
+from phi3_lora.storage.atomic import explained
 
-FILE_LAYOUTS = ("loralib", "gguf")
-"""Layouts that are one file."""
 SAME = 1e-6
 """|difference| / |delta| up to which a conversion changed nothing but roundings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What to convert, and into what."""
+class ConversionRequest:
+    """The source, the target and the settings of a conversion."""
 
     source: Path
     """An adapter folder, or a .pt, .gguf or .npz file."""
     target: Path
     """A folder that does not exist or is empty; for loralib and gguf, a new file."""
     to: str
-    """peft, mlx, both, unfused, loralib or gguf."""
+    """A name in TARGETS."""
     consumer: str | None = None
     """A tool, by its name in CONSUMERS, whose rules are kept."""
     config: ModelConfig | None = None
     """The base model's shape, if known; unfused needs it."""
     row_norms: RowNorms | None = None
     """Of the base's weights, which DoRA of separate q, k, v may need."""
-    untold: Untold = field(default_factory=Untold)
-    """What a .pt or .npz does not say."""
+    missing: MissingMetadata = field(default_factory=MissingMetadata)
+    """Values that a .pt or .npz does not store."""
     rank: int | None = None
     """The largest rank of the result: what lies above is lost."""
 
@@ -97,28 +96,31 @@ class Conversion:
         }
 
 
-def convert(job: Job) -> Conversion:
+def convert(request: ConversionRequest) -> Conversion:
     """Read an adapter of any layout, write it in another, and read the result back.
 
     Raises:
         AdapterError: when the source is damaged, the target is in use, or cannot hold it.
     """
-    _check_target(job)
-    source, layouts = read_source(job.source, job.config, job.untold, job.row_norms)
-    _check_untold(job, layouts)
-    notes = _outside_notes(source) if job.config is None else []
-    if job.config is not None:
-        config = job.config
-        check_fits(source, config.adaptable_shapes(), str(job.source), config.tensor_shapes())
-    source = with_layers(source, job.config)
-    adapter, more = _shaped(job, source)
-    notes = [*source.notes, *notes, *more, *_write(job, adapter)]
-    written = _read_back(job, adapter)
+    _check_target(request)
+    source, layouts = read_source(
+        request.source, request.config, request.missing, request.row_norms
+    )
+    _check_options(request, layouts)
+    notes = _outside_notes(source) if request.config is None else []
+    if request.config is not None:
+        config = request.config
+        check_fits(source, config.adaptable_shapes(), str(request.source), config.tensor_shapes())
+    source = _with_layers(source, request.config)
+    adapter, more = _shaped(request, source)
+    outcome = _write(request, adapter)
+    notes = [*source.notes, *notes, *more, *outcome.notes]
+    written = _read_back(request, outcome.missing)
     differences = relative_difference(source, written)
     gap = _factor_difference(source, written)
     return Conversion(
         source=layouts,
-        to=job.to,
+        to=request.to,
         tensors=len(written.weights),
         lossless=gap == 0.0,
         max_weight_difference=max(differences.values(), default=0.0) if gap is None else gap,
@@ -138,70 +140,79 @@ def _outside_notes(source: Adapter) -> list[str]:
     ]
 
 
-def _check_target(job: Job) -> None:
-    target = job.target
-    if job.to in FILE_LAYOUTS:
+def _with_layers(adapter: Adapter, config: ModelConfig | None) -> Adapter:
+    """Add the base model's number of layers, where it is known."""
+    if config is None:
+        return adapter
+    return dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
+
+
+def _check_target(request: ConversionRequest) -> None:
+    target = request.target
+    if isinstance(TARGETS[request.to], FileFormat):
         if target.exists():
             raise AdapterError(f"{target} exists already: choose a new file")
         return
     check_unused(target)
-    check_apart(target, job.source)
+    check_apart(target, request.source)
 
 
-def _check_untold(job: Job, layouts: str) -> None:
-    """Make sure that what was told is used."""
-    untold = job.untold
-    told = {
-        "--alpha": untold.alpha is not None and layouts not in ("loralib", "npz"),
-        "--prefix": bool(untold.prefix) and "loralib" not in (layouts, job.to),
-        "--enable": bool(untold.enable) and layouts != "loralib",
-        "--parts": untold.parts is not None and layouts != "loralib",
+def _check_options(request: ConversionRequest, layouts: str) -> None:
+    """Check that every value of MissingMetadata that was given is used."""
+    used: set[str] = set()
+    if layouts in FILE_FORMATS:
+        used |= FILE_FORMATS[layouts].read_options
+    target = TARGETS[request.to]
+    if isinstance(target, FileFormat):
+        used |= target.write_options
+    missing = request.missing
+    given = {
+        "alpha": missing.alpha is not None,
+        "prefix": bool(missing.prefix),
+        "enable": bool(missing.enable),
+        "parts": missing.parts is not None,
     }
-    stray = [option for option, is_stray in told.items() if is_stray]
+    stray = [f"--{name}" for name, is_given in given.items() if is_given and name not in used]
     if stray:
         raise AdapterError(
-            f"{', '.join(stray)} has no effect: {job.source} is of {layouts}, which says it itself"
+            f"{', '.join(stray)} has no effect: {request.source} is of {layouts}, which says it "
+            "itself"
         )
 
 
-def _read_back(job: Job, adapter: Adapter) -> Adapter:
-    """The result as it was written; one that cannot be read is not left behind."""
-    told = Untold()
-    if job.to == "loralib":
-        # What loralib leaves out is known here.
-        told = Untold(adapter.scaling * adapter.r, job.untold.prefix)
+def _read_back(request: ConversionRequest, missing: MissingMetadata) -> Adapter:
+    """Read the result; a result that cannot be read is deleted."""
     try:
-        return read_source(job.target, job.config, told, job.row_norms)[0]
+        return read_source(request.target, request.config, missing, request.row_norms).adapter
     except AdapterError:
-        if job.to in FILE_LAYOUTS:
-            job.target.unlink(missing_ok=True)
+        if isinstance(TARGETS[request.to], FileFormat):
+            request.target.unlink(missing_ok=True)
         else:
-            shutil.rmtree(job.target, ignore_errors=True)
+            shutil.rmtree(request.target, ignore_errors=True)
         raise
 
 
-def _shaped(job: Job, adapter: Adapter) -> tuple[Adapter, list[str]]:
+def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list[str]]:
     """The adapter in the rank, and by the rules, that were asked for."""
     notes = []
-    if job.rank is not None:
-        adapter, lost = compressed(adapter, job.rank)
+    if request.rank is not None:
+        adapter, lost = compressed(adapter, request.rank)
         if lost:
             worst = max(lost, key=lambda module: lost[module])
             notes.append(
-                f"cut to rank {job.rank}: {len(lost)} deltas lost up to {lost[worst]:.2%} of their "
-                f"size ({worst})"
+                f"cut to rank {request.rank}: {len(lost)} deltas lost up to {lost[worst]:.2%} of "
+                f"their size ({worst})"
             )
-    if job.consumer is not None:
-        adapter, more = adapted_for(job.consumer, adapter, job.config)
+    if request.consumer is not None:
+        adapter, more = adapted_for(request.consumer, adapter, request.config)
         notes += more
-    # loralib has one alpha for all layers of one rank.
-    return uniform_adapter(adapter) if job.to == "loralib" else adapter, notes
+    return adapter, notes
 
 
-def _card_line(job: Job, adapter: Adapter) -> str:
+def _card_line(request: ConversionRequest, adapter: Adapter) -> str:
     """What a model card does not know of the converted adapter."""
-    what = job.to if job.consumer is None else f"{job.to}, for {job.consumer}"
-    cut = "" if job.rank is None else f", cut to rank {job.rank}"
+    what = request.to if request.consumer is None else f"{request.to}, for {request.consumer}"
+    cut = "" if request.rank is None else f", cut to rank {request.rank}"
     return (
         f"\n## Converted\n\nBy phi3-lora, to {what}{cut}: here rank, alpha and scale are "
         f"{adapter.r}, {adapter.lora_alpha:g} and {adapter.scaling:g}.\n"
@@ -237,32 +248,22 @@ def _largest(value: np.ndarray) -> float:
     return float(np.abs(value).max(initial=0.0))
 
 
-def _write(job: Job, adapter: Adapter) -> list[str]:
-    """Write the target; returns what the user should know."""
-    target = job.target
-    if job.to in FILE_LAYOUTS:
+def _write(request: ConversionRequest, adapter: Adapter) -> Written:
+    """Write the target."""
+    target, to = request.target, TARGETS[request.to]
+    if isinstance(to, FileFormat):
+        assert to.write is not None
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-    if job.to == "gguf":
-        write_gguf_adapter(target, adapter)
-        return []
-    if job.to == "loralib":
-        replace_file(target, encode_torch_file(to_loralib(adapter, job.untold.prefix)))
-        return [
-            f"loralib stores neither rank nor alpha: r is {adapter.r}, lora_alpha "
-            f"{adapter.scaling * adapter.r:.9g}"
-        ]
+        return to.write(target, adapter, request.missing)
     # What it answered where it was trained holds in every layout.
-    names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if job.source.is_dir() else ()
-    files = {n: (job.source / n).read_bytes() for n in names if (job.source / n).exists()}
-    if job.rank is not None:
+    names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if request.source.is_dir() else ()
+    files = {n: (request.source / n).read_bytes() for n in names if (request.source / n).exists()}
+    if request.rank is not None:
         files.pop(FINGERPRINT_NAME, None)
     if "README.md" in files:
-        files["README.md"] += _card_line(job, adapter).encode()
-    notes = write_adapter_folder(target, adapter, to=job.to, base=job.config, files=files)
-    if adapter.num_layers is None and job.to in ("mlx", "both"):
-        notes.append(
-            "the base model's number of layers is not known, and mlx-lm takes the adapted layers "
-            "for its last ones: pass --model to check"
-        )
-    return notes
+        files["README.md"] += _card_line(request, adapter).encode()
+    notes = write_adapter_folder(target, adapter, to=request.to, base=request.config, files=files)
+    for member in to.members:
+        notes += member.conversion_notes(adapter)
+    return Written(notes=notes)

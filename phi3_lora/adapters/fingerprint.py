@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from phi3_lora.adapters.formats.folder import FINGERPRINT_NAME
 from phi3_lora.arrays import Float32, Int32
 from phi3_lora.errors import AdapterError
 from phi3_lora.storage.safetensors import encode, read_header, read_metadata, read_raw
 
+FINGERPRINT_NAME = "fingerprint.safetensors"
 _ARRAYS = {
     "tokens": np.int32,
     "doc_starts": np.int32,

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from phi3_lora.adapters import inspection
-from phi3_lora.adapters.convert import Conversion, Job
+from phi3_lora.adapters.convert import Conversion, ConversionRequest
 from phi3_lora.adapters.convert import convert as convert_adapter
 from phi3_lora.adapters.formats.folder import check_unused
-from phi3_lora.adapters.formats.loralib import Untold
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.registry import TARGETS
 from phi3_lora.adapters.formats.tools import CONSUMERS
+from phi3_lora.adapters.inspection import AdapterReport
 from phi3_lora.api.options import AnyPath, Note, OptionError, Part, folder_of, log_note, part_names
 from phi3_lora.export.ollama import modelfile_for
 from phi3_lora.hub.download import resolve_adapter_dir
@@ -60,13 +62,16 @@ class ConversionResult:
 
 @dataclass(frozen=True, slots=True)
 class InspectionResult:
-    """Facts about an adapter."""
+    """Facts about an adapter, and the heat map that was written of it."""
 
-    facts: dict[str, Any]
+    report: AdapterReport
+    plot: str | None = None
+    """Path of the heat map."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
-        return dict(self.facts)
+        facts = self.report.to_dict()
+        return facts if self.plot is None else {**facts, "plot": self.plot}
 
 
 def convert(
@@ -106,22 +111,22 @@ def convert(
         if base is None:
             raise OptionError("--for ollama needs --model: a Modelfile holds its template")
         check_unused(path)
-    job = Job(
+    request = ConversionRequest(
         source=resolve_adapter_dir(str(source)),
         target=path / "adapter.gguf" if for_tool == "ollama" else path,
         to=layout,
         consumer=for_tool,
         config=None if base is None else base.config,
         row_norms=None if base is None else base.row_norms,
-        untold=_untold(options),
+        missing=_missing_metadata(options),
         rank=rank,
     )
-    result = convert_adapter(job)
+    result = convert_adapter(request)
     if for_tool == "ollama" and base is not None:
         _write_modelfile(path, base, note)
     for text in result.notes:
         note(text)
-    check = verify_conversion(result, job.target, base, note) if verify else None
+    check = verify_conversion(result, request.target, base, note) if verify else None
     return ConversionResult(result, check)
 
 
@@ -130,13 +135,13 @@ def _layout(to: Layout | None, tool: Tool | None) -> str:
     if layout is None:
         raise OptionError("say where to: --to LAYOUT or --for TOOL")
     reads = CONSUMERS[tool].layout if tool else layout
-    if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
+    if reads not in {layout, *(member.name for member in TARGETS[layout].members)}:
         raise OptionError(f"--for {tool} reads {reads}: leave out --to {layout}")
     return layout
 
 
-def _untold(options: SourceOptions) -> Untold:
-    return Untold(
+def _missing_metadata(options: SourceOptions) -> MissingMetadata:
+    return MissingMetadata(
         options.get("alpha"),
         options.get("prefix", ""),
         part_names(options.get("enable")),
@@ -177,12 +182,11 @@ def inspect(
     if path is not None:
         check_name(path)
     config = None if model is None else find_base_model(model, with_weights=False).config
-    untold = _untold(options)
-    facts = inspection.inspect_adapter(resolve_adapter_dir(str(adapter)), untold, config)
+    missing = _missing_metadata(options)
+    report = inspection.inspect_adapter(resolve_adapter_dir(str(adapter)), missing, config)
     if path is not None:
-        write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
-        facts["plot"] = str(path)
-    return InspectionResult(facts)
+        write_heat_map(path, report.delta_norms, f"Norm of each delta: {adapter}")
+    return InspectionResult(report, None if path is None else str(path))
 
 
 def push(

@@ -21,6 +21,7 @@ from phi3_lora.arrays import Float32
 from phi3_lora.errors import ModelError
 from phi3_lora.export.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.gguf_names import gguf_name
 from phi3_lora.storage.atomic import replacing
 from phi3_lora.storage.optional import gguf_package
 from phi3_lora.storage.safetensors import (
@@ -58,19 +59,6 @@ OUT_TYPES = {
 }
 OUT_TYPE_OF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """A dtype of a model -> the output type that holds it."""
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class _Planned(NamedTuple):
@@ -190,7 +178,9 @@ def as_q8_0(value: Float32) -> Float32:
 
 def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> list[_Planned]:
     plan = [
-        _Planned(_gguf_name(name), _kind(tensor.shape, ggml), tensor)
+        _Planned(
+            f"{gguf_name(name.removesuffix('.weight'))}.weight", _kind(tensor.shape, ggml), tensor
+        )
         for name, tensor in tensors.items()
     ]
     for name in ("long", "short"):
@@ -200,14 +190,6 @@ def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> l
             tensor = NewTensor("F32", value.shape, lambda value=value: value)  # type: ignore[misc]
             plan.append(_Planned(f"rope_factors_{name}.weight", "F32", tensor))
     return plan
-
-
-def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a parameter."""
-    if name in _NAMES:
-        return _NAMES[name]
-    layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.weight"
 
 
 def _kind(shape: tuple[int, ...], ggml: str) -> str:

@@ -13,17 +13,12 @@ import yaml
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.deltas import changes_nothing
-from phi3_lora.adapters.fingerprint import read_fingerprint
+from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME, read_fingerprint
 from phi3_lora.adapters.formats import mlx_lm as mlx_layout
 from phi3_lora.adapters.formats import peft as peft_layout
-from phi3_lora.adapters.formats.folder import (
-    CONFIG_NAME,
-    FINGERPRINT_NAME,
-    TEMPLATE_NAME,
-    find_layouts,
-    read_adapter,
-    read_adapter_config,
-)
+from phi3_lora.adapters.formats.config_file import CONFIG_NAME, read_adapter_config
+from phi3_lora.adapters.formats.detect import find_layouts
+from phi3_lora.adapters.formats.folder import TEMPLATE_NAME, read_adapter
 from phi3_lora.errors import AdapterError
 from phi3_lora.hub.download import HUB_ID, first_line
 

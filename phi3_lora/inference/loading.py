@@ -10,8 +10,8 @@ from pathlib import Path
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
 from phi3_lora.adapters.formats.folder import TEMPLATE_NAME
-from phi3_lora.adapters.formats.loralib import Untold
-from phi3_lora.adapters.formats.sources import read_source
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.engine.registry import choose_backend
 from phi3_lora.engine.request import LoadRequest
@@ -82,7 +82,7 @@ def load_adapter(path: str, base: FoundModel) -> LoadedAdapter:
         AdapterError: when it is damaged or does not fit.
     """
     folder = resolve_adapter_dir(path)
-    adapter, _ = read_source(folder, base.config, Untold(), base.row_norms)
+    adapter, _ = read_source(folder, base.config, MissingMetadata(), base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
     adapter = dataclasses.replace(
         adapter,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.formats.folder import CONFIG_NAME
+from phi3_lora.adapters.formats.config_file import CONFIG_NAME
 from phi3_lora.adapters.formats.peft import WEIGHTS_NAME, peft_config
 from phi3_lora.arrays import Tensors
 from phi3_lora.errors import CheckpointError, listing

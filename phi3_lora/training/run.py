@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora.adapters.adapter import Adapter, with_spec
-from phi3_lora.adapters.compress import settled
+from phi3_lora.adapters.compress import drop_initial_factors
 from phi3_lora.adapters.deltas import changes_nothing
-from phi3_lora.adapters.fingerprint import encode_fingerprint
-from phi3_lora.adapters.formats.folder import FINGERPRINT_NAME, TEMPLATE_NAME, write_adapter_folder
+from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME, encode_fingerprint
+from phi3_lora.adapters.formats.folder import TEMPLATE_NAME, write_adapter_folder
 from phi3_lora.adapters.initialization import initial_weights
 from phi3_lora.config.load import resolve
 from phi3_lora.config.schema import RunConfig
@@ -284,7 +284,7 @@ class _Run:
 
     def _save_adapter(self, name: str, progress: Progress, evaluation: Evaluation | None) -> None:
         prepared = self.prepared
-        adapter = settled(self._adapter(), prepared.lora)
+        adapter = drop_initial_factors(self._adapter(), prepared.lora)
         identity = self.belongings["model_identity"]
         card = model_card(
             adapter,

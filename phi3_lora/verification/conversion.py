@@ -12,7 +12,7 @@ import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.convert import SAME, Conversion
-from phi3_lora.adapters.formats.folder import find_layouts
+from phi3_lora.adapters.formats.detect import find_layouts
 from phi3_lora.arrays import Float32
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch

@@ -17,7 +17,8 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from phi3_lora.adapters.formats.loralib import Untold, from_loralib  # noqa: E402
+from phi3_lora.adapters.formats.loralib import from_loralib  # noqa: E402
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata  # noqa: E402
 from phi3_lora.adapters.formats.torch_pickle import read_torch_file  # noqa: E402
 from phi3_lora.errors import ConfigError  # noqa: E402
 from phi3_lora_mlx.loralib import to_numpy  # noqa: E402
@@ -247,7 +248,7 @@ def test_a_saved_merged_linear_has_the_delta_that_convert_reads() -> None:
     randomise(layer)
     path = "model.layers.0.self_attn.qkv_proj"
     state = {f"{path}.{name}": v for name, v in to_numpy(lora.lora_state_dict(layer)).items()}
-    adapter = from_loralib(state, Untold(5.0, enable=("q", "v")), "x.pt")
+    adapter = from_loralib(state, MissingMetadata(5.0, enable=("q", "v")), "x.pt")
     assert_close(adapter.delta(path), layer.delta())
 
 

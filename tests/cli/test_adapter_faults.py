@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter, with_spec
-from phi3_lora.adapters.compress import settled
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.compress import drop_initial_factors
+from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.deltas import Weighted, concatenated, relative_difference
 from phi3_lora.adapters.factorization import product_norm
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.formats.fused import part_slices, with_blocks
-from phi3_lora.adapters.formats.loralib import Untold, from_loralib
+from phi3_lora.adapters.formats.loralib import from_loralib
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
 from phi3_lora.adapters.formats.torch_pickle import encode_torch_file
 from phi3_lora.adapters.initialization import initial_weights, trained_masks
 from phi3_lora.adapters.names import lora_a_name, lora_b_name, magnitude_name, saved_name
@@ -97,7 +98,7 @@ def test_parts_that_are_trained_on_stay_the_parts(model: Path, kind: str) -> Non
     names = ("q_proj", "v_proj")
     spec, start = spec_and_start(config, model, target_modules=names, init_lora_weights=init)
     adapter = with_spec(trained(spec, start, config), spec)
-    exported = settled(adapter, spec)
+    exported = drop_initial_factors(adapter, spec)
     if kind == "concatenated":
         exported = concatenated([Weighted(exported, 0.5), Weighted(exported, 0.5)])
     again = with_blocks(exported.spec, exported.weights, config)
@@ -134,7 +135,7 @@ def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
         settings["alpha_pattern"] = {"o_proj": 3, "down_proj": 5}
     spec, start = spec_and_start(config, model, **settings)
     raw = with_spec(trained(spec, start, config), spec, num_layers=2)
-    found = settled(raw, spec)
+    found = drop_initial_factors(raw, spec)
     assert max(relative_difference(raw, found).values()) <= 1e-4
     for module in found.modules:
         a, b = (value.astype(np.float64) for value in found.pair(module))
@@ -144,7 +145,9 @@ def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
     for number, adapter in enumerate((raw, found)):
         write_adapter_folder(tmp_path / f"{number}", adapter, to="peft")
         result = convert(
-            Job(source=tmp_path / f"{number}", target=tmp_path / f"m{number}", to="mlx")
+            ConversionRequest(
+                source=tmp_path / f"{number}", target=tmp_path / f"m{number}", to="mlx"
+            )
         )
         assert result.max_relative_difference <= 1e-6
 
@@ -167,7 +170,7 @@ def test_a_merged_linear_with_one_part_is_that_part(
         f"{gate_up}.lora_A": rng.normal(size=(3, 64)).astype(np.float32),
         f"{gate_up}.lora_B": rng.normal(size=(96, 3)).astype(np.float32),
     }
-    adapter = from_loralib(tensors, Untold(6.0, "", enable), "x.pt", config)
+    adapter = from_loralib(tensors, MissingMetadata(6.0, "", enable), "x.pt", config)
     b = adapter.pair(gate_up)[1]
     assert b.shape == (192, 3)
     assert b[:96].any() == (half == "gate") and b[96:].any() == (half == "up")
@@ -210,7 +213,7 @@ def test_a_pair_of_zeros_goes_everywhere(tmp_path: Path) -> None:
         config = None
         if to == "unfused":
             config = read_model_config(write_model(tmp_path / "m", num_key_value_heads=2))
-        job = Job(source=tmp_path / "a", target=tmp_path / to, to=to, config=config)
+        job = ConversionRequest(source=tmp_path / "a", target=tmp_path / to, to=to, config=config)
         assert convert(job).max_relative_difference == 0.0
 
 
@@ -223,7 +226,7 @@ def test_a_result_that_cannot_be_read_back_is_not_left_behind(
     whole = peft_layout.peft_config
     monkeypatch.setattr(peft_layout, "peft_config", lambda a: {**whole(a), "r": 9})
     with pytest.raises(AdapterError, match="does not hold rank 9"):
-        convert(Job(source=tmp_path / "a", target=tmp_path / "b", to="peft"))
+        convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "b", to="peft"))
     assert not (tmp_path / "b").exists()
 
 
@@ -318,7 +321,7 @@ def test_a_sum_that_is_no_number_and_an_option_without_effect_are_refused(
 
 def test_the_card_of_a_converted_adapter_says_what_changed(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", plain(), files={"README.md": b"# Card\n"})
-    convert(Job(source=tmp_path / "a", target=tmp_path / "b", to="peft", rank=2))
+    convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "b", to="peft", rank=2))
     text = (tmp_path / "b/README.md").read_text()
     assert text.startswith("# Card\n")
     assert "to peft, cut to rank 2: here rank, alpha and scale are 2, 4 and 2." in text
@@ -334,7 +337,7 @@ def test_loralib_and_gguf_files_are_inspected_and_loaded(
     facts = run_json(capsys, "inspect", tmp_path / "x.pt", "--alpha", "8")
     assert facts["layout"] == "loralib" and facts["modules"][DOWN]["scale"] == 2.0
     write_adapter_folder(tmp_path / "a", plain())
-    convert(Job(source=tmp_path / "a", target=tmp_path / "x.gguf", to="gguf"))
+    convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "x.gguf", to="gguf"))
     words = ("merge", "--model", model, "--output", tmp_path / "m", "--dtype", "float32")
     assert run_json(capsys, *words, "--adapter", tmp_path / "x.gguf")["survival"]
     code, _, err = run(capsys, *words[:-3], tmp_path / "n", "--adapter", tmp_path / "x.pt")
@@ -352,7 +355,9 @@ def test_a_whole_state_dict_with_integers_is_read(tmp_path: Path) -> None:
         "weight": torch.ones(2, 2),
     }
     torch.save(state, tmp_path / "x.pt")
-    job = Job(source=tmp_path / "x.pt", target=tmp_path / "b", to="both", untold=Untold(8.0))
+    job = ConversionRequest(
+        source=tmp_path / "x.pt", target=tmp_path / "b", to="both", missing=MissingMetadata(8.0)
+    )
     assert convert(job).lossless
 
 
@@ -371,4 +376,4 @@ def test_what_a_given_adapter_makes_useless_is_named(
 
 def test_settled_leaves_other_adapters_alone() -> None:
     adapter = plain()
-    assert dataclasses.replace(settled(adapter, adapter.spec)) == adapter
+    assert dataclasses.replace(drop_initial_factors(adapter, adapter.spec)) == adapter

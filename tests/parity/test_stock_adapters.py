@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.convert import Job, convert
-from phi3_lora.adapters.formats.loralib import Untold
-from phi3_lora.adapters.formats.sources import read_source
+from phi3_lora.adapters.convert import ConversionRequest, convert
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.models.config_json import read_model_config
@@ -99,7 +99,9 @@ def made_by_mlx_lm(model: Path, folder: Path, kind: str, **parameters: Any) -> n
     return np.array(loaded(mx.array(TOKENS)[None])[0])
 
 
-def assert_answers(source: Path, model: Path, expected: np.ndarray, untold: Untold) -> None:
+def assert_answers(
+    source: Path, model: Path, expected: np.ndarray, untold: MissingMetadata
+) -> None:
     config = read_model_config(model)
     adapter, _ = read_source(source, config, untold)
     batch, rows = make_batch(random_documents([24])), np.arange(24, dtype=np.int32)
@@ -119,10 +121,10 @@ def assert_conversions(
     config = read_model_config(model)
     for to in layouts:
         target = folder / f"to-{to}"
-        found = convert(Job(source=source, target=target, to=to, config=config))
+        found = convert(ConversionRequest(source=source, target=target, to=to, config=config))
         assert found.max_relative_difference <= 1e-6, to
         alpha = next((float(n.rsplit(" ", 1)[-1]) for n in found.notes if "lora_alpha" in n), None)
-        assert_answers(target, model, expected, Untold(alpha=alpha))
+        assert_answers(target, model, expected, MissingMetadata(alpha=alpha))
         for backend in (CudaBackend(), MlxBackend()):
             if backend.stock_layout in to.replace("both", "peft mlx").split():
                 logits = backend.stock_logits(model, target, TOKENS)
@@ -136,7 +138,7 @@ def test_adapters_of_stock_peft(model: Path, tmp_path: Path, name: str) -> None:
     bare = CudaBackend().open(LoadRequest(model=read_model_files(model), device="cpu"))
     batch, rows = make_batch(random_documents([24])), np.arange(24, dtype=np.int32)
     assert np.abs(bare.logits(batch, rows) - expected).max() > 0.1 * expected.std()
-    assert_answers(tmp_path / "a", model, expected, Untold())
+    assert_answers(tmp_path / "a", model, expected, MissingMetadata())
     assert_conversions(tmp_path / "a", model, expected, layouts, tmp_path)
 
 
@@ -155,7 +157,7 @@ def test_adapters_of_stock_mlx_lm(
     model: Path, tmp_path: Path, kind: str, parameters: dict[str, Any], layouts: tuple[str, ...]
 ) -> None:
     expected = made_by_mlx_lm(model, tmp_path / "a", kind, **parameters)
-    assert_answers(tmp_path / "a", model, expected, Untold())
+    assert_answers(tmp_path / "a", model, expected, MissingMetadata())
     assert_conversions(tmp_path / "a", model, expected, layouts, tmp_path)
 
 

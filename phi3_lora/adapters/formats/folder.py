@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,80 +11,21 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, adapter_problems, module_of, uniform_pair
-from phi3_lora.adapters.formats import mlx_lm as mlx_layout
-from phi3_lora.adapters.formats import peft as peft_layout
-from phi3_lora.adapters.formats.fused import RowNorms, fuse, is_unfused, unfuse
+from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
+from phi3_lora.adapters.formats.config_file import CONFIG_NAME, read_adapter_config
+from phi3_lora.adapters.formats.detect import find_layouts
+from phi3_lora.adapters.formats.fused import RowNorms, fuse
+from phi3_lora.adapters.formats.record import FileFormat
+from phi3_lora.adapters.formats.registry import FOLDER_FORMATS, TARGETS
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_bytes
-from phi3_lora.storage.json_file import read_json
-from phi3_lora.storage.safetensors import read_header, read_index, write_streamed
+from phi3_lora.storage.safetensors import write_streamed
 
-CONFIG_NAME = "adapter_config.json"
-FINGERPRINT_NAME = "fingerprint.safetensors"
-_NUMBERED = re.compile(r"\d{7}_adapters\.safetensors")
-"""mlx-lm's checkpoints."""
 TEMPLATE_NAME = "chat_template.jinja"
 """Where training had another template than the model's; named as transformers names it."""
-
-
-def find_layouts(folder: Path) -> dict[str, Path]:
-    """Layout name -> weights file, told by the tensors' names and never by a label.
-
-    Raises:
-        AdapterError: when the folder does not exist, or holds no adapter weights.
-    """
-    if not folder.is_dir():
-        raise AdapterError(f"no such adapter folder: {folder}")
-    found: dict[str, Path] = {}
-    index = folder / f"{peft_layout.WEIGHTS_NAME}.index.json"
-    shards: set[str] = set()
-    if index.exists():
-        tensors = read_index(index, AdapterError)
-        shards = {info.path.name for info in tensors.values()}
-        found[_layout(tensors) or "peft"] = index
-    candidates: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name == FINGERPRINT_NAME or path.name in shards:
-            continue
-        layout = _layout(read_header(path, AdapterError))
-        if layout is not None:
-            candidates.setdefault(layout, []).append(path)
-    for layout, paths in candidates.items():
-        found.setdefault(layout, _newest(folder, layout, paths))
-    if not found:
-        raise AdapterError(
-            f"{folder} holds no adapter: expected {peft_layout.WEIGHTS_NAME} (PEFT) or "
-            f"{mlx_layout.WEIGHTS_NAME} (mlx-lm) with LoRA tensors"
-        )
-    return found
-
-
-def _newest(folder: Path, layout: str, paths: list[Path]) -> Path:
-    """The file of a layout: the usual one, else the last of mlx-lm's numbered checkpoints.
-
-    Raises:
-        AdapterError: when there are others beside it.
-    """
-    usual = mlx_layout.WEIGHTS_NAME if layout == "mlx" else peft_layout.WEIGHTS_NAME
-    others = [p for p in paths if p.name != usual and not _NUMBERED.fullmatch(p.name)]
-    final = [p for p in paths if p.name == usual]
-    if len(others) + len(final) > 1:
-        names = ", ".join(p.name for p in (*final, *others))
-        raise AdapterError(
-            f"{folder} holds several adapters ({names}): leave the one that you mean"
-        )
-    return (final or others or paths)[-1]
-
-
-def _layout(names: Mapping[str, Any]) -> str | None:
-    if is_unfused(names):
-        return "unfused"
-    if peft_layout.is_peft(names):
-        return "peft"
-    return "mlx" if mlx_layout.is_mlx(names) else None
 
 
 def read_adapter(
@@ -111,8 +51,7 @@ def read_adapter(
     adapters = []
     try:
         for layout, path in layouts.items():
-            read = mlx_layout.read_mlx if layout == "mlx" else peft_layout.read_peft
-            adapters.append(read(path, config))
+            adapters.append(FOLDER_FORMATS[layout].read(path, config))
     except AdapterError:
         raise
     except (TypeError, ValueError) as cause:
@@ -131,15 +70,6 @@ def read_adapter(
     for other in adapters[1:]:
         _check_agree(folder, adapters[0], other)
     return adapters[0]
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json.
-
-    Raises:
-        AdapterError: when it is missing or is no JSON object.
-    """
-    return read_json(folder / CONFIG_NAME, AdapterError)
 
 
 def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
@@ -209,8 +139,7 @@ def check_replaceable(folder: Path) -> None:
         "README.md",
         FINGERPRINT_NAME,
         TEMPLATE_NAME,
-        peft_layout.WEIGHTS_NAME,
-        mlx_layout.WEIGHTS_NAME,
+        *(found.weights_name for found in FOLDER_FORMATS.values()),
     }
     if not folder.is_dir() or any(path.name not in own for path in folder.iterdir()):
         raise AdapterError(f"{folder} holds other files than an adapter: choose a new folder")
@@ -240,32 +169,29 @@ def write_adapter_folder(
         AdapterError: when the only layout asked for cannot hold the adapter.
         StorageError: when the folder cannot be written; the old content stays.
     """
-    if to == "unfused":
-        if base is None:
-            raise AdapterError("unfused needs the sizes of q, k and v: pass --model")
-        adapter, to = unfuse(adapter, base), "peft"
-    layouts = ("peft", "mlx") if to == "both" else (to,)
-    notes = []
-    reason = mlx_layout.why_not_mlx(adapter) if "mlx" in layouts else None
-    if reason is not None:
-        if to == "mlx":
-            raise AdapterError(f"mlx-lm cannot hold this adapter: {reason}")
-        layouts = ("peft",)
-        notes.append(f"no {mlx_layout.WEIGHTS_NAME}: mlx-lm cannot hold this adapter: {reason}")
+    target = TARGETS[to]
+    assert not isinstance(target, FileFormat)
+    chosen, notes = [], []
+    for member in target.members:
+        reason = member.refusal(adapter)
+        if reason is None:
+            chosen.append(member)
+            continue
+        refused = f"{member.tool} cannot hold this adapter: {reason}"
+        if len(target.members) == 1:
+            raise AdapterError(refused)
+        notes.append(f"no {member.weights_name}: {refused}")
+    contents = [(member.weights_name, member.encode(adapter, base)) for member in chosen]
 
     def fill(part: Path) -> None:
         config: dict[str, Any] = {}
-        if "peft" in layouts:
-            write_streamed(part / peft_layout.WEIGHTS_NAME, peft_layout.peft_tensors(adapter))
-            config |= peft_layout.peft_config(adapter)
-        if "mlx" in layouts:
-            tail = mlx_layout.for_mlx(adapter)
-            write_streamed(part / mlx_layout.WEIGHTS_NAME, mlx_layout.mlx_tensors(tail))
-            config |= mlx_layout.mlx_config(tail)
+        for weights_name, content in contents:
+            write_streamed(part / weights_name, content.tensors)
+            config |= content.config
         text = json.dumps(config, indent=2) + "\n"
         write_bytes(part / CONFIG_NAME, text.encode())
-        for name, content in (files or {}).items():
-            write_bytes(part / name, content)
+        for name, data in (files or {}).items():
+            write_bytes(part / name, data)
 
     replace_folder(folder, fill)
     return notes

@@ -16,37 +16,18 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.record import FileFormat, Written
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models.config import PROJECTIONS, ModelConfig
+from phi3_lora.models.gguf_names import gguf_name, module_of_gguf_name
 from phi3_lora.storage.atomic import replacing
 from phi3_lora.storage.optional import gguf_package
 
-_IN_LAYER = {
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_OUTSIDE = {EMBEDDING: "token_embd", HEAD: "output"}
 _TENSOR = re.compile(r"^(.+)\.weight\.lora_([ab])$")
 _ALPHA = "adapter.lora.alpha"
-
-
-def _gguf_name(module: str) -> str:
-    place = split_layer(module)
-    if place is None:
-        return _OUTSIDE[module]
-    return f"blk.{place[0]}.{_IN_LAYER[place[1]]}"
-
-
-def _module(name: str) -> str | None:
-    """The module of a GGUF name without its ending."""
-    match = re.match(r"^blk\.(\d+)\.(.+)$", name)
-    if match is None:
-        return {short: module for module, short in _OUTSIDE.items()}.get(name)
-    path = {short: path for path, short in _IN_LAYER.items()}.get(match[2])
-    return None if path is None else f"model.layers.{match[1]}.{path}"
 
 
 def why_not_gguf(adapter: Adapter) -> str | None:
@@ -61,7 +42,7 @@ def why_not_gguf(adapter: Adapter) -> str | None:
 
 def _is_foreign(module: str) -> bool:
     place = split_layer(module)
-    return module not in _OUTSIDE if place is None else place[1] not in _IN_LAYER
+    return module not in (EMBEDDING, HEAD) if place is None else place[1] not in PROJECTIONS
 
 
 def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
@@ -88,7 +69,7 @@ def _write(gguf: Any, path: Path, adapter: Adapter) -> None:
         writer.add_float32(_ALPHA, adapter.scaling * adapter.r)
         for module in adapter.modules:
             a, b = adapter.pair(module)
-            name = f"{_gguf_name(module)}.weight"
+            name = f"{gguf_name(module)}.weight"
             a = np.ascontiguousarray(a.T) if module == EMBEDDING else a
             writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
             writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
@@ -115,8 +96,8 @@ def read_gguf_adapter(path: Path) -> Adapter:
     problems = []
     for tensor in reader.tensors:
         match = _TENSOR.match(tensor.name)
-        module = None if match is None else _module(match[1])
-        if match is None or module is None:
+        module = None if match is None else module_of_gguf_name(match[1])
+        if match is None or module is None or _is_foreign(module):
             problems.append(f"{tensor.name}: not a LoRA tensor of Phi-3")
             continue
         # In float32 that is the mapped file itself, not a second copy of it.
@@ -147,3 +128,27 @@ def _reader(path: Path) -> Any:
 def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _read_record(path: Path, missing: MissingMetadata, config: ModelConfig | None) -> Adapter:
+    return read_gguf_adapter(path)
+
+
+def _write_record(path: Path, adapter: Adapter, missing: MissingMetadata) -> Written:
+    write_gguf_adapter(path, adapter)
+    return Written()
+
+
+GGUF = FileFormat(
+    name="gguf",
+    pattern="*.gguf",
+    detect=_is_gguf,
+    read=_read_record,
+    write=_write_record,
+    refusal=why_not_gguf,
+)

@@ -8,50 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import Adapter, with_scalings
+from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
+from phi3_lora.adapters.formats.archive import entry_names
 from phi3_lora.adapters.formats.fused import FUSED_PARTS, part_rows
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
+from phi3_lora.adapters.formats.record import FileFormat, Written
+from phi3_lora.adapters.formats.torch_pickle import encode_torch_file, read_torch_file
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.arrays import Float32, Tensors
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models.config import ModelConfig
+from phi3_lora.storage.atomic import replace_file
 
 _NAME = re.compile(r"^(.+)\.(lora_[AB])$")
 _MODULE = re.compile(r"(?:^|\.)(model\.layers\.\d+\..+|model\.embed_tokens|lm_head)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Untold:
-    """What the file does not say."""
-
-    alpha: float | None = None
-    """lora_alpha; loralib's own default is 1."""
-    prefix: str = ""
-    """What stands before the module paths of Phi-3."""
-    enable: Sequence[str] = ()
-    """The parts of a fused projection that MergedLinear adapts, such as q, v."""
-    parts: str | None = None
-    """equal, as loralib cuts a MergedLinear, or model, by the model's own sizes."""
-
-
 def from_loralib(
-    tensors: Mapping[str, Float32], untold: Untold, where: str, config: ModelConfig | None = None
+    tensors: Mapping[str, Float32],
+    missing: MissingMetadata,
+    where: str,
+    config: ModelConfig | None = None,
 ) -> Adapter:
     """The adapter in a state dict; what is no LoRA tensor (a full state dict) is left aside.
 
     Args:
         tensors: by name.
-        untold: what they do not say.
+        missing: values that they do not store.
         where: the file, for messages.
         config: the base model's shape; tells unequal parts of a MergedLinear from equal ones.
 
     Raises:
         AdapterError: when alpha is not told, a pair is not whole, or a module is none of Phi-3's.
     """
-    if untold.alpha is None:
+    if missing.alpha is None:
         raise AdapterError(
             f"{where}: loralib stores no alpha; pass --alpha to phi3-lora convert, as the "
             "layers had it"
@@ -64,10 +58,10 @@ def from_loralib(
     problems, found, scalings = [], {}, {}
     for path, pair in pairs.items():
         try:
-            a, b = _factors(path, pair, untold, config)
-            module = _module(path, untold.prefix)
+            a, b = _factors(path, pair, missing, config)
+            module = _module(path, missing.prefix)
             found[module] = a, b
-            scalings[module] = untold.alpha / pair["lora_B"].shape[1]
+            scalings[module] = missing.alpha / pair["lora_B"].shape[1]
         except AdapterError as cause:
             problems.append(str(cause))
     if problems or not found:
@@ -87,7 +81,7 @@ def _module(path: str, prefix: str) -> str:
 
 
 def _factors(
-    path: str, pair: Mapping[str, Float32], untold: Untold, config: ModelConfig | None
+    path: str, pair: Mapping[str, Float32], missing: MissingMetadata, config: ModelConfig | None
 ) -> tuple[Float32, Float32]:
     """A (ranks, in) and B (out, ranks) of Linear, or of MergedLinear."""
     if set(pair) != {"lora_A", "lora_B"}:
@@ -103,15 +97,15 @@ def _factors(
         return a, b
     parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
     whole = sum(_own_rows(parts, config).values())
-    chosen = [part for part in parts if part in untold.enable] or parts
+    chosen = [part for part in parts if part in missing.enable] or parts
     if count == 1 and (len(b) == whole or (not whole and len(chosen) != 1)):
         return a, b
     if len(chosen) != count:
         raise AdapterError(
             f"{path}: {count} of {', '.join(parts)} are adapted; pass --enable with their names"
         )
-    own = _own_rows(parts, config) if untold.parts != "equal" else {}
-    rows = _part_rows(path, len(b), parts, chosen, own, told=untold.parts)
+    own = _own_rows(parts, config) if missing.parts != "equal" else {}
+    rows = _part_rows(path, len(b), parts, chosen, own, told=missing.parts)
     wide = np.zeros((sum(rows.values()), len(a)), np.float32)
     start = used = column = 0
     for part in parts:
@@ -169,11 +163,47 @@ def to_loralib(adapter: Adapter, prefix: str = "") -> Tensors:
     Raises:
         AdapterError: when loralib cannot hold the adapter.
     """
-    if adapter.use_dora or adapter.saved:
-        what = "DoRA" if adapter.use_dora else "whole weights"
-        raise AdapterError(f"loralib has no {what}: merge the adapter, or convert it to peft")
+    reason = why_not_loralib(adapter)
+    if reason is not None:
+        raise AdapterError(f"{reason}: merge the adapter, or convert it to peft")
     tensors = {}
     for module in adapter.modules:
         tensors[f"{prefix}{module}.lora_A"] = adapter.weights[lora_a_name(module)]
         tensors[f"{prefix}{module}.lora_B"] = adapter.weights[lora_b_name(module)]
     return tensors
+
+
+def why_not_loralib(adapter: Adapter) -> str | None:
+    """Return the reason why loralib cannot hold an adapter, or None."""
+    if adapter.use_dora:
+        return "loralib has no DoRA"
+    return "loralib has no whole weights" if adapter.saved else None
+
+
+def _is_torch_archive(path: Path) -> bool:
+    return any(name.endswith("/data.pkl") for name in entry_names(path))
+
+
+def _read(path: Path, missing: MissingMetadata, config: ModelConfig | None) -> Adapter:
+    return from_loralib(read_torch_file(path), missing, str(path), config)
+
+
+def _write(path: Path, adapter: Adapter, missing: MissingMetadata) -> Written:
+    # loralib has one alpha for all layers of one rank.
+    adapter = uniform_adapter(adapter)
+    replace_file(path, encode_torch_file(to_loralib(adapter, missing.prefix)))
+    alpha = adapter.scaling * adapter.r
+    note = f"loralib stores neither rank nor alpha: r is {adapter.r}, lora_alpha {alpha:.9g}"
+    return Written(notes=[note], missing=MissingMetadata(alpha, missing.prefix))
+
+
+LORALIB = FileFormat(
+    name="loralib",
+    pattern="*.pt",
+    detect=_is_torch_archive,
+    read=_read,
+    write=_write,
+    refusal=why_not_loralib,
+    read_options=frozenset({"alpha", "prefix", "enable", "parts"}),
+    write_options=frozenset({"prefix"}),
+)

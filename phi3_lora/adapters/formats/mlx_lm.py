@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
-from phi3_lora.adapters.formats.peft import is_finite, is_number
+from phi3_lora.adapters.formats.config_file import is_finite, is_number
+from phi3_lora.adapters.formats.peft import is_peft
+from phi3_lora.adapters.formats.record import FolderContent, FolderFormat
 from phi3_lora.adapters.names import (
     EMBEDDING,
     HEAD,
@@ -26,16 +28,12 @@ from phi3_lora.adapters.names import (
 )
 from phi3_lora.arrays import Tensors
 from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.safetensors import NewTensor, read_all_float32
 
 WEIGHTS_NAME = "adapters.safetensors"
 _PEFT_NAMES = {"lora_a": lora_a_name, "lora_b": lora_b_name, "m": magnitude_name}
 _MLX_KINDS = {"A": "lora_a", "B": "lora_b", "m": "m"}
-
-
-def is_mlx(names: Mapping[str, Any]) -> bool:
-    """Whether tensor names are mlx-lm's."""
-    return any(name.endswith(".lora_a") for name in names)
 
 
 def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
@@ -209,3 +207,33 @@ def mlx_tensors(adapter: Adapter) -> dict[str, NewTensor]:
         turned = NewTensor("F32", value.shape[::-1], partial(np.transpose, value))
         tensors[f"{part[0]}.{_MLX_KINDS[part[1]]}"] = turned
     return tensors
+
+
+def _is_mlx(names: Mapping[str, Any]) -> bool:
+    return any(name.endswith(".lora_a") for name in names) and not is_peft(names)
+
+
+def _encode(adapter: Adapter, base: ModelConfig | None) -> FolderContent:
+    tail = for_mlx(adapter)
+    return FolderContent(tensors=mlx_tensors(tail), config=mlx_config(tail))
+
+
+def _conversion_notes(adapter: Adapter) -> list[str]:
+    if adapter.num_layers is not None:
+        return []
+    return [
+        "the base model's number of layers is not known, and mlx-lm takes the adapted layers for "
+        "its last ones: pass --model to check"
+    ]
+
+
+MLX_LM = FolderFormat(
+    name="mlx",
+    tool="mlx-lm",
+    weights_name=WEIGHTS_NAME,
+    detect=_is_mlx,
+    read=read_mlx,
+    encode=_encode,
+    refusal=why_not_mlx,
+    conversion_notes=_conversion_notes,
+)

@@ -5,7 +5,6 @@ Source: PEFT, tuners/lora/config.py and utils/save_and_load.py.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -15,8 +14,12 @@ from typing import Any
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.formats.config_file import is_finite, is_number
+from phi3_lora.adapters.formats.fused import is_unfused
+from phi3_lora.adapters.formats.record import FolderContent, FolderFormat
 from phi3_lora.adapters.names import lora_a_name, short_targets, split_name
 from phi3_lora.errors import AdapterError, listing
+from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.safetensors import NewTensor, read_all_float32
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,7 +44,7 @@ _BASE_COPY = ".base_layer.weight"
 
 
 def is_peft(names: Mapping[str, Any]) -> bool:
-    """Whether tensor names are PEFT's."""
+    """Return whether tensor names are PEFT's."""
     # The moments of an optimizer bear these names with something after them.
     return any(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in names)
 
@@ -179,19 +182,6 @@ def by_pattern(pattern: Mapping[str, float], module: str, default: float) -> flo
     return default
 
 
-def is_number(value: Any, *kinds: type) -> bool:
-    """Whether a value read from JSON is of these kinds; true and false are no numbers."""
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value read from JSON is a number that a float holds."""
-    try:
-        return is_number(value, int, float) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The keys of adapter_config.json that PEFT reads."""
     modules = adapter.modules
@@ -244,3 +234,22 @@ def peft_tensors(adapter: Adapter) -> dict[str, NewTensor]:
         name: NewTensor("F32", value.shape, partial(np.asarray, value))
         for name, value in adapter.weights.items()
     }
+
+
+def peft_content(adapter: Adapter, base: ModelConfig | None) -> FolderContent:
+    """Encode an adapter in PEFT's format."""
+    return FolderContent(tensors=peft_tensors(adapter), config=peft_config(adapter))
+
+
+def _is_fused_peft(names: Mapping[str, Any]) -> bool:
+    return is_peft(names) and not is_unfused(names)
+
+
+PEFT = FolderFormat(
+    name="peft",
+    tool="PEFT",
+    weights_name=WEIGHTS_NAME,
+    detect=_is_fused_peft,
+    read=read_peft,
+    encode=peft_content,
+)

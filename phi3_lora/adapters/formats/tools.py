@@ -8,6 +8,7 @@ from typing import NamedTuple
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
 from phi3_lora.adapters.formats.gguf import why_not_gguf
 from phi3_lora.adapters.formats.mlx_lm import why_not_mlx
+from phi3_lora.adapters.formats.record import hold_any
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
@@ -61,16 +62,12 @@ def _no_hints(adapter: Adapter) -> list[str]:
     return []
 
 
-def _never(adapter: Adapter) -> str | None:
-    return None
-
-
 CONSUMERS: Mapping[str, Consumer] = {
     "vllm": Consumer("peft", _vllm_refusal, True, _vllm_hints, "vLLM"),
     "llama.cpp": Consumer("gguf", why_not_gguf, True, _llama_hints, "llama.cpp"),
     "ollama": Consumer("gguf", why_not_gguf, True, _no_hints, "llama.cpp"),
     "mlx-lm": Consumer("mlx", why_not_mlx, True, _no_hints, "mlx-lm"),
-    "peft": Consumer("peft", _never, False, _no_hints),
+    "peft": Consumer("peft", hold_any, False, _no_hints),
 }
 
 

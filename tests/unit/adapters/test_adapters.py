@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import (
     check_replaceable,
     find_layouts,
@@ -222,7 +222,9 @@ def test_conversion_to_mlx_tells_that_the_number_of_layers_is_unknown(tmp_path: 
     write_adapter_folder(tmp_path / "a", make_adapter(), to="peft")
     assert (
         "pass --model"
-        in convert(Job(source=tmp_path / "a", target=tmp_path / "b", to="mlx")).notes[0]
+        in convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "b", to="mlx")).notes[
+            0
+        ]
     )
 
 
@@ -238,7 +240,7 @@ def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
 def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
     with pytest.raises(AdapterError, match="lies inside"):
-        convert(Job(source=tmp_path / "a", target=tmp_path / "a" / "b", to="peft"))
+        convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "a" / "b", to="peft"))
     assert not (tmp_path / "a" / "b").exists()
 
 
@@ -346,7 +348,7 @@ def test_tail_of_layers_is_written_for_mlx(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("source", "to"), [("peft", "mlx"), ("mlx", "peft"), ("mlx", "both")])
 def test_conversion_is_exact(tmp_path: Path, source: str, to: str) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter(), to=source)
-    found = convert(Job(source=tmp_path / "a", target=tmp_path / "b", to=to))
+    found = convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "b", to=to))
     assert found.lossless and found.max_weight_difference == 0.0
     assert (found.source, found.to, found.tensors) == (source, to, 24)
     assert_same(read_adapter(tmp_path / "b"), make_adapter())
@@ -355,14 +357,14 @@ def test_conversion_is_exact(tmp_path: Path, source: str, to: str) -> None:
 def test_conversion_into_a_used_folder_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
     with pytest.raises(AdapterError, match="is in use"):
-        convert(Job(source=tmp_path / "a", target=tmp_path / "a", to="peft"))
+        convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "a", to="peft"))
 
 
 def test_delta_norm_is_the_deltas_frobenius_norm(tmp_path: Path) -> None:
     adapter = make_adapter()
     adapter.weights[lora_b_name(QKV)][:] = 0.0
     write_adapter_folder(tmp_path / "a", adapter)
-    facts = inspect_adapter(tmp_path / "a")
+    facts = inspect_adapter(tmp_path / "a").to_dict()
     for module in SHAPES:
         expected = np.linalg.norm(adapter.delta(module).astype(np.float64))
         assert facts["delta_norms"][module] == pytest.approx(expected, rel=1e-6)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import write_adapter_folder
 from phi3_lora.adapters.formats.mlx_lm import mlx_tensors
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
@@ -88,7 +88,7 @@ def write_npz(path: Path, kept: int | None = None, **more: Any) -> None:
 
 def write_gguf(path: Path, kept: int | None = None) -> None:
     write_adapter_folder(path.parent / "whole", adapter())
-    convert(Job(source=path.parent / "whole", target=path, to="gguf"))
+    convert(ConversionRequest(source=path.parent / "whole", target=path, to="gguf"))
     if kept is not None:
         path.write_bytes(path.read_bytes()[:kept])
 
@@ -219,7 +219,12 @@ def test_a_bad_source_is_one_error_and_nothing_is_written(
 def test_any_name_of_a_target_is_written(tmp_path: Path, name: str, to: str) -> None:
     write_adapter_folder(tmp_path / "a", adapter())
     target = tmp_path / "deep" / name
-    assert convert(Job(source=tmp_path / "a", target=target, to=to)).max_relative_difference == 0.0
+    assert (
+        convert(
+            ConversionRequest(source=tmp_path / "a", target=target, to=to)
+        ).max_relative_difference
+        == 0.0
+    )
     assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]
 
 
@@ -233,11 +238,13 @@ def test_a_name_that_no_disk_takes_is_one_error(capsys: Capture, tmp_path: Path)
 def test_a_source_may_be_a_link_and_an_archive_is_never_unpacked(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", adapter())
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert convert(Job(source=tmp_path / "link", target=tmp_path / "b", to="peft")).lossless
+    assert convert(
+        ConversionRequest(source=tmp_path / "link", target=tmp_path / "b", to="peft")
+    ).lossless
     with zipfile.ZipFile(tmp_path / "slip.npz", "w") as archive:
         archive.writestr("../../owned.npy", b"x")
     with pytest.raises(AdapterError, match=r"no whole \.npz"):
-        convert(Job(source=tmp_path / "slip.npz", target=tmp_path / "c", to="peft"))
+        convert(ConversionRequest(source=tmp_path / "slip.npz", target=tmp_path / "c", to="peft"))
     assert not (tmp_path.parent / "owned.npy").exists()
 
 

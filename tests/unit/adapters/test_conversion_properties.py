@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
-from phi3_lora.adapters.convert import FILE_LAYOUTS, SAME, Job, convert
+from phi3_lora.adapters.convert import SAME, ConversionRequest, convert
 from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
-from phi3_lora.adapters.formats.loralib import Untold
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
 from phi3_lora.adapters.formats.mlx_lm import for_mlx, mlx_config, mlx_tensors
-from phi3_lora.adapters.formats.sources import NPZ_NAME, read_source
+from phi3_lora.adapters.formats.npz import NPZ_NAME
+from phi3_lora.adapters.formats.reading import read_source
+from phi3_lora.adapters.formats.registry import FILE_FORMATS
 from phi3_lora.adapters.names import ends_with, lora_a_name, lora_b_name, magnitude_name, saved_name
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
@@ -154,8 +156,10 @@ def is_uneven(adapter: Adapter) -> bool:
 def moved(
     source: Path, target: Path, to: str, config: ModelConfig, alpha: float | None = None
 ) -> Any:
-    untold = Untold(alpha=alpha)
-    return convert(Job(source=source, target=target, to=to, config=config, untold=untold))
+    untold = MissingMetadata(alpha=alpha)
+    return convert(
+        ConversionRequest(source=source, target=target, to=to, config=config, missing=untold)
+    )
 
 
 def assert_canonical(folder: Path, adapter: Adapter, config: ModelConfig) -> None:
@@ -196,7 +200,7 @@ def test_any_layout_to_any_other_and_back(
         path = folder / "s"
         alpha = None
         for number, to in enumerate((second, third, "peft")):
-            target = folder / f"{number}{'.bin' if to in FILE_LAYOUTS else ''}"
+            target = folder / f"{number}{'.bin' if to in FILE_FORMATS else ''}"
             if not can_hold(to, adapter):
                 with pytest.raises(AdapterError):
                     moved(path, target, to, config, alpha)
@@ -277,8 +281,8 @@ def test_every_layout_is_told_by_its_content(tmp_path: Path) -> None:
     for to in ("peft", "mlx", "both", "loralib", "gguf"):
         target = tmp_path / f"{to}.misleading"
         moved(tmp_path / "a", target, to, config)
-        _, layout = read_source(target, config, Untold(alpha=4.0))
+        _, layout = read_source(target, config, MissingMetadata(alpha=4.0))
         assert layout == {"both": "mlx+peft"}.get(to, to)
     (tmp_path / "text").write_bytes(encode(weights))
     with pytest.raises(AdapterError):
-        read_source(tmp_path / "text", config, Untold(alpha=4.0))
+        read_source(tmp_path / "text", config, MissingMetadata(alpha=4.0))

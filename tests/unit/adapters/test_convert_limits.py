@@ -21,13 +21,14 @@ pytest.importorskip("gguf")
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.convert import ConversionRequest, convert
 import phi3_lora.adapters.formats.gguf, gguf
 def held():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before, start = held(), time.process_time()
-found = convert(Job(source=Path(sys.argv[1]), target=Path(sys.argv[2]), to=sys.argv[3]))
+source, target, to = sys.argv[1:]
+found = convert(ConversionRequest(source=Path(source), target=Path(target), to=to))
 seconds = time.process_time() - start
 frameworks = {"torch", "mlx", "peft", "transformers"} & set(sys.modules)
 print(json.dumps([seconds, held() - before, found.max_relative_difference, sorted(frameworks)]))

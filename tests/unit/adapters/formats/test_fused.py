@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.formats.fused import fuse, part_rows, unfuse
 from phi3_lora.adapters.inspection import inspect_adapter
@@ -100,15 +100,19 @@ def test_convert_goes_both_ways_and_stock_peft_reads_the_split_names(
     adapter = adapter_of(config.linear_shapes())
     write_adapter_folder(tmp_path / "a", adapter)
     with pytest.raises(AdapterError, match="pass --model"):
-        convert(Job(source=tmp_path / "a", target=tmp_path / "u", to="unfused"))
-    found = convert(Job(source=tmp_path / "a", target=tmp_path / "u", to="unfused", config=config))
+        convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "u", to="unfused"))
+    found = convert(
+        ConversionRequest(source=tmp_path / "a", target=tmp_path / "u", to="unfused", config=config)
+    )
     assert found.lossless and found.source == "mlx+peft"
     stored = json.loads((tmp_path / "u/adapter_config.json").read_text())
     assert set(stored["target_modules"]) >= {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    inspected = inspect_adapter(tmp_path / "u")
+    inspected = inspect_adapter(tmp_path / "u").to_dict()
     assert inspected["layout"] == "unfused" and "self_attn.k_proj" in inspected["target_modules"]
     assert "apart" in inspected["loads_in"]["peft"]
-    back = convert(Job(source=tmp_path / "u", target=tmp_path / "b", to="both", config=config))
+    back = convert(
+        ConversionRequest(source=tmp_path / "u", target=tmp_path / "b", to="both", config=config)
+    )
     assert back.lossless and back.source == "unfused"
     again = read_adapter(tmp_path / "b")
     assert all(np.array_equal(again.weights[n], v) for n, v in adapter.weights.items())

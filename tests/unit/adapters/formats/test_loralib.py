@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from phi3_lora.adapters.adapter import Adapter
-from phi3_lora.adapters.convert import Job, convert
+from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
-from phi3_lora.adapters.formats.loralib import Untold, from_loralib
+from phi3_lora.adapters.formats.loralib import from_loralib
+from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
 from phi3_lora.adapters.formats.torch_pickle import encode_torch_file, read_torch_file
 from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.errors import AdapterError
@@ -122,7 +123,9 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 def test_convert_there_and_back_is_exact(capsys: Capture, tmp_path: Path) -> None:
     adapter = adapter_of()
     write_adapter_folder(tmp_path / "a", adapter)
-    found = convert(Job(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib"))
+    found = convert(
+        ConversionRequest(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib")
+    )
     assert found.lossless and "lora_alpha 8" in found.notes[0]
     code, _, err = run(capsys, "convert", tmp_path / "x.pt", tmp_path / "b", "--to", "peft")
     assert code == 2 and "--alpha" in err and not (tmp_path / "b").exists()
@@ -152,7 +155,9 @@ def test_ranks_and_scales_of_their_own_become_one_alpha(tmp_path: Path) -> None:
         adapter, weights={**adapter.weights, **wide}, alphas={adapter.modules[1]: 2.0}
     )
     write_adapter_folder(tmp_path / "a", adapter)
-    found = convert(Job(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib"))
+    found = convert(
+        ConversionRequest(source=tmp_path / "a", target=tmp_path / "x.pt", to="loralib")
+    )
     assert found.max_relative_difference <= 1e-6
     assert "r is 8, lora_alpha 16" in found.notes[0]
 
@@ -178,9 +183,9 @@ def test_state_dicts_of_loralib_itself_give_its_own_deltas(
         for name, value in lora.lora_state_dict(layer).items()
     }
     torch.save(state, tmp_path / "x.pt")
-    untold = Untold(6.0, "net.", ("q", "v"))
+    untold = MissingMetadata(6.0, "net.", ("q", "v"))
     if all(enable):
-        untold = Untold(6.0, "net.")
+        untold = MissingMetadata(6.0, "net.")
     adapter = from_loralib(read_torch_file(tmp_path / "x.pt"), untold, "x.pt")
     x = torch.randn(5, 64)
     for name in ("qkv_proj", "o_proj"):
@@ -199,7 +204,9 @@ def test_an_embedding_of_loralib_is_the_models(tmp_path: Path) -> None:
     state = {f"model.embed_tokens.{n}": v for n, v in lora.lora_state_dict(embedding).items()}
     torch.save(state, tmp_path / "x.pt")
     found = convert(
-        Job(source=tmp_path / "x.pt", target=tmp_path / "a", to="both", untold=Untold(6.0))
+        ConversionRequest(
+            source=tmp_path / "x.pt", target=tmp_path / "a", to="both", missing=MissingMetadata(6.0)
+        )
     )
     assert found.lossless
     adapter = read_adapter(tmp_path / "a")
@@ -227,7 +234,7 @@ def test_unequal_parts_are_told_by_their_rows(
     a = rng.normal(0, 1, (2 * len(enable), 64)).astype(np.float32)
     b = rng.normal(0, 1, (rows, 2)).astype(np.float32)
     tensors = {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b}
-    adapter = from_loralib(tensors, Untold(4.0, "", enable, parts), "x.pt", config)
+    adapter = from_loralib(tensors, MissingMetadata(4.0, "", enable, parts), "x.pt", config)
     delta = adapter.delta(qkv)
     used = 0
     for i, (start, end) in enumerate(expected):
@@ -246,15 +253,19 @@ def test_parts_that_could_be_equal_or_the_models_own_are_asked_for(tmp_path: Pat
     a, b = np.ones((6, 48), np.float32), np.arange(192, dtype=np.float32).reshape(96, 2)
     tensors = {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b}
     with pytest.raises(AdapterError, match="pass --parts equal or --parts model"):
-        from_loralib(tensors, Untold(4.0), "x.pt", config)
+        from_loralib(tensors, MissingMetadata(4.0), "x.pt", config)
     found = {
-        parts: from_loralib(tensors, Untold(4.0, "", (), parts), "x.pt", config).pair(qkv)[1]
+        parts: from_loralib(tensors, MissingMetadata(4.0, "", (), parts), "x.pt", config).pair(qkv)[
+            1
+        ]
         for parts in ("equal", "model")
     }
     assert np.flatnonzero(found["equal"][:, 0]).max() == 31
     assert np.flatnonzero(found["model"][:, 0]).max() == 47
     with pytest.raises(AdapterError, match="neither equal parts nor those of the model"):
-        from_loralib({f"{qkv}.lora_A": a, f"{qkv}.lora_B": b[:90]}, Untold(4.0), "x.pt", config)
+        from_loralib(
+            {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b[:90]}, MissingMetadata(4.0), "x.pt", config
+        )
 
 
 def test_what_cannot_be_placed_is_told() -> None:
@@ -272,4 +283,4 @@ def test_what_cannot_be_placed_is_told() -> None:
     }
     for phrase, tensors in cases.items():
         with pytest.raises(AdapterError, match=phrase):
-            from_loralib(tensors, Untold(1.0), "x.pt")
+            from_loralib(tensors, MissingMetadata(1.0), "x.pt")
