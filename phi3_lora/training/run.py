@@ -83,15 +83,15 @@ def train(
         )
         base, identity = prepare_weights(prepared.base, backend, observer.note)
         prepared = dataclasses.replace(prepared, base=base)
-        belongings = _belongings(prepared, identity)
+        identity_digests = _run_identity(prepared, identity)
         for text in other_base_notes(prepared.start if checkpoint is None else None, identity):
             observer.note(text)
         if checkpoint is not None:
-            resuming.check_belongs(checkpoint, belongings)
+            resuming.check_belongs(checkpoint, identity_digests)
         engine = _open(prepared, backend, device)
         try:
             environment = resuming.environment(engine, backend)
-            run = _Run(prepared, run_dir, engine, belongings, environment, observer)
+            run = _Run(prepared, run_dir, engine, identity_digests, environment, observer)
             return run.train(checkpoint)
         finally:
             engine.close()
@@ -127,8 +127,8 @@ def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
     )
 
 
-def _belongings(prepared: Prepared, identity: str) -> dict[str, str]:
-    """What must be the same for a checkpoint to be of this run."""
+def _run_identity(prepared: Prepared, identity: str) -> dict[str, str]:
+    """Return the digests that a checkpoint of this run has, too."""
     lora = prepared.lora
     return {
         "model_identity": identity,
@@ -149,14 +149,14 @@ class _Run:
         prepared: Prepared,
         run_dir: Path,
         engine: Engine,
-        belongings: dict[str, str],
+        identity_digests: dict[str, str],
         environment: dict[str, Any],
         observer: Observer,
     ) -> None:
         self.prepared = prepared
         self.run_dir = run_dir
         self.engine = engine
-        self.belongings = belongings
+        self.identity_digests = identity_digests
         self.environment = environment
         self.observer = observer
         self.metrics = MetricsFile(run_dir)
@@ -177,7 +177,7 @@ class _Run:
         facts = {**prepared.facts(), "padding": padding}
         self.metrics.append(
             {"event": event, **self.environment}
-            | {"model_identity": self.belongings["model_identity"], **facts}
+            | {"model_identity": self.identity_digests["model_identity"], **facts}
             | {"step": progress.step}
         )
         observer.start({**facts, **self.environment}, progress.step)
@@ -266,14 +266,14 @@ class _Run:
         )
 
     def _save_checkpoint(self, progress: Progress) -> None:
-        state = {**progress.to_dict(), **self.belongings, "environment": self.environment}
+        state = {**progress.to_dict(), **self.identity_digests, "environment": self.environment}
         path = self.checkpoints.save(self._adapter(), self.engine.read_optimizer(), state)
         self.observer.saved(path)
 
     def _save_adapter(self, name: str, progress: Progress, evaluation: Evaluation | None) -> None:
         prepared = self.prepared
         adapter = settled(self._adapter(), prepared.lora)
-        identity = self.belongings["model_identity"]
+        identity = self.identity_digests["model_identity"]
         card = model_card(
             adapter,
             prepared.config,
