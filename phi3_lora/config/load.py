@@ -251,7 +251,10 @@ def _nearest(name: str, section: str, names: Sequence[str]) -> str:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """A YAML value in a field's type; YAML 1.1 reads 2e-4 as a string."""
+    """Convert a YAML value to a field's type; YAML 1.1 reads 2e-4 as a string."""
+    if typing.get_origin(hint) is typing.Literal:
+        # The dataclass itself checks which texts are allowed.
+        hint = str
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     holders = {typing.get_origin(option): typing.get_args(option) for option in options}
     if value is None or value in ({}, []):
@@ -295,6 +298,8 @@ def _items(values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
 
 
 def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        hint = str
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     text = str(hint)
     if hint in names:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from phi3_lora.config.adapter import LoraConfig
 from phi3_lora.config.data import DataConfig
 from phi3_lora.config.require import require
 from phi3_lora.config.training import TrainingConfig
-from phi3_lora.models.config import DTYPES, QUANTIZATIONS
+
+Device = Literal["auto", "cpu", "gpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +28,11 @@ class RunConfig:
     """An adapter folder to start from."""
     backend: str = "auto"
     """mlx, cuda or auto."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu or gpu."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """float32, bfloat16, float16 or auto."""
-    quantize: str = "none"
+    quantize: Quantization = "none"
     """The base: none, 4bit or 8bit (equal weights on both backends), nf4 or mlx-affine."""
     output_dir: str = ""
     """The run folder."""
@@ -39,16 +42,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.device in ("auto", "cpu", "gpu"),
+            self.device in get_args(Device),
             f"device must be auto, cpu or gpu; got {self.device!r}",
         )
         require(
-            self.dtype in ("auto", *DTYPES),
-            f"dtype must be one of auto, {', '.join(DTYPES)}; got {self.dtype!r}",
+            self.dtype in get_args(Dtype),
+            f"dtype must be one of {', '.join(get_args(Dtype))}; got {self.dtype!r}",
         )
         require(
-            self.quantize in QUANTIZATIONS,
-            f"quantize must be one of {', '.join(QUANTIZATIONS)}; got {self.quantize!r}",
+            self.quantize in get_args(Quantization),
+            f"quantize must be one of {', '.join(get_args(Quantization))}; got {self.quantize!r}",
         )
         for name, flag in (("model", "--model"), ("output_dir", "--output")):
             require(bool(getattr(self, name)), f"{name} is missing: set it or pass {flag}")

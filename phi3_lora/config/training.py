@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from phi3_lora.config.require import require
 from phi3_lora.engine.request import OptimSpec
 
-STRATEGIES = ("no", "steps", "epoch")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-OPTIMIZERS = {"adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}
+Strategy = Literal["no", "steps", "epoch"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Optimizer = Literal["adamw", "adamw_torch", "adamw_torch_fused", "sgd"]
+OPTIMIZERS: dict[Optimizer, str] = {
+    "adamw": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "sgd": "sgd",
+}
 """Accepted names and the update rule they mean."""
 
 
@@ -28,13 +35,13 @@ class TrainingConfig:
     """Documents (with packing: rows) a micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches an optimizer step; documents a step are the product, on any number of ranks."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Scheduler = "cosine"
     """linear, cosine, constant or constant_with_warmup."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     warmup_steps: int = 0
     """Steps of warm-up; positive wins over warmup_ratio."""
-    optim: str = "adamw_torch"
+    optim: Optimizer = "adamw_torch"
     """adamw_torch (also adamw, adamw_torch_fused) or sgd."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
@@ -56,11 +63,11 @@ class TrainingConfig:
     """Of the adapter's start, the order of documents, and dropout."""
     logging_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_strategy: str = "epoch"
+    eval_strategy: Strategy = "epoch"
     """When to score the validation data: no, steps or epoch; with the last two also at the end."""
     eval_steps: int = 0
     """Steps between two evaluations; positive turns eval_strategy epoch into steps."""
-    save_strategy: str = "steps"
+    save_strategy: Strategy = "steps"
     """When to save a checkpoint: no, steps or epoch; the end always counts."""
     save_steps: int = 100
     """Steps between two checkpoints."""
@@ -152,8 +159,8 @@ _SMALLEST: dict[str, float] = {
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "lr_scheduler_type": SCHEDULERS,
-    "optim": tuple(OPTIMIZERS),
-    "eval_strategy": STRATEGIES,
-    "save_strategy": STRATEGIES,
+    "lr_scheduler_type": get_args(Scheduler),
+    "optim": get_args(Optimizer),
+    "eval_strategy": get_args(Strategy),
+    "save_strategy": get_args(Strategy),
 }

@@ -92,16 +92,16 @@ def train(
             rows=rows,
         )
         base = check_for_backend(prepared.base, backend, observer.note)
-        belongings = _belongings(prepared, base.identity)
+        identity_digests = _run_identity(prepared, base.identity)
         start = prepared.start if checkpoint is None else None
         for text in other_base_notes(start, base.identity):
             observer.note(text)
         if checkpoint is not None:
-            resuming.check_belongs(checkpoint, belongings)
+            resuming.check_belongs(checkpoint, identity_digests)
         engine = _open(prepared, base, backend, device)
         try:
             environment = resuming.environment(engine, backend)
-            run = _Run(prepared, base, run_dir, engine, belongings, environment, observer)
+            run = _Run(prepared, base, run_dir, engine, identity_digests, environment, observer)
             return run.train(checkpoint)
         finally:
             engine.close()
@@ -137,8 +137,8 @@ def _open(prepared: Prepared, base: CheckedModel, backend: Backend, device: str)
     )
 
 
-def _belongings(prepared: Prepared, identity: str) -> dict[str, str]:
-    """What must be the same for a checkpoint to be of this run."""
+def _run_identity(prepared: Prepared, identity: str) -> dict[str, str]:
+    """Return the digests that a checkpoint of this run has, too."""
     lora = prepared.lora
     return {
         "model_identity": identity,
@@ -160,7 +160,7 @@ class _Run:
         base: CheckedModel,
         run_dir: Path,
         engine: Engine,
-        belongings: dict[str, str],
+        identity_digests: dict[str, str],
         environment: dict[str, Any],
         observer: Observer,
     ) -> None:
@@ -168,7 +168,7 @@ class _Run:
         self.base = base
         self.run_dir = run_dir
         self.engine = engine
-        self.belongings = belongings
+        self.identity_digests = identity_digests
         self.environment = environment
         self.observer = observer
         self.metrics = MetricsFile(run_dir)
@@ -189,7 +189,7 @@ class _Run:
         facts = {**prepared.facts(), "padding": padding}
         self.metrics.append(
             {"event": event, **self.environment}
-            | {"model_identity": self.belongings["model_identity"], **facts}
+            | {"model_identity": self.identity_digests["model_identity"], **facts}
             | {"step": progress.step}
         )
         observer.start({**facts, **self.environment}, progress.step)
@@ -278,14 +278,14 @@ class _Run:
         )
 
     def _save_checkpoint(self, progress: Progress) -> None:
-        state = {**progress.to_dict(), **self.belongings, "environment": self.environment}
+        state = {**progress.to_dict(), **self.identity_digests, "environment": self.environment}
         path = self.checkpoints.save(self._adapter(), self.engine.read_optimizer(), state)
         self.observer.saved(path)
 
     def _save_adapter(self, name: str, progress: Progress, evaluation: Evaluation | None) -> None:
         prepared = self.prepared
         adapter = drop_initial_factors(self._adapter(), prepared.lora)
-        identity = self.belongings["model_identity"]
+        identity = self.identity_digests["model_identity"]
         card = model_card(
             adapter,
             prepared.config,

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from phi3_lora.config.adapter import LoraConfig
 from phi3_lora.config.load import load_settings, read_yaml
-from phi3_lora.config.training import TrainingConfig
+from phi3_lora.config.schema import Dtype, Quantization
+from phi3_lora.config.training import OPTIMIZERS, Optimizer, TrainingConfig
 from phi3_lora.errors import ConfigError
+from phi3_lora.models.config import DTYPES, QUANTIZATIONS
 
 NEEDED = {"model": "m", "output_dir": "o", "data.train": "d"}
 
@@ -177,6 +179,8 @@ def test_unsupported_value_is_an_error(assignment: str, phrase: str) -> None:
         ("training_config.num_train_epochs=0", "nothing to do"),
         ("data.valid_fraction=1", "valid_fraction must be in [0, 1)"),
         ("device=tpu", "device must be auto, cpu or gpu"),
+        ("dtype=3", "dtype must be a string, got 3"),
+        ("training_config.optim=3", "training_config.optim must be a string, got 3"),
         ("dtype=int8", "dtype must be one of"),
         ("training_config=3", "training_config must be a mapping, got 3"),
     ],
@@ -262,3 +266,9 @@ def test_warm_up_steps(ratio: float, steps: int, expected: int) -> None:
 def test_scaling() -> None:
     assert LoraConfig(r=16, lora_alpha=32).scaling == 2.0
     assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scaling == 8.0
+
+
+def test_literals_hold_what_the_models_and_the_optimizers_know() -> None:
+    assert get_args(Dtype) == ("auto", *DTYPES)
+    assert get_args(Quantization) == QUANTIZATIONS
+    assert get_args(Optimizer) == tuple(OPTIMIZERS)
