@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 import unicodedata
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.report.pages import render_page
 from phi3_lora.storage.atomic import replace_file
 
 MOST_TOKENS = 4096
@@ -218,28 +218,6 @@ def _as_text(marker: re.Match[str]) -> str:
     return f"<U+{ord(first):04X}>{rest}"
 
 
-_CSS = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --plain: #f1f1f1;
-  --edge: #c4c4c4; --loss: #b7e4bd; --line: #2c7a3a; --mark: #8f1a97; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e4; --paper: #16181b; --faint: #a0a0a0; --plain: #24282d;
-    --edge: #4a5058; --loss: #174a26; --line: #58c472; --mark: #f08df5; }
-}
-body { font: 15px/2 ui-monospace, monospace; margin: 2em auto; max-width: 75em; padding: 0 1.2em;
-  color: var(--ink); background: var(--paper); }
-h1, h2, p { font-family: system-ui, sans-serif; line-height: 1.5; }
-h1 { font-size: 1.3em; overflow-wrap: anywhere; }
-h2 { font-size: 1em; margin: 1.8em 0 .3em; overflow-wrap: anywhere; }
-p { margin: .3em 0; }
-.note, .gap { color: var(--faint); font-family: system-ui, sans-serif; }
-.row { overflow-wrap: anywhere; unicode-bidi: isolate; }
-.t { padding: 2px 0; border-left: 1px solid var(--edge); background: var(--plain);
-  print-color-adjust: exact; }
-.t.l { background: var(--loss); border-bottom: 3px solid var(--line); }
-.t.s { color: var(--mark); font-weight: 600; outline: 1px solid var(--mark); outline-offset: -1px; }
-""".strip()
-
-
 def write_preview(
     path: Path,
     documents: Sequence[Document],
@@ -259,43 +237,53 @@ def write_preview(
     Raises:
         StorageError: when the file cannot be written.
     """
-    rows = "\n".join(
-        _row(document, tokenizer, remark)
-        for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False)
+    page = render_page(
+        "preview.html.jinja",
+        title=title,
+        documents=[
+            _page_document(document, tokenizer, remark)
+            for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False)
+        ],
+        space=_SPACE,
+        line_end=_LINE_END,
+        tab=_TAB,
     )
-    name = html.escape(title)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{name}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        '<p><span class="t l">in the loss</span> (underlined), '
-        '<span class="t">not in the loss</span>, '
-        '<span class="t s">special token</span> (framed)</p>\n'
-        f'<p class="note">{_SPACE} space, {_LINE_END} line end, {_TAB} tab; a thin line begins '
-        "each token, whose id is shown when the pointer rests on it.</p>\n"
-        f"{rows}\n</body>\n</html>\n"
-    )
-    # Python keeps an undecodable byte of a file name as a lone surrogate.
-    replace_file(path, page.encode("utf-8", errors="replace"))
+    replace_file(path, page)
 
 
-def _row(document: Document, tokenizer: ChatTokenizer, remark: str) -> str:
+class _PageToken(NamedTuple):
+    """A token, or the few of one character, on the page."""
+
+    classes: str
+    ids: str
+    lines: list[str]
+
+
+class _PageDocument(NamedTuple):
+    """A document on the page."""
+
+    summary: str
+    remark: str
+    before: list[_PageToken]
+    gap: str
+    after: list[_PageToken]
+
+
+def _page_document(document: Document, tokenizer: ChatTokenizer, remark: str) -> _PageDocument:
     before, gap, after = shown_parts(document, tokenizer)
-    note = f'<p class="note">{html.escape(remark)}</p>\n' if remark else ""
-    left_out = f'<div class="gap">{gap}</div>' if gap else ""
-    tokens = "".join(map(_span, before)) + left_out + "".join(map(_span, after))
-    return f'<h2>{html.escape(summary(document))}</h2>\n{note}<div class="row">{tokens}</div>'
+    return _PageDocument(
+        summary(document),
+        remark,
+        [_page_token(piece) for piece in before],
+        "" if gap is None else str(gap),
+        [_page_token(piece) for piece in after],
+    )
 
 
-def _span(piece: Piece) -> str:
+def _page_token(piece: Piece) -> _PageToken:
     classes = "t" + (" l" if piece.is_learnt else "") + (" s" if piece.is_special else "")
-    ids = " ".join(map(str, piece.ids))
     shown = visible(piece.text)
     if piece.text and unicodedata.combining(piece.text[0]):
         # Alone in its span, an accent has nothing to stand on.
         shown = _DOTTED_CIRCLE + shown
-    text = html.escape(shown).replace("\n", "<br>")
-    # A place where a line may break, since the spaces between tokens are no longer spaces.
-    return f'<span class="{classes}" title="{ids}">{text}</span><wbr>'
+    return _PageToken(classes, " ".join(map(str, piece.ids)), shown.split("\n"))
