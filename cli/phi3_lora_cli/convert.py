@@ -52,6 +52,7 @@ def command(
     from phi3_lora.adapters.convert import Job, convert
     from phi3_lora.adapters.formats.folder import check_unused
     from phi3_lora.adapters.formats.loralib import Untold
+    from phi3_lora.export.ollama import write_adapter_modelfile
     from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import look_at_model
 
@@ -72,8 +73,8 @@ def command(
         rank=rank,
     )
     result = convert(job)
-    if consumer == "ollama":
-        _write_modelfile(Path(target), base)
+    if consumer == "ollama" and base is not None:
+        note(write_adapter_modelfile(Path(target), base.path, base.config))
     for text in result.notes:
         note(text)
     found = _verify(job, result, base) if verify else {}
@@ -94,18 +95,6 @@ def _layout(to: str | None, consumer: str | None) -> str:
     if layout != reads and not (layout == "both" and reads in ("peft", "mlx")):
         raise click.UsageError(f"--for {consumer} reads {reads}: leave out --to {layout}")
     return layout
-
-
-def _write_modelfile(folder: Path, base: Any) -> None:
-    from phi3_lora.export.ollama import modelfile_for
-    from phi3_lora.storage.atomic import replace_file
-
-    text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
-    replace_file(folder / "Modelfile", text.encode())
-    note(
-        f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
-        "an Ollama model of the same base after FROM"
-    )
 
 
 def _verify(job: Any, result: Any, base: Any) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def preview(
     """
     from phi3_lora.data.quality.checks import as_trained, first_rows
     from phi3_lora.errors import ConfigError
-    from phi3_lora.report.preview import loss_mask, print_preview, write_preview
+    from phi3_lora.report.preview import preview_rows, print_preview, write_preview
 
     config, files = settings(
         config_file, assignments, data_train=data, model=model, revision=revision
@@ -152,18 +152,7 @@ def preview(
         raise ConfigError("no model: pass --model, or model in --config FILE")
     base = base_of(config)
     rows = as_trained(first_rows(files.train, limit), base)
-    result: dict[str, Any] = {
-        "documents": [
-            {
-                "source": row.document.source,
-                "token_ids": row.document.tokens.tolist(),
-                "loss_mask": loss_mask(row.document),
-                "training": row.training,
-                "remark": row.remark,
-            }
-            for row in rows
-        ]
-    }
+    result: dict[str, Any] = {"documents": [row.to_dict() for row in preview_rows(rows)]}
     shown = [row.document for row in rows]
     remarks = [f"{row.training} in training: {row.remark}" if row.remark else "" for row in rows]
     if page is not None:

@@ -18,16 +18,17 @@ def command(as_json: bool) -> None:
     """
     from phi3_lora.report.doctor import examine
 
-    facts = examine()
+    report = examine()
     if as_json:
-        print_json(facts)
+        print_json(report.to_dict())
         return
-    click.echo(f"phi3-lora {facts['phi3_lora']}, Python {facts['python']}, {facts['platform']}")
-    click.echo(f"{facts['num_cpus']} CPUs; hub cache {facts['hub_cache']}")
-    for name, backend in facts["backends"].items():
-        if not backend["available"]:
-            click.echo(f"backend {name}: cannot run here: {backend['reason']}")
+    click.echo(f"phi3-lora {report.phi3_lora}, Python {report.python}, {report.platform}")
+    click.echo(f"{report.num_cpus} CPUs; hub cache {report.hub_cache}")
+    for name, found in report.backends.items():
+        if not found.is_available:
+            click.echo(f"backend {name}: cannot run here: {found.reason}")
             continue
+        backend = found.facts
         versions = ", ".join(f"{k} {v}" for k, v in backend["versions"].items())
         devices = ", ".join(backend["devices"])
         blas = f", BLAS {backend['blas']}" if "blas" in backend else ""
@@ -35,7 +36,7 @@ def command(as_json: bool) -> None:
             f"backend {name}: {versions}; devices: {devices}; "
             f"{backend['num_threads']} threads{blas}"
         )
-    for problem in facts["problems"]:
+    for problem in report.problems:
         click.echo(f"problem: {problem}")
-    if not facts["problems"]:
+    if not report.problems:
         click.echo("no problems found")

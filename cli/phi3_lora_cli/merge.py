@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phi3_lora_cli.options import note, output_options, print_json
+
+if TYPE_CHECKING:
+    from phi3_lora.export.merge import MergedAdapter, MergedModel, MergeOptions
 
 
 @click.command()
@@ -73,13 +76,13 @@ def command(
     """
     from phi3_lora.adapters.deltas import Weighted
     from phi3_lora.adapters.formats.folder import check_apart
-    from phi3_lora.export.merge import merge, merge_to_gguf
+    from phi3_lora.export.merge import MergedAdapter, MergeRequest, merge
     from phi3_lora.hub.download import resolve_adapter_dir
     from phi3_lora.inference.base_model import look_at_model
     from phi3_lora.inference.loading import load_adapter, other_base_notes
     from phi3_lora.models.weights import check_weights, model_identity
 
-    _check_types(to, dtype, outtype, dequantize=dequantize)
+    options = _options(to, dtype, outtype, dequantize=dequantize)
     if not all(map(math.isfinite, weights)):
         raise click.UsageError(f"--weight must be a number, got {', '.join(map(str, weights))}")
     if weights and len(weights) != len(adapters):
@@ -90,88 +93,72 @@ def command(
     base = look_at_model(model, revision, with_weights=to != "adapter")
     if dequantize and base.config.quantization is None:
         raise click.UsageError(f"--dequantize has no effect: {model} is not quantised")
-    check_apart(Path(output).expanduser(), base.path, *map(Path, folders))
+    target = Path(output).expanduser()
+    check_apart(target, base.path, *map(Path, folders))
     parts = [
         Weighted(load_adapter(path, base), weight)
         for path, weight in zip(folders, weights or [1.0] * len(folders), strict=True)
     ]
-    if to == "adapter":
-        _write_sum(parts, Path(output).expanduser(), as_json=as_json)
-        return
-    tensors = check_weights(base.path, base.config)
-    identity = model_identity(base.path, tensors)
-    for text in {text for part in parts for text in other_base_notes(part.adapter, identity)}:
+    tensors = {} if to == "adapter" else check_weights(base.path, base.config)
+    if tensors:
+        identity = model_identity(base.path, tensors)
+        for text in {text for part in parts for text in other_base_notes(part.adapter, identity)}:
+            note(text)
+    result = merge(
+        MergeRequest(
+            source=base.path,
+            config=base.config,
+            tensors=tensors,
+            parts=parts,
+            target=target,
+            options=options,
+        )
+    )
+    for text in result.notes:
         note(text)
-    inputs = (base.path, base.config, tensors, parts, Path(output).expanduser())
-    if to == "gguf":
-        chosen = None if outtype == "auto" else outtype
-        result = merge_to_gguf(*inputs, out_type=chosen, dequantized=dequantize)
+    if isinstance(result, MergedAdapter):
+        _tell_sum(result, len(parts), as_json=as_json)
     else:
-        stored = None if dtype == "auto" else dtype
-        result = merge(*inputs, dtype=stored, dequantized=dequantize)
-    _tell(result, as_json=as_json)
+        _tell(result, as_json=as_json)
 
 
-def _write_sum(parts: Any, target: Path, *, as_json: bool) -> None:
-    """Write one adapter for several."""
-    from phi3_lora.adapters.adapter import adapter_problems
-    from phi3_lora.adapters.deltas import concatenated
-    from phi3_lora.adapters.formats.folder import check_unused, write_adapter_folder
-    from phi3_lora.errors import AdapterError, listing
+def _options(to: Any, dtype: str, outtype: str, *, dequantize: bool) -> MergeOptions:
+    from phi3_lora.errors import ConfigError
+    from phi3_lora.export.merge import MergeOptions
 
-    check_unused(target)
-    adapter = concatenated(parts)
-    problems = adapter_problems(adapter)
-    if problems:
-        raise AdapterError(listing("the sum cannot be written; choose another --weight:", problems))
-    for text in write_adapter_folder(target, adapter):
-        note(text)
-    ranks = sorted({adapter.rank(module) for module in adapter.modules})
+    try:
+        return MergeOptions(
+            to=to,
+            dtype=None if dtype == "auto" else dtype,
+            out_type=None if outtype == "auto" else outtype,
+            dequantize=dequantize,
+        )
+    except ConfigError as cause:
+        raise click.UsageError(str(cause)) from None
+
+
+def _tell_sum(result: MergedAdapter, num_adapters: int, *, as_json: bool) -> None:
     if as_json:
-        print_json({"path": str(target), "modules": len(adapter.modules), "ranks": ranks})
+        print_json(result.to_dict())
         return
     click.echo(
-        f"{len(parts)} adapters as one of rank {', '.join(map(str, ranks))}, "
-        f"{len(adapter.modules)} modules, in {target}"
+        f"{num_adapters} adapters as one of rank {', '.join(map(str, result.ranks))}, "
+        f"{result.num_modules} modules, in {result.path}"
     )
 
 
-def _check_types(to: str, dtype: str, outtype: str, *, dequantize: bool) -> None:
-    if to == "adapter" and (dtype != "auto" or outtype != "auto" or dequantize):
-        raise click.UsageError("--dtype, --outtype and --dequantize are of models: leave them out")
-    if to == "gguf" and dtype != "auto":
-        raise click.UsageError("--dtype is of model folders: with --to gguf use --outtype")
-    if to != "gguf" and outtype != "auto":
-        raise click.UsageError(f"--outtype is of GGUF files: with --to {to} use --dtype")
-
-
-def _tell(result: Any, *, as_json: bool) -> None:
-    from phi3_lora.export.gguf_model import OUT_TYPES
-
-    for text in result.notes:
-        note(text)
+def _tell(result: MergedModel, *, as_json: bool) -> None:
     worst = result.worst_module
     if worst is None:
         note("nothing is changed: every delta, times its --weight, is 0")
     elif result.survival[worst].cosine < 0.95:
-        exact = "--outtype f32" if result.dtype in OUT_TYPES else "--dtype float32"
         note(
             f"{result.dtype} holds only part of the adapter (cosine "
-            f"{result.survival[worst].cosine:.3f} in {worst}): merge with {exact}, or keep "
-            "base and adapter apart"
+            f"{result.survival[worst].cosine:.3f} in {worst}): merge with {result.exact_option}, "
+            "or keep base and adapter apart"
         )
     if as_json:
-        print_json(
-            {
-                "path": result.path,
-                "dtype": result.dtype,
-                "notes": result.notes,
-                "survival": {
-                    module: {"cosine": kept.cosine, "norm_ratio": kept.norm_ratio}
-                    for module, kept in result.survival.items()
-                },
-            }
-        )
+        print_json(result.to_dict())
         return
     click.echo(f"merged {len(result.survival)} modules in {result.dtype} into {result.path}")
     if worst is not None:

@@ -25,31 +25,13 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
     Example:
       phi3-lora quantize --model demo --output runs/demo-4bit
     """
-    from phi3_lora.errors import ModelError
-    from phi3_lora.hub.download import resolve_model_dir
-    from phi3_lora.models.config_json import read_model_config
-    from phi3_lora.models.quantization.folder import write_quantized_folder
-    from phi3_lora.models.weights import check_weights
-    from phi3_lora.storage.atomic import is_unused
+    from phi3_lora.inference.quantize import quantize
 
-    target = Path(output).expanduser()
-    if not is_unused(target):
-        raise ModelError(f"{target} already holds something: choose another --output")
-    source = resolve_model_dir(model, revision)
-    config = read_model_config(source)
-    tensors = check_weights(source, config)
-    error = write_quantized_folder(source, config, tensors, target, bits=int(bits))
+    result = quantize(model, Path(output).expanduser(), bits=int(bits), revision=revision)
     if as_json:
-        print_json(
-            {
-                "path": str(target),
-                "bits": int(bits),
-                "error": error.mean,
-                "worst_error": error.worst,
-                "worst_module": error.worst_module,
-            }
-        )
+        print_json(result.to_dict())
         return
-    click.echo(f"{bits} bits, groups of 32, in {target}")
+    error = result.error
+    click.echo(f"{bits} bits, groups of 32, in {result.path}")
     click.echo(f"relative error of the weights: {error.mean:.4f}")
     click.echo(f"largest: {error.worst:.4f} in {error.worst_module}")

@@ -1,4 +1,4 @@
-"""A model as one GGUF file for llama.cpp and Ollama, made and written a block of rows at a time.
+"""Writer of GGUF files for llama.cpp and Ollama, a block of rows at a time.
 
 Source: llama.cpp, convert_hf_to_gguf.py (Phi3MiniModel) for keys and names, src/models/phi3.cpp
 for what is read; the GGUF format itself is the gguf package's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -58,19 +58,6 @@ OUT_TYPES = {
 }
 OUT_TYPE_OF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """A dtype of a model -> the output type that holds it."""
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class _Planned(NamedTuple):
@@ -106,7 +93,7 @@ def write_gguf(
         out_type: one of OUT_TYPES.
 
     Returns:
-        What llama.cpp does otherwise than this model, one sentence each.
+        How llama.cpp differs from this model, one sentence each.
 
     Raises:
         ModelError: when gguf is not installed, llama.cpp cannot hold the model or its tokenizer,
@@ -116,7 +103,7 @@ def write_gguf(
     gguf = gguf_package(ModelError)
     vocabulary = check_gguf(model_dir, config)
     plan = _plan(config, tensors, OUT_TYPES[out_type].ggml)
-    # A name that no user gives to a file of his own.
+    # Users do not choose such a name.
     part = path.with_name(f".{path.name}.phi3-lora-part")
     with explained(path):
         try:
@@ -137,7 +124,7 @@ def write_gguf(
 def unchanged_as_stored(
     tensors: Mapping[str, NewTensor], base: Mapping[str, TensorInfo], changed: Collection[str]
 ) -> dict[str, NewTensor]:
-    """Tensors of a merge, those of float types that it does not change straight from the base.
+    """Take the float tensors that a merge does not change straight from the base.
 
     They are then rounded once, a block at a time: no copy of an embedding is held, and vectors
     keep the base's own precision.
@@ -156,7 +143,7 @@ def unchanged_as_stored(
 
 
 def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
-    """The model's vocabulary, after asking, before any weight is read, if llama.cpp can run it.
+    """Check that llama.cpp can run a model before any weight is read; return its vocabulary.
 
     Raises:
         ModelError: when it cannot.
@@ -171,7 +158,7 @@ def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
 
 
 def context_for(config: ModelConfig) -> int:
-    """Tokens of context to run with.
+    """Choose the number of context tokens to run with.
 
     llama.cpp rounds it up to a multiple of 256 and, where it is then above LongRoPE's boundary,
     takes the long factors for every text.
@@ -181,9 +168,9 @@ def context_for(config: ModelConfig) -> int:
 
 
 def as_q8_0(value: Float32) -> Float32:
-    """What a reader of a q8_0 file gets for rows of a matrix; a merge measures itself by it.
+    """Round rows of a matrix to the values that a reader of a q8_0 file gets.
 
-    To write such values again changes nothing more.
+    Rounding them again changes nothing more.
 
     Raises:
         ModelError: when a number is too large.
@@ -197,9 +184,9 @@ def as_q8_0(value: Float32) -> Float32:
 
 
 def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> list[_Planned]:
+    names = tensor_names(tensors, config.num_hidden_layers)
     plan = [
-        _Planned(_gguf_name(name), _kind(tensor.shape, ggml), tensor)
-        for name, tensor in tensors.items()
+        _Planned(names[name], _kind(tensor.shape, ggml), tensor) for name, tensor in tensors.items()
     ]
     for name in ("long", "short"):
         factors = getattr(config.rope, f"{name}_factor")
@@ -210,12 +197,17 @@ def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> l
     return plan
 
 
-def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a parameter."""
-    if name in _NAMES:
-        return _NAMES[name]
-    layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.weight"
+def tensor_names(names: Iterable[str], num_layers: int) -> dict[str, str]:
+    """Map names of parameters to llama.cpp's names, by the gguf package's own table.
+
+    Raises:
+        ModelError: when gguf is not installed.
+    """
+    gguf = gguf_package(ModelError)
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, num_layers)
+    found = {name: known.get_name(name, try_suffixes=(".weight",)) for name in names}
+    assert None not in found.values(), found
+    return found
 
 
 def _kind(shape: tuple[int, ...], ggml: str) -> str:

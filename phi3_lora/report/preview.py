@@ -6,13 +6,15 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from rich.console import Console
 from rich.text import Text
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.quality.checks import Previewed
 from phi3_lora.report.pages import render_page
 from phi3_lora.storage.atomic import replace_file
 
@@ -57,6 +59,38 @@ class Gap(NamedTuple):
     def __str__(self) -> str:
         """As it stands in place of them."""
         return f"[{self.num_tokens:,} tokens not shown, {self.num_learnt:,} of them in the loss]"
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """One row of a preview."""
+
+    source: str
+    """File and line."""
+    token_ids: list[int]
+    loss_mask: list[bool]
+    training: Literal["kept", "shortened", "dropped", "error"]
+    """How training treats the row; error stops it."""
+    remark: str
+    """Why the row is not kept as it is; otherwise empty."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        return asdict(self)
+
+
+def preview_rows(rows: Sequence[Previewed]) -> list[PreviewRow]:
+    """List the tokens of rows, where the loss counts, and how training treats each row."""
+    return [
+        PreviewRow(
+            source=row.document.source,
+            token_ids=row.document.tokens.tolist(),
+            loss_mask=loss_mask(row.document),
+            training=cast(Literal["kept", "shortened", "dropped", "error"], row.training),
+            remark=row.remark,
+        )
+        for row in rows
+    ]
 
 
 def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
