@@ -1,4 +1,4 @@
-"""The size of each delta as a picture: layers down, modules across."""
+"""Heat maps of delta norms: layers down, modules across."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ABSENT = "not adapted"
 class _Row:
     label: str
     cells: tuple[float | None, ...]
-    """A norm a column, None where a module has no delta; one alone spans all columns."""
+    """One norm for each column, None for a module without a delta; a single one spans all."""
     modules: tuple[str, ...]
     """The full path behind each cell."""
 
@@ -40,7 +40,7 @@ def check_name(path: Path) -> None:
     """Make sure that a heat map can be written under this name.
 
     Raises:
-        ConfigError: when the suffix is another than .png or .html, or matplotlib is missing.
+        ConfigError: when the suffix is not .png or .html, or matplotlib is missing.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"a heat map is a .png or an .html, got {path} (--plot)")
@@ -57,7 +57,8 @@ def check_name(path: Path) -> None:
 def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
     """Write the norms of an adapter's deltas as a heat map.
 
-    A row a decoder layer and a column a module; a module outside the layers has a row of its own.
+    One row is one decoder layer, one column is one module; a module outside the layers has its own
+    row.
     One scale of colours, from 0 to the largest norm; a norm of 0 and a module without a delta are
     marked and not coloured.
 
@@ -83,7 +84,7 @@ def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
 
 
 def _table(norms: Mapping[str, float]) -> tuple[list[str], list[_Row]]:
-    """Column titles and rows: the embedding, the layers, then the head and others."""
+    """Return column titles and rows: the embedding, the layers, then the head and others."""
     places = {name: split_layer(name) for name in norms}
     inside = {place: name for name, place in places.items() if place is not None}
     paths = sorted({path for _, path in inside}, key=_rank)
@@ -110,7 +111,7 @@ def _rank(path: str) -> tuple[int, str]:
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    """Red, green and blue of a norm's share of the largest."""
+    """Return red, green and blue for a norm's share of the largest norm."""
     place = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
     index = min(int(place), len(_STOPS) - 2)
     low, high = (
@@ -186,7 +187,7 @@ def _cell(module: str, norm: float | None, largest: float) -> _Cell:
 
 
 def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
-    """Colour of the text of a cell, and how matplotlib fills the cell."""
+    """Return the text colour of a cell and matplotlib's settings for its fill."""
     if norm is None:
         return "#999999", {"facecolor": "#f4f4f4", "edgecolor": "#ffffff"}
     if norm == 0:
@@ -198,7 +199,7 @@ def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
 
 
 def _png(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
-    """The map drawn by matplotlib, on no display and without its global state."""
+    """Draw the map with matplotlib, without a display and without its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize

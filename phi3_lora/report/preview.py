@@ -27,7 +27,7 @@ _DOTTED_CIRCLE = "\u25cc"
 _SPACE, _LINE_END, _TAB = "\u00b7", "\u21b5", "\u2192"
 _OPENING, _CLOSING = "\u27e6", "\u27e7"
 _SIGNS = _SPACE + _LINE_END + _TAB + _OPENING + _CLOSING
-"""What we write for something else; in the data they are shown by their numbers."""
+"""Signs that stand for other characters; in the data they are shown by their numbers."""
 _SHAPELESS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 _MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<unk>")
 """Text that reads like a special token of the family."""
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
     ids: tuple[int, ...]
     text: str
-    """As it is, with a special token as its name."""
+    """The unchanged text; a special token is its name."""
     is_learnt: bool
     is_special: bool
 
@@ -57,7 +57,7 @@ class Gap(NamedTuple):
     num_learnt: int
 
     def __str__(self) -> str:
-        """As it stands in place of them."""
+        """Return the text that stands in place of the tokens."""
         return f"[{self.num_tokens:,} tokens not shown, {self.num_learnt:,} of them in the loss]"
 
 
@@ -94,7 +94,7 @@ def preview_rows(rows: Sequence[Previewed]) -> list[PreviewRow]:
 
 
 def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
-    """A document's tokens with the text of each.
+    """Split a document into its tokens, with the text of each.
 
     Tokens that hold parts of one character are put together, if they agree on the loss.
     """
@@ -104,9 +104,10 @@ def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
 def shown_parts(
     document: Document, tokenizer: ChatTokenizer
 ) -> tuple[list[Piece], Gap | None, list[Piece]]:
-    """The pieces of a document up to a gap, the gap, and the pieces after it.
+    """Return the pieces of a document up to a gap, the gap, and the pieces after it.
 
-    Only what is longer than MOST_TOKENS has a gap: a page of millions of tokens opens nowhere.
+    Only a document longer than MOST_TOKENS has a gap: no browser opens a page of millions of
+    tokens.
     """
     ids, learnt = document.tokens.tolist(), loss_mask(document)
     decoder = _Decoder(tokenizer)
@@ -119,12 +120,12 @@ def shown_parts(
 
 
 def loss_mask(document: Document) -> list[bool]:
-    """Whether the loss counts each token; the first has nothing before it and never counts."""
+    """Mark the tokens in the loss; the first has nothing before it and never counts."""
     return [False, *document.supervised[1:].tolist()][: len(document.tokens)]
 
 
 class _Decoder:
-    """Texts of ids within a line: tokenizers drop the space of a text's first token."""
+    """Decoder of ids within a line: tokenizers drop the space of a text's first token."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -132,12 +133,12 @@ class _Decoder:
         self._skipped = len(tokenizer.decode(self._anchor))
 
     def text(self, ids: Sequence[int], *, with_special: bool = True) -> str:
-        """The text of ids in the midst of others."""
+        """Decode ids that stand between others."""
         joined = [*self._anchor, *ids]
         return self._tokenizer.decode(joined, skip_special_tokens=not with_special)[self._skipped :]
 
     def is_special(self, token: int, text: str) -> bool:
-        """Whether an id stands for a special token."""
+        """Return whether an id stands for a special token."""
         return bool(text) and not self.text([token], with_special=False)
 
 
@@ -153,7 +154,7 @@ def _pieces(ids: list[int], learnt: list[bool], decoder: _Decoder) -> Iterator[P
 
 
 def _whole(ids: Sequence[int], decoder: _Decoder) -> tuple[str, int]:
-    """The text of the fewest ids that are whole characters, and how many ids they are."""
+    """Return the text of the fewest ids that make whole characters, and their number."""
     text, taken = decoder.text(ids[:1]), 1
     if not text.endswith("\ufffd"):
         return text, taken
@@ -168,7 +169,7 @@ def _whole(ids: Sequence[int], decoder: _Decoder) -> tuple[str, int]:
 
 
 def visible(text: str, *, line_end: str = _LINE_END + "\n") -> str:
-    """Text with spaces, tabs, line ends and all that has no shape or moves others made visible."""
+    """Make spaces, tabs, line ends and characters without a shape visible."""
     return "".join(_visible(character, line_end) for character in text)
 
 
@@ -184,7 +185,7 @@ def _visible(character: str, line_end: str) -> str:
 
 
 def summary(document: Document) -> str:
-    """Where a document is from, its tokens, and how many of them are in the loss."""
+    """Describe a document: its source, its number of tokens, and the share in the loss."""
     count, total = sum(loss_mask(document)), len(document.tokens)
     return f"{document.source}  {total:,} tokens, {count:,} in the loss ({count / total:.1%})"
 
@@ -236,7 +237,7 @@ def _bracketed(pieces: Sequence[Piece]) -> Text:
 
 
 def _alike(pieces: Iterable[Piece]) -> Iterator[tuple[bool, str]]:
-    """Whether a run of tokens is special, and its text."""
+    """Yield runs of tokens: whether the run is special, and its text."""
     for is_special, run in itertools.groupby(pieces, key=lambda piece: piece.is_special):
         yield is_special, "".join(piece.text for piece in run)
 
