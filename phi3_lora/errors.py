@@ -1,4 +1,4 @@
-"""The error tree: what a user can cause or must act on. Everything else is a fault of ours."""
+"""Errors that a user can cause or must act on; every other error is a fault of ours."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TrainingInterrupted(Phi3LoraError):
 
 
 def listing(title: str, problems: Sequence[str], *, total: int | None = None) -> str:
-    """One message for many problems: the title, at most MAX_SHOWN of them, and how many more.
+    """Join many problems in one message: a title, at most MAX_SHOWN problems, a count of the rest.
 
     Args:
         title: the first line.

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import phi3_lora
-from phi3_lora.api.export import AdapterSum
+from phi3_lora.export.merge import MergedAdapter
 from phi3_lora_cli.options import given, note, output_options, print_json
 
 if TYPE_CHECKING:
-    from phi3_lora.export.merge import Merge
+    from phi3_lora.export.merge import MergedModel
 
 
 @click.command()
@@ -66,16 +66,16 @@ def command(
     result = phi3_lora.merge(model, adapter, output, note=note, **given(options))
     if as_json:
         print_json(result.to_dict())
-    elif isinstance(result, AdapterSum):
+    elif isinstance(result, MergedAdapter):
         click.echo(
-            f"{result.num_adapters} adapters as one of rank {', '.join(map(str, result.ranks))}, "
+            f"{len(adapter)} adapters as one of rank {', '.join(map(str, result.ranks))}, "
             f"{result.num_modules} modules, in {result.path}"
         )
     else:
-        _print(result.merge)
+        _print(result)
 
 
-def _print(merge: Merge) -> None:
+def _print(merge: MergedModel) -> None:
     click.echo(f"merged {len(merge.survival)} modules in {merge.dtype} into {merge.path}")
     worst = merge.worst_module
     if worst is not None:

@@ -16,13 +16,12 @@ from phi3_lora.adapters.formats.registry import TARGETS
 from phi3_lora.adapters.formats.tools import CONSUMERS
 from phi3_lora.adapters.inspection import AdapterReport
 from phi3_lora.api.options import AnyPath, Note, OptionError, Part, folder_of, log_note, part_names
-from phi3_lora.export.ollama import modelfile_for
+from phi3_lora.export.ollama import write_adapter_modelfile
 from phi3_lora.hub.download import resolve_adapter_dir
 from phi3_lora.hub.push import Pushed
 from phi3_lora.hub.push import push as push_adapter
-from phi3_lora.inference.base_model import FoundModel, find_base_model
+from phi3_lora.inference.base_model import find_base_model
 from phi3_lora.report.heatmap import check_name, write_heat_map
-from phi3_lora.storage.atomic import replace_file
 from phi3_lora.verification.conversion import ConversionCheck, verify_conversion
 
 Layout = Literal["peft", "mlx", "both", "unfused", "loralib", "gguf"]
@@ -123,7 +122,7 @@ def convert(
     )
     result = convert_adapter(request)
     if for_tool == "ollama" and base is not None:
-        _write_modelfile(path, base, note)
+        note(write_adapter_modelfile(path, base.path, base.config))
     for text in result.notes:
         note(text)
     check = verify_conversion(result, request.target, base, note) if verify else None
@@ -146,15 +145,6 @@ def _missing_metadata(options: SourceOptions) -> MissingMetadata:
         options.get("prefix", ""),
         part_names(options.get("enable")),
         options.get("parts"),
-    )
-
-
-def _write_modelfile(folder: Path, base: FoundModel, note: Note) -> None:
-    text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
-    replace_file(folder / "Modelfile", text.encode())
-    note(
-        f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
-        "an Ollama model of the same base after FROM"
     )
 
 

@@ -16,7 +16,7 @@ from phi3_lora.data.quality.report import Report
 from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.data.sources.reading import check_any, iterate_rows
 from phi3_lora.errors import ConfigError
-from phi3_lora.report.preview import loss_mask, write_preview
+from phi3_lora.report.preview import preview_rows, write_preview
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,7 @@ class PreviewResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rows as documents, and the page if one was written."""
-        documents = [
-            {
-                "source": row.document.source,
-                "token_ids": row.document.tokens.tolist(),
-                "loss_mask": loss_mask(row.document),
-                "training": row.training,
-                "remark": row.remark,
-            }
-            for row in self.rows
-        ]
+        documents = [row.to_dict() for row in preview_rows(self.rows)]
         return {"documents": documents, **({} if self.html is None else {"html": self.html})}
 
 

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from phi3_lora.report.doctor import examine
+from phi3_lora.report.doctor import DoctorReport, examine
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorResult:
-    """Facts about this machine and the problems found on it."""
-
-    facts: dict[str, Any]
-
-    @property
-    def problems(self) -> list[str]:
-        """What is missing or slow, each with the line that mends it."""
-        return list(self.facts["problems"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the facts by name."""
-        return dict(self.facts)
-
-
-def doctor() -> DoctorResult:
+def doctor() -> DoctorReport:
     """Examine versions, devices, backends and caches, and list what is missing."""
-    return DoctorResult(examine())
+    return examine()

@@ -1,4 +1,4 @@
-"""A model as one GGUF file for llama.cpp and Ollama, made and written a block of rows at a time.
+"""Writer of GGUF files for llama.cpp and Ollama, a block of rows at a time.
 
 Source: llama.cpp, convert_hf_to_gguf.py (Phi3MiniModel) for keys and names, src/models/phi3.cpp
 for what is read; the GGUF format itself is the gguf package's.
@@ -94,7 +94,7 @@ def write_gguf(
         out_type: one of OUT_TYPES.
 
     Returns:
-        What llama.cpp does otherwise than this model, one sentence each.
+        How llama.cpp differs from this model, one sentence each.
 
     Raises:
         ModelError: when gguf is not installed, llama.cpp cannot hold the model or its tokenizer,
@@ -117,7 +117,7 @@ def write_gguf(
 def unchanged_as_stored(
     tensors: Mapping[str, NewTensor], base: Mapping[str, TensorInfo], changed: Collection[str]
 ) -> dict[str, NewTensor]:
-    """Tensors of a merge, those of float types that it does not change straight from the base.
+    """Take the float tensors that a merge does not change straight from the base.
 
     They are then rounded once, a block at a time: no copy of an embedding is held, and vectors
     keep the base's own precision.
@@ -136,7 +136,7 @@ def unchanged_as_stored(
 
 
 def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
-    """The model's vocabulary, after asking, before any weight is read, if llama.cpp can run it.
+    """Check that llama.cpp can run a model before any weight is read; return its vocabulary.
 
     Raises:
         ModelError: when it cannot.
@@ -151,7 +151,7 @@ def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
 
 
 def context_for(config: ModelConfig) -> int:
-    """Tokens of context to run with.
+    """Choose the number of context tokens to run with.
 
     llama.cpp rounds it up to a multiple of 256 and, where it is then above LongRoPE's boundary,
     takes the long factors for every text.
@@ -161,9 +161,9 @@ def context_for(config: ModelConfig) -> int:
 
 
 def as_q8_0(value: Float32) -> Float32:
-    """What a reader of a q8_0 file gets for rows of a matrix; a merge measures itself by it.
+    """Round rows of a matrix to the values that a reader of a q8_0 file gets.
 
-    To write such values again changes nothing more.
+    Rounding them again changes nothing more.
 
     Raises:
         ModelError: when a number is too large.

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer in GGUF's words, from tokenizer.json and tokenizer_config.json alone.
+"""Reader of a model folder's tokenizer as keys of a GGUF file.
 
 Source: llama.cpp, convert_hf_to_gguf.py (Phi3MiniModel.set_vocab, get_vocab_base) for what is
 written, src/llama-vocab.cpp for how it is read.
@@ -50,9 +50,9 @@ class TokenType(IntEnum):
 
     NORMAL = 1
     CONTROL = 3
-    """Told by its text; not shown in answers."""
+    """Recognised by its text; not shown in answers."""
     USER_DEFINED = 4
-    """Told by its text; shown in answers."""
+    """Recognised by its text; shown in answers."""
     UNUSED = 5
     BYTE = 6
 
@@ -85,7 +85,7 @@ class GgufVocabulary(NamedTuple):
 
 
 def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
-    """The tokenizer of a model folder, for a GGUF file.
+    """Read the tokenizer of a model folder for a GGUF file.
 
     Raises:
         ModelError: when a file is missing or damaged, or llama.cpp has no such tokenizer.
@@ -130,7 +130,7 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
 
 
 def _parts(raw: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """Steps of a tokenizer's normalizer or pre_tokenizer."""
+    """List the steps of a tokenizer's normalizer or pre_tokenizer."""
     step = raw.get(name) or {}
     inner = step.get("normalizers") or step.get("pretokenizers")
     return list(inner) if inner else [step] if step else []
@@ -151,7 +151,7 @@ def _kind(raw: Mapping[str, Any], model_dir: Path) -> str:
 
 
 def _merges(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs in order of rank; files hold them as texts or as lists."""
+    """Return pairs in order of rank; files hold them as texts or as lists."""
     found = []
     for pair in raw["model"].get("merges") or []:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -175,14 +175,14 @@ def _tokens(raw: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[To
 
 
 def _looks_special(text: str) -> bool:
-    """Phi-4-mini's tool markers are not called special in its file, and are meant to be."""
+    """Return whether a token looks special; Phi-4-mini's file does not mark its tool markers."""
     return text.startswith("<|") and text.endswith("|>")
 
 
 def _scores(
     raw: Mapping[str, Any], tokens: Sequence[str], types: Sequence[TokenType]
 ) -> list[float]:
-    """Numbers in whose order llama.cpp merges: minus the rank of the first merge to a token.
+    """Compute llama.cpp's merge scores: minus the rank of the first merge to a token.
 
     A tokenizer.json holds SentencePiece's merges in the order of its scores, not the scores.
     """
@@ -209,7 +209,7 @@ def _prepends_space(raw: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizer(model_dir: Path, raw: Mapping[str, Any], notes: list[str]) -> str:
-    """llama.cpp's name of the way that a byte-level tokenizer splits text.
+    """Find llama.cpp's name for the way that a byte-level tokenizer splits text.
 
     llama.cpp's converter knows it by a hash of the ids of one text; here that text's pieces are
     compared, which depend on no vocabulary.
@@ -239,7 +239,7 @@ def _eating(raw: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _model_name(raw: Mapping[str, Any], kind: str, notes: list[str]) -> str:
-    """A name by which llama.cpp lets those markers eat white space that do, where it can."""
+    """Choose a name by which llama.cpp strips white space after markers as the tokenizer does."""
     added = raw.get("added_tokens") or []
     contents = {token["content"] for token in added}
     eating = _eating(raw)

@@ -1,20 +1,18 @@
-"""Folding adapters into a base model, a tensor at a time, and how much of them was kept."""
+"""Merging adapters: into a model folder, into a GGUF file, or into one adapter."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from phi3_lora.adapters.deltas import Weighted, change_of_rows
-from phi3_lora.adapters.formats.folder import check_unused
-from phi3_lora.arrays import Float32
-from phi3_lora.errors import ModelError
+from phi3_lora.adapters.adapter import adapter_problems
+from phi3_lora.adapters.deltas import Weighted, concatenated
+from phi3_lora.adapters.formats.folder import check_unused, write_adapter_folder
+from phi3_lora.errors import AdapterError, ConfigError, ModelError, listing
 from phi3_lora.export.gguf_model import (
     OUT_TYPE_OF,
     OUT_TYPES,
@@ -22,40 +20,63 @@ from phi3_lora.export.gguf_model import (
     check_gguf,
     unchanged_as_stored,
 )
+from phi3_lora.export.merged_tensors import MergedTensors, Survival
 from phi3_lora.export.ollama import fill_gguf_folder
 from phi3_lora.models.config import DTYPES, ModelConfig
-from phi3_lora.models.quantization.folder import dense_weight
 from phi3_lora.models.writer import write_companions, write_shards
 from phi3_lora.storage.atomic import replace_folder
 from phi3_lora.storage.optional import gguf_package
-from phi3_lora.storage.safetensors import (
-    FLOAT_TYPES,
-    STORED_AS,
-    NewTensor,
-    TensorInfo,
-    from_float32,
-    read_parts,
-    read_raw,
-    to_float32,
-)
+from phi3_lora.storage.safetensors import STORED_AS, TensorInfo
 
-_BLOCK_ELEMENTS = 1 << 22
-"""Elements of a weight that are merged at once, in float64."""
+MergeTarget = Literal["hf", "mlx", "gguf", "adapter"]
+"""hf and mlx: one folder for both; gguf: one file for llama.cpp; adapter: one adapter, no base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """How a merge is to be written."""
+
+    to: MergeTarget = "hf"
+    dtype: str | None = None
+    """float32, bfloat16 or float16 of a model folder; None keeps the base's own."""
+    out_type: str | None = None
+    """One of gguf_model's OUT_TYPES; None takes that of the base's dtype."""
+    dequantize: bool = False
+    """Write a base on a shared grid in full; otherwise it is refused."""
+
+    def __post_init__(self) -> None:
+        """Make sure that each option has an effect.
+
+        Raises:
+            ConfigError: when one belongs to another target.
+        """
+        if self.to == "adapter" and (self.dtype or self.out_type or self.dequantize):
+            raise ConfigError("--dtype, --outtype and --dequantize are of models: leave them out")
+        if self.to == "gguf" and self.dtype is not None:
+            raise ConfigError("--dtype is of model folders: with --to gguf use --outtype")
+        if self.to != "gguf" and self.out_type is not None:
+            raise ConfigError(f"--outtype is of GGUF files: with --to {self.to} use --dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """Inputs of a merge: the base model, the adapters and the place of the result."""
+
+    source: Path
+    """The base model's folder, its weights checked."""
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    """Of source, by name; a merge to one adapter reads none."""
+    parts: Sequence[Weighted]
+    """At least one adapter, each checked against source."""
+    target: Path
+    """A folder that does not exist or is empty."""
+    options: MergeOptions = field(default_factory=MergeOptions)
 
 
 @dataclass(frozen=True, slots=True)
-class Survival:
-    """How much of the adapters' delta the stored weights of a module hold."""
-
-    cosine: float
-    """Between the delta and the change of the stored weights; 1 is its whole direction."""
-    norm_ratio: float
-    """|change| / |delta|; 1 is its whole size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """What a merge did."""
+class MergedModel:
+    """A merge that wrote a model."""
 
     path: str
     dtype: str
@@ -63,7 +84,7 @@ class Merge:
     survival: dict[str, Survival]
     """By module path, of the modules with a delta that is not 0."""
     notes: list[str] = field(default_factory=list)
-    """What llama.cpp does otherwise than the model."""
+    """How llama.cpp and Ollama differ from the model."""
 
     @property
     def worst_module(self) -> str | None:
@@ -72,97 +93,106 @@ class Merge:
 
     @property
     def mean_cosine(self) -> float:
-        """Over the modules; 1 without any."""
+        """Mean over the modules; 1 without any."""
         values = [s.cosine for s in self.survival.values()]
         return float(np.mean(values)) if values else 1.0
 
+    @property
+    def exact_option(self) -> str:
+        """The command-line option that keeps more of the adapters."""
+        return "--outtype f32" if self.dtype in OUT_TYPES else "--dtype float32"
 
-def merge(
-    source: Path,
-    config: ModelConfig,
-    tensors: Mapping[str, TensorInfo],
-    parts: Sequence[Weighted],
-    target: Path,
-    *,
-    dtype: str | None = None,
-    dequantized: bool = False,
-) -> Merge:
-    """Write the base with W + sum of weight * scale * B A in place of W.
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        return {
+            "path": self.path,
+            "dtype": self.dtype,
+            "notes": self.notes,
+            "survival": {module: asdict(kept) for module, kept in self.survival.items()},
+        }
 
-    Args:
-        source: the base model's folder, its weights checked.
-        config: of source.
-        tensors: of source.
-        parts: at least one; each checked against source.
-        target: a folder that does not exist or is empty.
-        dtype: float32, bfloat16 or float16 of the result; None is the base's own.
-        dequantized: write a base on a shared grid in full; else it is refused.
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """A merge that wrote one adapter."""
+
+    path: str
+    num_modules: int
+    ranks: list[int]
+    """Every rank that a module has, in order."""
+    notes: list[str]
+    """Layouts that were left out, with the reason."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        return {"path": self.path, "modules": self.num_modules, "ranks": self.ranks}
+
+
+MergeResult = MergedModel | MergedAdapter
+
+
+def merge(request: MergeRequest) -> MergeResult:
+    """Write the base with W + sum of weight * scale * B A in place of W, or the sum alone.
 
     Raises:
-        AdapterError: when target is in use.
-        ModelError: when the base is quantised.
+        AdapterError: when target is in use, or the sum cannot be written as an adapter.
+        ModelError: when the base is quantised, a number is too large for the dtype, the package
+            gguf is missing, or llama.cpp cannot hold the model.
         StorageError: when the disk is full; target stays as it was.
     """
-    check_unused(target)
-    _check_base(source, config, dequantized=dequantized)
-    chosen = dtype or config.dtype
+    check_unused(request.target)
+    if request.options.to == "adapter":
+        return _merge_to_adapter(request)
+    _check_base(request)
+    return _merge_to_gguf(request) if request.options.to == "gguf" else _merge_to_folder(request)
+
+
+def _merge_to_adapter(request: MergeRequest) -> MergedAdapter:
+    adapter = concatenated(request.parts)
+    problems = adapter_problems(adapter)
+    if problems:
+        raise AdapterError(listing("the sum cannot be written; choose another --weight:", problems))
+    notes = write_adapter_folder(request.target, adapter)
+    ranks = sorted({adapter.rank(module) for module in adapter.modules})
+    return MergedAdapter(str(request.target), len(adapter.modules), ranks, notes)
+
+
+def _merge_to_folder(request: MergeRequest) -> MergedModel:
+    chosen = request.options.dtype or request.config.dtype
     assert chosen in DTYPES
-    merger = _Merger(config, tensors, parts, STORED_AS[chosen])
+    merged = MergedTensors(request.config, request.tensors, request.parts, STORED_AS[chosen])
     changes: dict[str, Any] = {"dtype": chosen, "torch_dtype": chosen}
     changes |= dict.fromkeys(("quantization", "quantization_config"))
 
     def fill(folder: Path) -> None:
-        write_companions(source, config, folder, changes)
-        write_shards(folder, merger.tensors())
+        write_companions(request.source, request.config, folder, changes)
+        write_shards(folder, merged.tensors())
 
-    replace_folder(target, fill)
-    return Merge(str(target), chosen, merger.survival())
+    replace_folder(request.target, fill)
+    return MergedModel(str(request.target), chosen, merged.survival())
 
 
-def merge_to_gguf(
-    source: Path,
-    config: ModelConfig,
-    tensors: Mapping[str, TensorInfo],
-    parts: Sequence[Weighted],
-    target: Path,
-    *,
-    out_type: str | None = None,
-    dequantized: bool = False,
-) -> Merge:
-    """Write what merge writes as model.gguf, for llama.cpp, with a Modelfile for Ollama.
-
-    Args:
-        source: as merge.
-        config: as merge.
-        tensors: as merge.
-        parts: as merge.
-        target: as merge.
-        out_type: one of gguf_model's OUT_TYPES; None is the one of the base's dtype.
-        dequantized: as merge.
-
-    Raises:
-        AdapterError: as merge.
-        ModelError: as merge; when the package gguf is missing or llama.cpp cannot hold the model.
-        StorageError: as merge.
-    """
-    check_unused(target)
-    _check_base(source, config, dequantized=dequantized)
+def _merge_to_gguf(request: MergeRequest) -> MergedModel:
+    """Write model.gguf, for llama.cpp, with a Modelfile for Ollama."""
+    source, config, tensors = request.source, request.config, request.tensors
     gguf_package(ModelError)
     check_gguf(source, config)
-    chosen = out_type or OUT_TYPE_OF[config.dtype]
+    chosen = request.options.out_type or OUT_TYPE_OF[config.dtype]
     rounding = as_q8_0 if chosen == "q8_0" else None
-    merger = _Merger(config, tensors, parts, OUT_TYPES[chosen].stored_as, rounding)
+    stored_as = OUT_TYPES[chosen].stored_as
+    merged = MergedTensors(config, tensors, request.parts, stored_as, rounding)
     notes: list[str] = []
 
     def fill(folder: Path) -> None:
-        made = unchanged_as_stored(merger.tensors(), tensors, merger.changed)
+        made = unchanged_as_stored(merged.tensors(), tensors, merged.changed)
         notes.extend(fill_gguf_folder(folder, source, config, made, out_type=chosen))
 
-    replace_folder(target, fill)
-    return Merge(str(target), chosen, merger.survival(), notes)
+    replace_folder(request.target, fill)
+    return MergedModel(str(request.target), chosen, merged.survival(), notes)
 
 
-def _check_base(source: Path, config: ModelConfig, *, dequantized: bool) -> None:
+def _check_base(request: MergeRequest) -> None:
+    source, config = request.source, request.config
     if config.quantization is None:
         return
     if config.grid_bits is None:
@@ -170,93 +200,8 @@ def _check_base(source: Path, config: ModelConfig, *, dequantized: bool) -> None
             f"{source} is quantised in a way that only mlx-lm reads: merge into the model that it "
             "was made from"
         )
-    if not dequantized:
+    if not request.options.dequantize:
         raise ModelError(
             f"{source} holds {config.grid_bits}-bit weights, on whose steps most of an adapter is "
             "lost: add --dequantize to write the result in full, or keep base and adapter apart"
         )
-
-
-class _Merger:
-    """Makes the tensors of the merged model as they are written, and keeps account."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensors: Mapping[str, TensorInfo],
-        parts: Sequence[Weighted],
-        stored_as: str,
-        rounding: Callable[[Float32], Float32] | None = None,
-    ) -> None:
-        self._config = config
-        self._tensors = tensors
-        self._parts = parts
-        self._stored_as = stored_as
-        self._rounding = rounding
-        self.changed = {m for p in parts for m in (*p.adapter.modules, *p.adapter.saved)}
-        self._sums: dict[str, np.ndarray] = {}
-
-    def tensors(self) -> dict[str, NewTensor]:
-        """Of a plain, unquantised model."""
-        found = {}
-        for name, shape in self._config.tensor_shapes().items():
-            module = name.removesuffix(".weight")
-            make: Any = partial(self._merged, module) if module in self.changed else None
-            found[name] = NewTensor(self._stored_as, shape, make or partial(self._copied, name))
-        return found
-
-    def _copied(self, name: str) -> np.ndarray:
-        info = self._tensors[name]
-        if info.dtype == self._stored_as:
-            return read_raw(info)
-        if info.dtype not in FLOAT_TYPES:
-            return self._stored(name, self._base(name.removesuffix(".weight")))
-        # A large embedding in float32, several times over, would be the peak of a merge.
-        parts = [self._stored(name, to_float32(p, info.dtype)) for p in read_parts(info)]
-        return np.concatenate(parts).reshape(info.shape)
-
-    def _stored(self, name: str, value: Float32) -> np.ndarray:
-        if self._rounding is not None and value.ndim == 2:
-            value = self._rounding(value)
-        with np.errstate(over="ignore"):
-            stored = from_float32(value, self._stored_as)
-        if not np.isfinite(to_float32(stored, self._stored_as)).all():
-            raise ModelError(
-                f"{name} has a number that {self._stored_as} does not hold: merge with --dtype "
-                "bfloat16 or float32"
-            )
-        return stored
-
-    def _base(self, module: str) -> Float32:
-        return dense_weight(self._tensors, self._config, module)
-
-    def _merged(self, module: str) -> np.ndarray:
-        base = self._base(module)
-        rows = max(1, _BLOCK_ELEMENTS * len(base) // base.size)
-        sums = np.zeros(3)
-        stored = []
-        for start in range(0, len(base), rows):
-            part = base[start : start + rows]
-            delta = self._delta(module, part, start)
-            stored.append(self._stored(module, (part + delta).astype(np.float32)))
-            change = to_float32(stored[-1], self._stored_as).astype(np.float64) - part
-            sums += [np.vdot(delta, change), np.vdot(delta, delta), np.vdot(change, change)]
-        self._sums[module] = sums
-        return np.concatenate(stored)
-
-    def _delta(self, module: str, base: Float32, start: int) -> np.ndarray:
-        """The sum of all deltas in the rows of base, of which start is the first."""
-        found: Any = 0.0
-        for adapter, weight in self._parts:
-            if adapter.has(module):
-                found = found + weight * change_of_rows(adapter, module, base, start)
-        return np.asarray(found)
-
-    def survival(self) -> dict[str, Survival]:
-        """Of each module whose delta is not 0."""
-        found = {}
-        for module, (dot, delta, change) in self._sums.items():
-            if delta > 0:
-                cosine = dot / math.sqrt(delta * change) if change > 0 else 0.0
-                found[module] = Survival(cosine, math.sqrt(change / delta))
-        return found

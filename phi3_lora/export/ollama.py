@@ -17,10 +17,11 @@ from phi3_lora.errors import DataError
 from phi3_lora.export.gguf_model import context_for, write_gguf
 from phi3_lora.export.gguf_tokenizer import read_vocabulary
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.storage.atomic import write_bytes
+from phi3_lora.storage.atomic import replace_file, write_bytes
 from phi3_lora.storage.safetensors import NewTensor
 
 _MODEL = "model.gguf"
+_MODELFILE = "Modelfile"
 _SYSTEM, _USER, _ANSWER = "Q", "W", "Z"
 """Contents to render; the text between them is the template's own."""
 
@@ -37,7 +38,7 @@ class Turns(NamedTuple):
     answer_close: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation as Ollama builds it from these, up to the next answer."""
+        """Build a conversation as Ollama does from these turns, up to the next answer."""
         text, answered = "", True
         for role, content in ((m["role"], m["content"]) for m in messages):
             if role == "system" and self.system_open is not None:
@@ -58,7 +59,7 @@ def modelfile(
     turns: Turns | None,
     num_ctx: int,
 ) -> str:
-    """The text of a Modelfile.
+    """Build the text of a Modelfile.
 
     Args:
         from_line: what FROM names: a file, relative to the Modelfile, or a model of Ollama's.
@@ -89,20 +90,20 @@ def fill_gguf_folder(
 
     Args:
         folder: to fill.
-        model_dir: whose tokenizer and chat template are told.
+        model_dir: whose tokenizer and chat template the Modelfile follows.
         config: of the model.
         tensors: as write_gguf takes them.
         out_type: one of gguf_model's OUT_TYPES.
 
     Returns:
-        What llama.cpp and Ollama do otherwise than this model, one sentence each.
+        How llama.cpp and Ollama differ from this model, one sentence each.
 
     Raises:
         ModelError, StorageError: as write_gguf.
     """
     notes = write_gguf(folder / _MODEL, model_dir, config, tensors, out_type=out_type)
     content = modelfile_for(model_dir, config, f"./{_MODEL}")
-    write_bytes(folder / "Modelfile", content.encode())
+    write_bytes(folder / _MODELFILE, content.encode())
     if "\nTEMPLATE " not in content:
         notes.append(
             "the Modelfile has no TEMPLATE, for Ollama's cannot say what this chat template does: "
@@ -114,16 +115,16 @@ def fill_gguf_folder(
 def modelfile_for(
     model_dir: Path, config: ModelConfig, from_line: str, *, adapter_line: str | None = None
 ) -> str:
-    """The Modelfile of a model folder's GGUF file, or of its base with an adapter.
+    """Build the Modelfile of a model folder's GGUF file, or of a base model with an adapter.
 
     Args:
-        model_dir: whose tokenizer and chat template are told.
+        model_dir: whose tokenizer and chat template the Modelfile follows.
         config: of the model.
         from_line: what FROM names.
         adapter_line: what ADAPTER names; None is no adapter.
 
     Raises:
-        ModelError: when the tokenizer cannot be read, or llama.cpp has none like it.
+        ModelError: when the tokenizer cannot be read, or llama.cpp has no tokenizer like it.
     """
     vocabulary = read_vocabulary(model_dir, config)
     chat = ChatTokenizer(model_dir, vocab_size=config.vocab_size)
@@ -137,6 +138,29 @@ def modelfile_for(
     )
 
 
+def write_adapter_modelfile(folder: Path, model_dir: Path, config: ModelConfig) -> str:
+    """Write the Modelfile of an adapter in adapter.gguf, over a base model in base.gguf.
+
+    Args:
+        folder: holds adapter.gguf.
+        model_dir: the base model's folder, for its tokenizer and chat template.
+        config: of the base model.
+
+    Returns:
+        A note on where the base model must be put.
+
+    Raises:
+        ModelError: as modelfile_for.
+        StorageError: when the file cannot be written.
+    """
+    text = modelfile_for(model_dir, config, "./base.gguf", adapter_line="./adapter.gguf")
+    replace_file(folder / _MODELFILE, text.encode())
+    return (
+        f"{folder}/{_MODELFILE} takes the base model from base.gguf beside it: put it there, or "
+        "name an Ollama model of the same base after FROM"
+    )
+
+
 def _stop_texts(chat: ChatTokenizer, config: ModelConfig) -> list[str]:
     """The texts of the tokens that end an answer, the end of turn first."""
     ids = config.answer_stop_ids(chat.end_of_turn_id)
@@ -147,7 +171,7 @@ def _stop_texts(chat: ChatTokenizer, config: ModelConfig) -> list[str]:
 def template_turns(
     chat: ChatTokenizer, *, eating: Collection[str] = (), bos: str = ""
 ) -> Turns | None:
-    """The turns of a tokenizer's chat template.
+    """Find the turns of a tokenizer's chat template.
 
     Args:
         chat: the tokenizer.
@@ -172,7 +196,7 @@ def template_turns(
 
 
 def _between(chat: ChatTokenizer, roles: str) -> list[str]:
-    """The template's own text before, between and after contents; of s, u, a as messages."""
+    """Return the template's own text around contents; roles is a string of s, u and a."""
     content = {"s": ("system", _SYSTEM), "u": ("user", _USER), "a": ("assistant", _ANSWER)}
     messages = [Message(role=content[r][0], content=content[r][1]) for r in roles]
     text, spans = chat.template.content_spans(messages, add_generation_prompt=roles[-1] == "u")
@@ -202,7 +226,7 @@ def _turns(chat: ChatTokenizer, bos: str) -> Turns | None:
 
 
 def _is_faithful(chat: ChatTokenizer, turns: Turns, bos: str) -> bool:
-    """Whether Ollama's way to put turns together gives the template's own text."""
+    """Return whether Ollama's way to join turns gives the template's own text."""
     user, answer = Message(role="user", content="a b"), Message(role="assistant", content="c")
     system = Message(role="system", content="d")
     long = [user, answer, user, answer, user]

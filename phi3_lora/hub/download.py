@@ -1,4 +1,4 @@
-"""From what a user calls a model or an adapter to a folder with its files."""
+"""Lookup of model and adapter folders by path or hub id, with download."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REASONS = {
 def resolve_model_dir(
     model: str, revision: str | None = None, *, with_weights: bool = True
 ) -> Path:
-    """The folder of `demo`, of a path, or of a hub id (downloaded into the hub's cache).
+    """Return the folder of `demo`, of a path, or of a hub id (downloaded into the hub's cache).
 
     Only configuration, tokenizer, template and safetensors files are downloaded, never code; the
     last only with_weights.
@@ -53,7 +53,7 @@ def resolve_model_dir(
 
 
 def resolve_adapter_dir(adapter: str, revision: str | None = None) -> Path:
-    """The path of an adapter that exists, or the folder of a hub id (downloaded into the cache).
+    """Return the path of an adapter, or the folder of a hub id (downloaded into the cache).
 
     Only an adapter's own files are downloaded: its config, safetensors and model card at the top
     of the repository, never code or pickled weights.
@@ -107,7 +107,7 @@ def _download(
     ignored: Sequence[str] | None = None,
     error: type[Phi3LoraError],
 ) -> Path:
-    """The files of a repository in the hub's cache."""
+    """Download files of a repository into the hub's cache and return their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -131,7 +131,7 @@ def _download(
 
 
 def hub_token() -> str | None:
-    """The token of HF_TOKEN or of the hub's login; never to be shown or stored.
+    """Return the token of HF_TOKEN or of the hub's login; it must not be shown or stored.
 
     Raises:
         ConfigError: when it cannot be one, which the HTTP library would say by printing it.
@@ -148,7 +148,7 @@ def hub_token() -> str | None:
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises when the hub refuses or cannot be reached, and others."""
+    """Return the errors that huggingface_hub raises for a refused or failed request, and others."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # Its base is the root of the HTTP library's errors, be that requests or httpx.
@@ -156,7 +156,7 @@ def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], .
 
 
 def http_status(cause: BaseException | None) -> int | None:
-    """The HTTP status behind an error of huggingface_hub, if an answer came at all."""
+    """Return the HTTP status behind an error of huggingface_hub, if an answer came."""
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -166,7 +166,7 @@ def http_status(cause: BaseException | None) -> int | None:
 
 
 def hub_reason(cause: BaseException) -> str:
-    """Why the hub did not give what was asked for, in one line."""
+    """Explain in one line why the hub did not give the files."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -188,5 +188,5 @@ def hub_reason(cause: BaseException) -> str:
 
 
 def first_line(cause: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
+    """Return the first line of an error's text, or its kind."""
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -31,18 +31,18 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What the hub holds now."""
+    """Result of a push."""
 
     url: str
-    """Of the repository's page, at the branch where one was given."""
+    """Address of the repository's page, at the branch where one was given."""
     commit: str
     """The commit that holds the adapter."""
     files: tuple[str, ...]
     removed: tuple[str, ...]
-    """Files of an earlier adapter that this one has not."""
+    """Files of an earlier adapter that this one does not have."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same by name."""
+        """Return the values of --json."""
         return asdict(self)
 
 
@@ -67,7 +67,7 @@ def push(
         private: make a new repository private, and refuse one that is public.
         revision: the branch; None is main.
         message: of the commit.
-        note: told of what is sent in another form than it has in the folder.
+        note: receives a text on each file that is changed on its way.
 
     Raises:
         AdapterError: when the adapter is damaged.
@@ -118,7 +118,7 @@ def _check_arrived(repo: str, sent: Iterable[str], arrived: set[str]) -> None:
 
 
 def _checked(repo: str, message: str | None) -> str:
-    """The token, once everything that needs no file and no network is known to be right."""
+    """Check everything that needs no file and no network; return the token."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if not HUB_ID.fullmatch(repo):
@@ -137,7 +137,7 @@ def _checked(repo: str, message: str | None) -> str:
 
 
 def _names_on(api: Any, repo: str, revision: str | None) -> set[str]:
-    """Names of the files on a branch, which is made from main where it is missing."""
+    """List the files on a branch, which is made from main where it is missing."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""What of an adapter folder goes to the hub: its own files, checked, without local paths."""
+"""Choice of the files that go to the hub: an adapter's own, checked, without local paths."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ _WEIGHTS = {
     mlx_layout.WEIGHTS_NAME: "mlx-lm",
 }
 OWN_FILES = (CONFIG_NAME, *_WEIGHTS, FINGERPRINT_NAME, TEMPLATE_NAME, CARD_NAME)
-"""All that push ever sends, replaces or deletes."""
+"""Every file that push may send, replace or delete."""
 _BASE_KEYS = ("base_model_name_or_path", "model")
 """Where PEFT and mlx-lm write what the adapter was trained on."""
 _CACHED = re.compile(r"models--([\w.]+(?:-[\w.]+)*)--([\w.-]+)/snapshots/")
 """The folder of a hub id in the hub's cache."""
-# Source: huggingface_hub, repocard.py, REGEX_YAML_BLOCK.
-_FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(?:\r\n|\n|$))")
 _CARD_PATH = re.compile(r"^(\| (?:Base model|Training data) \| `)([^`\n]+)(`)", re.MULTILINE)
 """The rows of a training's model card that may hold a path."""
 
@@ -46,7 +44,7 @@ class Upload:
     files: dict[str, Path | bytes]
     """A path where the file goes as it is."""
     notes: tuple[str, ...]
-    """What goes in another form than it has in the folder."""
+    """Changes to files on their way."""
 
 
 def files_to_push(folder: Path, repo: str) -> Upload:
@@ -100,7 +98,7 @@ def _is_hub_id(value: Any) -> bool:
 
 
 def _is_local(value: str) -> bool:
-    """Whether a model's name is a path of some machine."""
+    """Return whether a model's name is a path of some machine."""
     if "://" in value:
         return False
     if value.startswith(("/", "~", ".")) or "\\" in value or re.match(r"[A-Za-z]:", value):
@@ -109,7 +107,7 @@ def _is_local(value: str) -> bool:
 
 
 def _without_local_paths(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json for other machines, and what was changed."""
+    """Return adapter_config.json for other machines, and a note on each change."""
     notes = []
     cleaned = dict(config)
     for key in _BASE_KEYS:
@@ -127,7 +125,7 @@ def _without_local_paths(config: Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
 
 def _path_in(value: Any) -> str | None:
-    """An absolute path in a value of the configuration, at any depth."""
+    """Find an absolute path in a value of the configuration, at any depth."""
     if isinstance(value, str):
         return value if re.match(r"(/|~/|[A-Za-z]:[\\/])", value) else None
     if isinstance(value, dict):
@@ -137,7 +135,7 @@ def _path_in(value: Any) -> str | None:
 
 
 def _checked_card(path: Path, base: str | None, trained_on: str | None) -> tuple[str, list[str]]:
-    """A model card with the head that the hub reads, and what was changed."""
+    """Return a model card with the head that the hub reads, and a note on each change."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -155,12 +153,14 @@ def _checked_card(path: Path, base: str | None, trained_on: str | None) -> tuple
 
 
 def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
-    """The head of a model card and the text after it.
+    """Split a model card into its head and the text after it.
 
     Raises:
         AdapterError: when there is a head that the hub cannot read.
     """
-    match = _FRONT_MATTER.match(text)
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    match = REGEX_YAML_BLOCK.match(text)
     step = "mend it, or delete the file and a card is made"
     if match is None:
         if text.lstrip().startswith("---"):
@@ -183,7 +183,7 @@ def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
 
 
 def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The head with what the hub needs to know an adapter, and what was changed."""
+    """Complete the head for the hub; return it with a note on each change."""
     notes = []
     mended = dict(head)
     if "library_name" not in head:
@@ -213,11 +213,17 @@ def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, A
 
 
 def _card(head: Mapping[str, Any], body: str) -> str:
-    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n{body}"
+    from huggingface_hub import CardData
+
+    data = CardData()
+    # One by one: a key of YAML need not be a text.
+    for key, value in head.items():
+        data[key] = value
+    return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
 def _new_card(repo: str, base: str | None, adapter: Adapter, files: Mapping[str, Any]) -> str:
-    """A short model card for an adapter that has none."""
+    """Build a short model card for an adapter without one."""
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
     if base is not None:
         head["base_model"] = base

@@ -1,1 +1,1 @@
-"""What people see of a run."""
+"""Reports for people: progress, pages, pictures and the state of the machine."""

@@ -1,9 +1,10 @@
-"""What this machine can run, what is missing, and the line that mends it."""
+"""Report on this machine: backends that run, and a command that fixes each problem."""
 
 from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,33 +13,81 @@ from phi3_lora.engine.registry import backend_names, load_backend
 from phi3_lora.errors import Phi3LoraError
 
 
-def examine() -> dict[str, Any]:
-    """Versions, and for each backend whether it runs, on what, and what slows it down."""
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """One backend on this machine."""
+
+    reason: str | None = None
+    """Why it cannot run here; None if it can."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """As Backend.describe gives them; empty if it cannot run."""
+    problems: list[str] = field(default_factory=list)
+    """Causes of slowness, each with a command that fixes it."""
+
+    @property
+    def is_available(self) -> bool:
+        """True if the backend can run here."""
+        return self.reason is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        known = {"reason": self.reason} if self.reason is not None else self.facts
+        return {"available": self.is_available, **known, "problems": self.problems}
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """Versions, backends and problems of this machine."""
+
+    phi3_lora: str
+    python: str
+    platform: str
+    num_cpus: int | None
+    hub_cache: str
+    backends: dict[str, BackendReport]
+    problems: list[str]
+    """Problems of all backends, and of having none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        return {
+            "phi3_lora": self.phi3_lora,
+            "python": self.python,
+            "platform": self.platform,
+            "num_cpus": self.num_cpus,
+            "hub_cache": self.hub_cache,
+            "backends": {name: report.to_dict() for name, report in self.backends.items()},
+            "problems": self.problems,
+        }
+
+
+def examine() -> DoctorReport:
+    """Examine versions, caches and every installed backend."""
     backends = {name: _examine_backend(name) for name in backend_names()}
-    problems = [text for facts in backends.values() for text in facts["problems"]]
-    if not any(facts["available"] for facts in backends.values()):
+    problems = [text for report in backends.values() for text in report.problems]
+    if not any(report.is_available for report in backends.values()):
         problems.append(
             "no backend can run: pip install 'phi3-lora[mlx]' on a Mac, 'phi3-lora[cuda]' elsewhere"
         )
-    return {
-        "phi3_lora": version("phi3-lora"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "num_cpus": os.cpu_count(),
-        "hub_cache": str(_hub_cache()),
-        "backends": backends,
-        "problems": problems,
-    }
+    return DoctorReport(
+        phi3_lora=version("phi3-lora"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        num_cpus=os.cpu_count(),
+        hub_cache=str(_hub_cache()),
+        backends=backends,
+        problems=problems,
+    )
 
 
-def _examine_backend(name: str) -> dict[str, Any]:
+def _examine_backend(name: str) -> BackendReport:
     try:
         backend = load_backend(name)
         backend.check("cpu")
         facts = backend.describe().to_dict()
     except Phi3LoraError as reason:
-        return {"available": False, "reason": str(reason), "problems": []}
-    return {"available": True, **facts, "problems": backend.diagnose()}
+        return BackendReport(reason=str(reason))
+    return BackendReport(facts=facts, problems=backend.diagnose())
 
 
 def _hub_cache() -> Path:

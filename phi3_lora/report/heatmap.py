@@ -1,8 +1,7 @@
-"""The size of each delta as a picture: layers down, modules across."""
+"""Heat maps of delta norms: layers down, modules across."""
 
 from __future__ import annotations
 
-import html
 import io
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError, ConfigError, listing
+from phi3_lora.report.pages import render_page
 from phi3_lora.storage.atomic import replace_file
 from phi3_lora.storage.optional import optional_package
 
@@ -31,7 +31,7 @@ _ABSENT = "not adapted"
 class _Row:
     label: str
     cells: tuple[float | None, ...]
-    """A norm a column, None where a module has no delta; one alone spans all columns."""
+    """One norm for each column, None for a module without a delta; a single one spans all."""
     modules: tuple[str, ...]
     """The full path behind each cell."""
 
@@ -40,7 +40,7 @@ def check_name(path: Path) -> None:
     """Make sure that a heat map can be written under this name.
 
     Raises:
-        ConfigError: when the suffix is another than .png or .html, or matplotlib is missing.
+        ConfigError: when the suffix is not .png or .html, or matplotlib is missing.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"a heat map is a .png or an .html, got {path} (--plot)")
@@ -57,7 +57,8 @@ def check_name(path: Path) -> None:
 def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
     """Write the norms of an adapter's deltas as a heat map.
 
-    A row a decoder layer and a column a module; a module outside the layers has a row of its own.
+    One row is one decoder layer, one column is one module; a module outside the layers has its own
+    row.
     One scale of colours, from 0 to the largest norm; a norm of 0 and a module without a delta are
     marked and not coloured.
 
@@ -83,7 +84,7 @@ def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
 
 
 def _table(norms: Mapping[str, float]) -> tuple[list[str], list[_Row]]:
-    """Column titles and rows: the embedding, the layers, then the head and others."""
+    """Return column titles and rows: the embedding, the layers, then the head and others."""
     places = {name: split_layer(name) for name in norms}
     inside = {place: name for name, place in places.items() if place is not None}
     paths = sorted({path for _, path in inside}, key=_rank)
@@ -110,7 +111,7 @@ def _rank(path: str) -> tuple[int, str]:
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    """Red, green and blue of a norm's share of the largest."""
+    """Return red, green and blue for a norm's share of the largest norm."""
     place = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
     index = min(int(place), len(_STOPS) - 2)
     low, high = (
@@ -131,70 +132,62 @@ def _text(norm: float | None) -> str:
     return "\u2013" if norm is None else "0" if norm == 0 else f"{norm:.3g}"
 
 
-_CSS = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
-h1 { font-size: 1.2em; font-weight: 600; }
-table { border-collapse: separate; border-spacing: 2px; }
-th { font-weight: 500; padding: 2px 8px; }
-tbody th { text-align: right; }
-td { padding: 3px 12px; text-align: center; font-variant-numeric: tabular-nums; min-width: 5em; }
-.zero { color: #a33; background: repeating-linear-gradient(45deg, #fff 0 5px, #f3c9c9 5px 7px); }
-.absent { color: #999; background: #f4f4f4; }
-.legend { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 1em 0; }
-.bar { width: 16em; height: 1em; border: 1px solid #bbb; }
-.box { width: 2em; height: 1em; border: 1px solid #bbb; }
-.legend .box { margin-left: 1.5em; }
-""".strip()
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A cell of the page's table."""
+
+    text: str
+    title: str
+    kind: str = ""
+    """zero or absent; empty where the cell is coloured by its norm."""
+    colour: str = ""
+    ink: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _PageRow:
+    """A row of the page's table."""
+
+    label: str
+    span: int
+    """Columns that each cell takes."""
+    cells: list[_Cell]
 
 
 def _html(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
-    """A page with the map as a table, the numbers as text and the modules' paths as titles."""
-    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
-    lines = []
-    for row in rows:
-        span = len(columns) if len(row.cells) == 1 else 1
-        cells = "".join(
-            _cell(module, norm, largest, span)
-            for module, norm in zip(row.modules, row.cells, strict=True)
-        )
-        lines.append(f'<tr><th scope="row">{html.escape(row.label)}</th>{cells}</tr>')
-    scale = (
-        f'<span>0</span><span class="bar" style="background:linear-gradient(to right,'
-        f'{",".join(_STOPS)})"></span><span>{largest:.3g}</span>'
+    """Draw the map as a table, with the numbers as text and the modules' paths as titles."""
+    return render_page(
+        "heatmap.html.jinja",
+        title=title,
+        columns=columns,
+        rows=[_page_row(row, len(columns), largest) for row in rows],
+        largest=largest,
+        largest_text=f"{largest:.3g}",
+        stops=_STOPS,
+        zero=_ZERO,
+        absent=_ABSENT,
     )
-    legend = (
-        f'<div class="legend">{scale if largest else ""}'
-        f'<span class="box zero"></span><span>{_ZERO}</span>'
-        f'<span class="box absent"></span><span>{_ABSENT}</span></div>'
-    )
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p>Frobenius norm of each module's delta.</p>\n{legend}\n"
-        f'<table>\n<thead><tr><th scope="col">layer</th>{heads}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody>\n</table>\n</body>\n</html>\n"
-    )
-    # Python keeps an undecodable byte of a file name as a lone surrogate.
-    return page.encode("utf-8", errors="replace")
 
 
-def _cell(module: str, norm: float | None, largest: float, span: int) -> str:
-    name = html.escape(module, quote=True)
-    wide = f' colspan="{span}"' if span > 1 else ""
+def _page_row(row: _Row, num_columns: int, largest: float) -> _PageRow:
+    span = num_columns if len(row.cells) == 1 else 1
+    pairs = zip(row.modules, row.cells, strict=True)
+    return _PageRow(row.label, span, [_cell(module, norm, largest) for module, norm in pairs])
+
+
+def _cell(module: str, norm: float | None, largest: float) -> _Cell:
     if norm is None:
-        return f'<td class="absent" title="{name}: {_ABSENT}"{wide}>{_text(norm)}</td>'
+        return _Cell(_text(norm), f"{module}: {_ABSENT}", kind="absent")
     if norm == 0:
-        return f'<td class="zero" title="{name}: {_ZERO}"{wide}>{_text(norm)}</td>'
+        return _Cell(_text(norm), f"{module}: {_ZERO}", kind="zero")
     share = norm / largest
     colour = "rgb({},{},{})".format(*_colour(share))
     ink = "#fff" if _is_dark(share) else "#222"
-    style = f"background:{colour};color:{ink}"
-    return f'<td style="{style}" title="{name}: {norm:.6g}"{wide}>{_text(norm)}</td>'
+    return _Cell(_text(norm), f"{module}: {norm:.6g}", colour=colour, ink=ink)
 
 
 def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
-    """Colour of the text of a cell, and how matplotlib fills the cell."""
+    """Return the text colour of a cell and matplotlib's settings for its fill."""
     if norm is None:
         return "#999999", {"facecolor": "#f4f4f4", "edgecolor": "#ffffff"}
     if norm == 0:
@@ -206,7 +199,7 @@ def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
 
 
 def _png(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
-    """The map drawn by matplotlib, on no display and without its global state."""
+    """Draw the map with matplotlib, without a display and without its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize

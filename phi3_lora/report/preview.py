@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from rich.console import Console
 from rich.text import Text
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.quality.checks import Previewed
+from phi3_lora.report.pages import render_page
 from phi3_lora.storage.atomic import replace_file
 
 MOST_TOKENS = 4096
@@ -25,7 +27,7 @@ _DOTTED_CIRCLE = "\u25cc"
 _SPACE, _LINE_END, _TAB = "\u00b7", "\u21b5", "\u2192"
 _OPENING, _CLOSING = "\u27e6", "\u27e7"
 _SIGNS = _SPACE + _LINE_END + _TAB + _OPENING + _CLOSING
-"""What we write for something else; in the data they are shown by their numbers."""
+"""Signs that stand for other characters; in the data they are shown by their numbers."""
 _SHAPELESS = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 _MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<unk>")
 """Text that reads like a special token of the family."""
@@ -43,7 +45,7 @@ class Piece(NamedTuple):
 
     ids: tuple[int, ...]
     text: str
-    """As it is, with a special token as its name."""
+    """The unchanged text; a special token is its name."""
     is_learnt: bool
     is_special: bool
 
@@ -55,12 +57,44 @@ class Gap(NamedTuple):
     num_learnt: int
 
     def __str__(self) -> str:
-        """As it stands in place of them."""
+        """Return the text that stands in place of the tokens."""
         return f"[{self.num_tokens:,} tokens not shown, {self.num_learnt:,} of them in the loss]"
 
 
+@dataclass(frozen=True, slots=True)
+class PreviewRow:
+    """One row of a preview."""
+
+    source: str
+    """File and line."""
+    token_ids: list[int]
+    loss_mask: list[bool]
+    training: Literal["kept", "shortened", "dropped", "error"]
+    """How training treats the row; error stops it."""
+    remark: str
+    """Why the row is not kept as it is; otherwise empty."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values of --json."""
+        return asdict(self)
+
+
+def preview_rows(rows: Sequence[Previewed]) -> list[PreviewRow]:
+    """List the tokens of rows, where the loss counts, and how training treats each row."""
+    return [
+        PreviewRow(
+            source=row.document.source,
+            token_ids=row.document.tokens.tolist(),
+            loss_mask=loss_mask(row.document),
+            training=cast(Literal["kept", "shortened", "dropped", "error"], row.training),
+            remark=row.remark,
+        )
+        for row in rows
+    ]
+
+
 def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
-    """A document's tokens with the text of each.
+    """Split a document into its tokens, with the text of each.
 
     Tokens that hold parts of one character are put together, if they agree on the loss.
     """
@@ -70,9 +104,10 @@ def pieces_of(document: Document, tokenizer: ChatTokenizer) -> list[Piece]:
 def shown_parts(
     document: Document, tokenizer: ChatTokenizer
 ) -> tuple[list[Piece], Gap | None, list[Piece]]:
-    """The pieces of a document up to a gap, the gap, and the pieces after it.
+    """Return the pieces of a document up to a gap, the gap, and the pieces after it.
 
-    Only what is longer than MOST_TOKENS has a gap: a page of millions of tokens opens nowhere.
+    Only a document longer than MOST_TOKENS has a gap: no browser opens a page of millions of
+    tokens.
     """
     ids, learnt = document.tokens.tolist(), loss_mask(document)
     decoder = _Decoder(tokenizer)
@@ -85,12 +120,12 @@ def shown_parts(
 
 
 def loss_mask(document: Document) -> list[bool]:
-    """Whether the loss counts each token; the first has nothing before it and never counts."""
+    """Mark the tokens in the loss; the first has nothing before it and never counts."""
     return [False, *document.supervised[1:].tolist()][: len(document.tokens)]
 
 
 class _Decoder:
-    """Texts of ids within a line: tokenizers drop the space of a text's first token."""
+    """Decoder of ids within a line: tokenizers drop the space of a text's first token."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -98,12 +133,12 @@ class _Decoder:
         self._skipped = len(tokenizer.decode(self._anchor))
 
     def text(self, ids: Sequence[int], *, with_special: bool = True) -> str:
-        """The text of ids in the midst of others."""
+        """Decode ids that stand between others."""
         joined = [*self._anchor, *ids]
         return self._tokenizer.decode(joined, skip_special_tokens=not with_special)[self._skipped :]
 
     def is_special(self, token: int, text: str) -> bool:
-        """Whether an id stands for a special token."""
+        """Return whether an id stands for a special token."""
         return bool(text) and not self.text([token], with_special=False)
 
 
@@ -119,7 +154,7 @@ def _pieces(ids: list[int], learnt: list[bool], decoder: _Decoder) -> Iterator[P
 
 
 def _whole(ids: Sequence[int], decoder: _Decoder) -> tuple[str, int]:
-    """The text of the fewest ids that are whole characters, and how many ids they are."""
+    """Return the text of the fewest ids that make whole characters, and their number."""
     text, taken = decoder.text(ids[:1]), 1
     if not text.endswith("\ufffd"):
         return text, taken
@@ -134,7 +169,7 @@ def _whole(ids: Sequence[int], decoder: _Decoder) -> tuple[str, int]:
 
 
 def visible(text: str, *, line_end: str = _LINE_END + "\n") -> str:
-    """Text with spaces, tabs, line ends and all that has no shape or moves others made visible."""
+    """Make spaces, tabs, line ends and characters without a shape visible."""
     return "".join(_visible(character, line_end) for character in text)
 
 
@@ -150,7 +185,7 @@ def _visible(character: str, line_end: str) -> str:
 
 
 def summary(document: Document) -> str:
-    """Where a document is from, its tokens, and how many of them are in the loss."""
+    """Describe a document: its source, its number of tokens, and the share in the loss."""
     count, total = sum(loss_mask(document)), len(document.tokens)
     return f"{document.source}  {total:,} tokens, {count:,} in the loss ({count / total:.1%})"
 
@@ -202,7 +237,7 @@ def _bracketed(pieces: Sequence[Piece]) -> Text:
 
 
 def _alike(pieces: Iterable[Piece]) -> Iterator[tuple[bool, str]]:
-    """Whether a run of tokens is special, and its text."""
+    """Yield runs of tokens: whether the run is special, and its text."""
     for is_special, run in itertools.groupby(pieces, key=lambda piece: piece.is_special):
         yield is_special, "".join(piece.text for piece in run)
 
@@ -216,28 +251,6 @@ def _written(run: tuple[bool, str]) -> str:
 def _as_text(marker: re.Match[str]) -> str:
     first, rest = marker.group()[0], marker.group()[1:]
     return f"<U+{ord(first):04X}>{rest}"
-
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --plain: #f1f1f1;
-  --edge: #c4c4c4; --loss: #b7e4bd; --line: #2c7a3a; --mark: #8f1a97; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e4; --paper: #16181b; --faint: #a0a0a0; --plain: #24282d;
-    --edge: #4a5058; --loss: #174a26; --line: #58c472; --mark: #f08df5; }
-}
-body { font: 15px/2 ui-monospace, monospace; margin: 2em auto; max-width: 75em; padding: 0 1.2em;
-  color: var(--ink); background: var(--paper); }
-h1, h2, p { font-family: system-ui, sans-serif; line-height: 1.5; }
-h1 { font-size: 1.3em; overflow-wrap: anywhere; }
-h2 { font-size: 1em; margin: 1.8em 0 .3em; overflow-wrap: anywhere; }
-p { margin: .3em 0; }
-.note, .gap { color: var(--faint); font-family: system-ui, sans-serif; }
-.row { overflow-wrap: anywhere; unicode-bidi: isolate; }
-.t { padding: 2px 0; border-left: 1px solid var(--edge); background: var(--plain);
-  print-color-adjust: exact; }
-.t.l { background: var(--loss); border-bottom: 3px solid var(--line); }
-.t.s { color: var(--mark); font-weight: 600; outline: 1px solid var(--mark); outline-offset: -1px; }
-""".strip()
 
 
 def write_preview(
@@ -259,43 +272,53 @@ def write_preview(
     Raises:
         StorageError: when the file cannot be written.
     """
-    rows = "\n".join(
-        _row(document, tokenizer, remark)
-        for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False)
+    page = render_page(
+        "preview.html.jinja",
+        title=title,
+        documents=[
+            _page_document(document, tokenizer, remark)
+            for document, remark in zip(documents, remarks or itertools.repeat(""), strict=False)
+        ],
+        space=_SPACE,
+        line_end=_LINE_END,
+        tab=_TAB,
     )
-    name = html.escape(title)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{name}</title>\n<style>\n{_CSS}\n</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        '<p><span class="t l">in the loss</span> (underlined), '
-        '<span class="t">not in the loss</span>, '
-        '<span class="t s">special token</span> (framed)</p>\n'
-        f'<p class="note">{_SPACE} space, {_LINE_END} line end, {_TAB} tab; a thin line begins '
-        "each token, whose id is shown when the pointer rests on it.</p>\n"
-        f"{rows}\n</body>\n</html>\n"
-    )
-    # Python keeps an undecodable byte of a file name as a lone surrogate.
-    replace_file(path, page.encode("utf-8", errors="replace"))
+    replace_file(path, page)
 
 
-def _row(document: Document, tokenizer: ChatTokenizer, remark: str) -> str:
+class _PageToken(NamedTuple):
+    """A token, or the few of one character, on the page."""
+
+    classes: str
+    ids: str
+    lines: list[str]
+
+
+class _PageDocument(NamedTuple):
+    """A document on the page."""
+
+    summary: str
+    remark: str
+    before: list[_PageToken]
+    gap: str
+    after: list[_PageToken]
+
+
+def _page_document(document: Document, tokenizer: ChatTokenizer, remark: str) -> _PageDocument:
     before, gap, after = shown_parts(document, tokenizer)
-    note = f'<p class="note">{html.escape(remark)}</p>\n' if remark else ""
-    left_out = f'<div class="gap">{gap}</div>' if gap else ""
-    tokens = "".join(map(_span, before)) + left_out + "".join(map(_span, after))
-    return f'<h2>{html.escape(summary(document))}</h2>\n{note}<div class="row">{tokens}</div>'
+    return _PageDocument(
+        summary(document),
+        remark,
+        [_page_token(piece) for piece in before],
+        "" if gap is None else str(gap),
+        [_page_token(piece) for piece in after],
+    )
 
 
-def _span(piece: Piece) -> str:
+def _page_token(piece: Piece) -> _PageToken:
     classes = "t" + (" l" if piece.is_learnt else "") + (" s" if piece.is_special else "")
-    ids = " ".join(map(str, piece.ids))
     shown = visible(piece.text)
     if piece.text and unicodedata.combining(piece.text[0]):
         # Alone in its span, an accent has nothing to stand on.
         shown = _DOTTED_CIRCLE + shown
-    text = html.escape(shown).replace("\n", "<br>")
-    # A place where a line may break, since the spaces between tokens are no longer spaces.
-    return f'<span class="{classes}" title="{ids}">{text}</span><wbr>'
+    return _PageToken(classes, " ".join(map(str, piece.ids)), shown.split("\n"))

@@ -23,7 +23,7 @@ from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.protocol import Batch, Engine
 from phi3_lora.engine.request import LoadRequest, OptimSpec, Sampling
 from phi3_lora.errors import ModelError
-from phi3_lora.export.merge import merge
+from phi3_lora.export.merge import MergedModel, MergeRequest, merge
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.weights import check_weights, read_model_files
@@ -239,7 +239,16 @@ def test_merged_into_the_base_it_answers_the_same(folder: Path, tmp_path: Path, 
     config = read_model_config(folder)
     adapter = adapter_of(name, folder)
     part = Weighted(adapter, 1.0)
-    found = merge(folder, config, check_weights(folder, config), [part], tmp_path / "m")
+    found = merge(
+        MergeRequest(
+            source=folder,
+            config=config,
+            tensors=check_weights(folder, config),
+            parts=[part],
+            target=tmp_path / "m",
+        )
+    )
+    assert isinstance(found, MergedModel)
     assert min(kept.cosine for kept in found.survival.values()) > 0.99999
     assert set(found.survival) == {*adapter.modules, *adapter.saved}
     spec = dataclasses.replace(adapter.spec, dropout=0.0)

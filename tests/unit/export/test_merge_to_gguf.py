@@ -11,7 +11,7 @@ import pytest
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.deltas import Weighted
 from phi3_lora.errors import AdapterError, ModelError
-from phi3_lora.export.merge import Merge, merge_to_gguf
+from phi3_lora.export.merge import MergedModel, MergeOptions, MergeRequest, merge
 from phi3_lora.inference.base_model import find_base_model
 from phi3_lora.inference.loading import load_adapter
 from phi3_lora.models.weights import check_weights
@@ -39,11 +39,21 @@ def adapter(model: Path, tmp_path: Path) -> Adapter:
     return load_adapter(str(folder), base).adapter
 
 
-def merged(model: Path, adapter: Adapter, target: Path, out_type: str | None = None) -> Merge:
+def merged(model: Path, adapter: Adapter, target: Path, out_type: str | None = None) -> MergedModel:
     base = find_base_model(str(model), None)
     tensors = check_weights(model, base.config)
     parts = [Weighted(adapter, 1.0)]
-    return merge_to_gguf(model, base.config, tensors, parts, target, out_type=out_type)
+    request = MergeRequest(
+        source=model,
+        config=base.config,
+        tensors=tensors,
+        parts=parts,
+        target=target,
+        options=MergeOptions(to="gguf", out_type=out_type),
+    )
+    result = merge(request)
+    assert isinstance(result, MergedModel)
+    return result
 
 
 def expected(model: Path, adapter: Adapter) -> np.ndarray:

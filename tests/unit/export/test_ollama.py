@@ -10,7 +10,12 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer
-from phi3_lora.export.ollama import fill_gguf_folder, modelfile, modelfile_for
+from phi3_lora.export.ollama import (
+    fill_gguf_folder,
+    modelfile,
+    modelfile_for,
+    write_adapter_modelfile,
+)
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.storage.safetensors import NewTensor
 from tests.tiny import MARKERS, TEMPLATE, random_weights, write_model, write_tokenizer
@@ -172,3 +177,10 @@ def test_the_context_keeps_longropes_short_factors(
 def test_a_model_of_ollamas_own_with_an_adapter_needs_no_template() -> None:
     content = modelfile("phi3.5", adapter_line="a.gguf", stops=["<|end|>"], turns=None, num_ctx=8)
     assert content == 'FROM phi3.5\nADAPTER a.gguf\nPARAMETER stop "<|end|>"\nPARAMETER num_ctx 8\n'
+
+
+def test_the_modelfile_of_an_adapter_takes_the_base_beside_it(model: Path, tmp_path: Path) -> None:
+    note = write_adapter_modelfile(tmp_path, model, read_model_config(model))
+    written = (tmp_path / "Modelfile").read_text()
+    assert written.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
+    assert f"{tmp_path}/Modelfile takes the base model from base.gguf" in note

@@ -14,12 +14,14 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.quality.checks import Previewed
 from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.errors import StorageError
 from phi3_lora.report.preview import (
     MOST_TOKENS,
     loss_mask,
     pieces_of,
+    preview_rows,
     print_preview,
     shown_parts,
     summary,
@@ -309,3 +311,15 @@ def test_a_remark_stands_beside_its_document(tokenizer: ChatTokenizer, tmp_path:
 def test_a_page_that_cannot_be_written_is_told(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_preview(tmp_path / "no/p.html", [document(tokenizer, "a")], tokenizer, "t")
+
+
+def test_rows_of_a_preview_hold_tokens_and_their_mask(tokenizer: ChatTokenizer) -> None:
+    found = document(tokenizer, "a", "b")
+    (row,) = preview_rows([Previewed(found, "dropped", "too long")])
+    assert row.to_dict() == {
+        "source": "d.jsonl:7",
+        "token_ids": found.tokens.tolist(),
+        "loss_mask": loss_mask(found),
+        "training": "dropped",
+        "remark": "too long",
+    }
