@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from phi3_lora.api.options import AnyPath, Data, Note, as_source
+from phi3_lora.api.options import AnyPath, Data, Note, given_source, setting_of
 from phi3_lora.config.load import load_settings
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.dataset import DataFiles, resolve_data
 from phi3_lora.data.quality.checks import Base
-from phi3_lora.data.sources.source import Source
 from phi3_lora.errors import ConfigError
 from phi3_lora.inference.base_model import look_at_model
 
@@ -48,10 +47,9 @@ def resolve(
     config, assignments = settings.get("config"), settings.get("set", ())
     if data is None and config is None and not assignments:
         raise ConfigError("no data: name DATA, or a --config FILE that names it")
-    first = None if data is None else as_source(data)
     flags = {
-        "data.train": str(first) if isinstance(first, Source) else first,
-        "data.valid": None if valid is None else str(as_source(valid)),
+        "data.train": setting_of(data),
+        "data.valid": setting_of(valid),
         "model": settings.get("model"),
         "revision": settings.get("revision"),
     }
@@ -62,8 +60,8 @@ def resolve(
         flags=flags,
     ).config
     chosen = resolved.data
-    named = first if isinstance(first, Source) else chosen.source or ""
-    return resolved, resolve_data(named, chosen.valid, more=chosen.more)
+    first = given_source(data, chosen.source) or ""
+    return resolved, resolve_data(first, chosen.valid, more=chosen.more)
 
 
 def base_of(config: RunConfig, note: Note) -> Base:

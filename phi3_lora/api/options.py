@@ -76,6 +76,28 @@ def as_source(data: Data) -> str | Source:
     raise OptionError(f"data must be a path, a hub id or demo; got {type(data).__name__}")
 
 
+def setting_of(data: Data | None) -> str | None:
+    """Return the text by which a configuration names data.
+
+    Raises:
+        OptionError: when it is not one of the kinds of data.
+    """
+    if data is None:
+        return None
+    source = as_source(data)
+    return source.path if isinstance(source, Source) else source
+
+
+def given_source(data: Data | None, named: str | Source | None) -> str | Source | None:
+    """Return the source to read: data itself where a configuration cannot hold it.
+
+    Args:
+        data: as the caller gave it.
+        named: the source that the configuration names.
+    """
+    return data if isinstance(data, Source) else named
+
+
 def part_names(enable: str | Sequence[str] | None) -> list[str]:
     """Return the names of parts in a list, or in a text with commas.
 

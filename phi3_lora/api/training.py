@@ -16,7 +16,7 @@ from phi3_lora.api.options import (
     OnBadRow,
     OptionError,
     Quantization,
-    as_source,
+    setting_of,
 )
 from phi3_lora.config.load import RunSettings, load_settings
 from phi3_lora.config.schema import RunConfig
@@ -226,6 +226,8 @@ def _resolve_for(
 def _flags(settings: TrainSettings) -> dict[str, Any]:
     """Settings by their place in the configuration."""
     given: dict[str, Any] = {name: value for name, value in settings.items() if name in FLAGS}
+    for name in ("data", "valid"):
+        given.pop(name, None)
     for name in ("adapter", "output_dir"):
         if given.get(name) is not None:
             given[name] = str(given[name])
@@ -236,14 +238,11 @@ def _flags(settings: TrainSettings) -> dict[str, Any]:
 
 def _data_flags(settings: TrainSettings) -> dict[str, Any]:
     """Data to train and to validate on, by its place in the configuration."""
-    data, valid = settings.get("data"), settings.get("valid")
-    flags: dict[str, Any] = {
-        "data.train": None if data is None else as_source(data),
-        "data.valid": None if valid is None else as_source(valid),
-    }
-    if isinstance(flags.get("data.train"), Source):
-        flags["data.sources"] = [flags.pop("data.train")]
-    return flags
+    data = settings.get("data")
+    flags: dict[str, Any] = {"data.valid": setting_of(settings.get("valid"))}
+    if isinstance(data, Source):
+        return {**flags, "data.sources": [data]}
+    return {**flags, "data.train": setting_of(data)}
 
 
 def _target_names(value: str | Sequence[str] | None) -> str | list[str] | None:
