@@ -38,7 +38,7 @@ class SourceOptions(TypedDict, total=False):
     enable: str | Sequence[Part] | None
     """Parts of a fused projection that a MergedLinear adapts, as a list or with commas."""
     parts: Literal["equal", "model"] | None
-    """How MergedLinear cuts its output, where the file does not say."""
+    """The cut of a MergedLinear's output into parts, where the file does not store it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Comparison:
     """Largest |difference| / |delta| of a module, in the Frobenius norm."""
     worst_module: str | None
     answers: list[Answers] | None
-    """How models answer with both; None without a base model or a backend."""
+    """Answers of models with both adapters; None without a base model or a backend."""
     equal: bool
     """True if the differences are only roundings."""
 
@@ -139,7 +139,7 @@ def convert(
         consumer=for_tool,
         config=None if base is None else base.config,
         row_norms=None if base is None else base.row_norms,
-        untold=_untold(options),
+        untold=_missing_values(options),
         rank=rank,
     )
     result = convert_adapter(job)
@@ -160,7 +160,7 @@ def _layout(to: Layout | None, tool: Tool | None) -> str:
     return layout
 
 
-def _untold(options: SourceOptions) -> Untold:
+def _missing_values(options: SourceOptions) -> Untold:
     return Untold(
         options.get("alpha"),
         options.get("prefix", ""),
@@ -218,7 +218,7 @@ def inspect(
     if path is not None:
         check_name(path)
     config = None if model is None else look_at_model(model, with_weights=False).config
-    untold = _untold(options)
+    untold = _missing_values(options)
     facts = inspection.inspect_adapter(resolve_adapter_dir(str(adapter)), untold, config)
     if path is not None:
         write_heat_map(path, facts["delta_norms"], f"Norm of each delta: {adapter}")
@@ -242,7 +242,7 @@ def push(
         repo: owner/name.
         private: make a new repository private, and refuse one that is public.
         revision: a branch of the repository; None is main.
-        message: of the commit.
+        message: the message of the commit.
         note: called with what the user should know; the default logs a warning.
 
     Raises:

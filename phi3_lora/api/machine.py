@@ -16,7 +16,7 @@ class DoctorResult:
 
     @property
     def problems(self) -> list[str]:
-        """What is missing or slow, each with the line that mends it."""
+        """Faults of this machine, each with the line that mends it."""
         return list(self.facts["problems"])
 
     def to_dict(self) -> dict[str, Any]:

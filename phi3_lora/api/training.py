@@ -108,7 +108,7 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What a run would do."""
+    """Facts about a run before it starts."""
 
     facts: dict[str, Any]
 
@@ -224,7 +224,7 @@ def _resolve_for(
 
 
 def _flags(settings: TrainSettings) -> dict[str, Any]:
-    """Settings by their place in the configuration."""
+    """Return the settings by their place in the configuration."""
     given: dict[str, Any] = {name: value for name, value in settings.items() if name in FLAGS}
     for name in ("data", "valid"):
         given.pop(name, None)
@@ -237,7 +237,7 @@ def _flags(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _data_flags(settings: TrainSettings) -> dict[str, Any]:
-    """Data to train and to validate on, by its place in the configuration."""
+    """Return data to train and to validate on, by its place in the configuration."""
     data = settings.get("data")
     flags: dict[str, Any] = {"data.valid": setting_of(settings.get("valid"))}
     if isinstance(data, Source):
@@ -246,7 +246,7 @@ def _data_flags(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _target_names(value: str | Sequence[str] | None) -> str | list[str] | None:
-    """A regular expression as it is, names as a list."""
+    """Return a regular expression as it is, and names as a list."""
     if value is None or value == "all-linear":
         return value
     if not isinstance(value, str):
