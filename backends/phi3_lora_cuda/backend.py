@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import peft  # noqa: F401
 
@@ -14,6 +13,7 @@ import torch
 import transformers  # noqa: F401
 
 from phi3_lora.arrays import Float32, Int32
+from phi3_lora.engine.protocol import BackendDescription
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import BackendUnavailableError
 from phi3_lora_cuda.engine import CudaEngine
@@ -57,14 +57,14 @@ class CudaBackend:
         """
         return stock_logits(model_dir, adapter_dir, tokens)
 
-    def describe(self) -> dict[str, Any]:
-        """Versions, devices and thread count."""
+    def describe(self) -> BackendDescription:
+        """Describe versions, devices and thread count."""
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return {
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-            "devices": [*gpus, "cpu"],
-            "num_threads": torch.get_num_threads(),
-        }
+        return BackendDescription(
+            versions={name: version(name) for name in ("torch", "transformers", "peft")},
+            devices=(*gpus, "cpu"),
+            num_threads=torch.get_num_threads(),
+        )
 
     def diagnose(self) -> list[str]:
         """A GPU that PyTorch was not built for."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import math
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,58 +16,61 @@ import transformers
 
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.models.config import ModelConfig
-from phi3_lora.models.weights import tensor_index
 from phi3_lora.storage.safetensors import TensorInfo, read_parts
 from phi3_lora_cuda.documents import ATTENTION_NAME
 from phi3_lora_cuda.quantized import Nf4Linear, use_stored
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A context without transformers' notes (generation flags, unused buffers) and progress bars.
+
+    They are not for our users. Other code in the process hears of its own models as before.
+    """
+    log = logging.getLogger("transformers")
+    level, has_bar = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+        if has_bar:
+            transformers.utils.logging.enable_progress_bar()
 
 
-def resolve_dtype(request: LoadRequest, device: torch.device, own: str) -> torch.dtype:
-    """The dtype to compute in; own is the model's."""
-    name = request.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else request.gpu_dtype or own
-    return _DTYPES[name]
-
-
-def load_base(
-    request: LoadRequest, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> Any:
+def load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) -> Any:
     """Phi3ForCausalLM by name: the folder's auto_map is never followed.
 
     Raises:
         ModelError: when the folder holds weights that are quantised otherwise than on a shared
             grid, or nf4 is asked for and bitsandbytes is missing.
     """
+    config = request.model.config
     if config.quantization is not None and config.grid_bits is None:
         raise ModelError(
-            f"{request.model_dir} holds quantised weights, which --backend cuda does not read; use "
-            "the unquantised model with --quantize, or --backend mlx for a folder that mlx-lm "
+            f"{request.model.path} holds quantised weights, which --backend cuda does not read; "
+            "use the unquantised model with --quantize, or --backend mlx for a folder that mlx-lm "
             "quantised"
         )
     if request.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("--quantize nf4 needs bitsandbytes: pip install 'phi3-lora[nf4]'")
-    # Its notes (generation flags, unused rotary buffers) are not for our users.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_transformers():
         model = _empty_model(request, dtype)
     if config.grid_bits is not None:
         use_stored(model, list(config.grid_shapes()), bits=config.grid_bits)
     elif request.quantize == "nf4":
         use_stored(model, list(config.linear_shapes()), bits=None)
-    _stream_weights(model, tensor_index(request.model_dir, config), dtype, device)
+    _stream_weights(model, request.model.tensors, dtype, device)
     return model
 
 
 def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
     """The model without memory for its weights."""
     config = transformers.Phi3Config.from_pretrained(
-        request.model_dir,
+        request.model.path,
         # Dropout is the adapter's alone, and rows are never padded.
         resid_pdrop=0.0,
         attention_dropout=0.0,
@@ -83,7 +88,7 @@ def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
 
 
 def _stream_weights(
-    model: Any, tensors: dict[str, TensorInfo], dtype: torch.dtype, device: torch.device
+    model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Give a model on the meta device its weights, one tensor at a time."""
     wanted = model.state_dict().keys()

@@ -23,6 +23,10 @@ class DropoutKeys:
         """Take the keys of the next forward pass, (T,)."""
         self.rows = _to_tensor(rows).to(device)
 
+    def forget(self) -> None:
+        """Turn dropout off until the next keys come."""
+        self.rows = None
+
 
 class HashDropout(nn.Module):
     """Zeroes features by the hash of their token, module and index; off in eval mode."""

@@ -14,23 +14,27 @@ from torch import Tensor
 from phi3_lora.adapters.initialization import trained_masks
 from phi3_lora.adapters.names import is_b
 from phi3_lora.arrays import Float32, Int32, Tensors
-from phi3_lora.engine.batching import (
-    micro_batches,
-    out_of_memory_advice,
-    per_document,
-    process_peak_bytes,
-    split_batch,
-    unused_precision,
-)
+from phi3_lora.engine.batching import micro_batches
 from phi3_lora.engine.decoding import PrefixCache, decode
 from phi3_lora.engine.dropout import row_keys
+from phi3_lora.engine.limits import (
+    out_of_memory_advice,
+    process_peak_bytes,
+    unused_precision,
+)
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.engine.rope import rotary_tables
+from phi3_lora.engine.scoring import (
+    RowScores,
+    forgetting_prefixes,
+    score_documents,
+    target_logprobs,
+)
 from phi3_lora.errors import TrainingError
 from phi3_lora_cuda.decoder import CachedDecoder
 from phi3_lora_cuda.documents import Documents, KeyValues
-from phi3_lora_cuda.head import Head, RowScores, head_loss, head_scores
+from phi3_lora_cuda.head import Head, head_loss, head_scores
 from phi3_lora_cuda.model import LoadedPhi3
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -132,6 +136,15 @@ class CudaEngine:
         if keys is not None:
             self._model.dropout_keys.set(keys, self._device)
 
+    @contextlib.contextmanager
+    def _dropping(self, keys: np.ndarray | None) -> Iterator[None]:
+        """A context for one forward and backward pass with dropout by these keys."""
+        self._set_dropout(keys)
+        try:
+            yield
+        finally:
+            self._model.dropout_keys.forget()
+
     def _head(self, keys: np.ndarray | None = None, index: Tensor | None = None) -> Head:
         """The head, with dropout by the keys of just those rows that it sees."""
         chosen = None if keys is None or index is None else keys[index.cpu().numpy()]
@@ -149,11 +162,10 @@ class CudaEngine:
         nats = torch.zeros((), dtype=torch.float64, device=self._device)
         for part in micro_batches(batch, self._request.micro_batch_tokens):
             keys = self._dropout_keys(part, step)
-            self._set_dropout(keys)
             index, targets = self._rows(part)
             if not len(index):
                 continue
-            with self._memory_faults():
+            with self._memory_faults(), self._model.compiled(), self._dropping(keys):
                 hidden = self._hidden(part).index_select(0, index)
                 loss = head_loss(hidden.detach(), self._head(keys, index), targets, vocab_size)
                 # Checkpointing runs the layers again, on all rows.
@@ -221,35 +233,22 @@ class CudaEngine:
         with torch.no_grad(), self._model.uncompiled(), self._memory_faults():
             yield
 
-    def _scores(self, hidden: Tensor, targets: Tensor) -> RowScores:
-        return head_scores(hidden, self._head(), targets, self._model.config.vocab_size)
+    def _score_rows(self, batch: Batch, rows: NDArray[np.int64]) -> RowScores:
+        with self._inference():
+            index = torch.from_numpy(rows).to(self._device)
+            targets = torch.from_numpy(batch.targets[rows]).to(self._device, torch.long)
+            hidden = self._hidden(batch)[index]
+            return head_scores(hidden, self._head(), targets, self._model.config.vocab_size)
 
     def score(self, batch: Batch) -> Scores:
         """Score each document's supervised tokens."""
-        logprobs, correct = [], []
-        with self._inference():
-            for part in split_batch(batch, self._request.micro_batch_tokens):
-                index, targets = self._rows(part)
-                rows = self._scores(self._hidden(part)[index], targets)
-                logprobs.append(rows.logprob.numpy())
-                correct.append(rows.is_correct.numpy())
-        return Scores(
-            per_document(-np.concatenate(logprobs), batch),
-            per_document(np.concatenate(correct).astype(np.int64), batch),
-            per_document(np.ones(int(batch.loss_mask.sum()), np.int64), batch),
-        )
+        limit = self._request.micro_batch_tokens
+        return score_documents(self._score_rows, batch, max_tokens=limit)
 
     def logprobs(self, batch: Batch) -> Float32:
         """Log-probability of each target, (T,)."""
-        found = []
-        with self._inference():
-            for part in split_batch(batch, self._request.micro_batch_tokens):
-                targets = torch.from_numpy(part.targets).to(self._device, torch.long)
-                rows = self._scores(self._hidden(part), targets)
-                found.append(rows.logprob.numpy())
-        result = np.concatenate(found).astype(np.float32)
-        result[batch.doc_starts[1:] - 1] = 0.0
-        return result
+        limit = self._request.micro_batch_tokens
+        return target_logprobs(self._score_rows, batch, max_tokens=limit)
 
     def logits(self, batch: Batch, rows: Int32) -> Float32:
         """Logits at the chosen positions, (len(rows), vocabulary)."""
@@ -258,15 +257,9 @@ class CudaEngine:
             hidden = self._hidden(batch)[index]
             return np.asarray(self._model.head(hidden).float().cpu().numpy())
 
-    @contextlib.contextmanager
-    def base_only(self) -> Iterator[None]:
+    def base_only(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model answers without its adapter."""
-        self._forget_prefixes()
-        try:
-            with self._model.base_only():
-                yield
-        finally:
-            self._forget_prefixes()
+        return forgetting_prefixes(self._model.base_only(), self._forget_prefixes)
 
     def _forget_prefixes(self) -> None:
         self._prefixes = PrefixCache()

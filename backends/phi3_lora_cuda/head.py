@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phi3_lora.engine.scoring import RowScores
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits that a chunk holds at most; fewer would leave a GPU idle, more a CPU's cache."""
 
@@ -23,13 +25,6 @@ class HeadLoss(NamedTuple):
     """Sum of the negative log-probabilities, a float64 scalar."""
     grad: Tensor
     """Gradient of nats with respect to the rows, (S, hidden)."""
-
-
-class RowScores(NamedTuple):
-    """Of each row, (S,)."""
-
-    logprob: Tensor
-    is_correct: Tensor
 
 
 Head = Callable[[Tensor, slice], Tensor]
@@ -92,4 +87,4 @@ def head_scores(hidden: Tensor, head: Head, targets: Tensor, vocab_size: int) ->
         chosen = logits.gather(1, targets[part, None]).squeeze(1)
         logprob[part] = (chosen.to(log_total.dtype) - log_total).double().cpu()
         is_correct[part] = (logits.argmax(dim=-1) == targets[part]).cpu()
-    return RowScores(logprob, is_correct)
+    return RowScores(logprob.numpy(), is_correct.numpy())

@@ -20,8 +20,7 @@ from phi3_lora.adapters.names import EMBEDDING, lora_a_name, lora_b_name, magnit
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
-from phi3_lora.models.config_json import read_model_config
-from phi3_lora_cuda.base import load_base, resolve_dtype
+from phi3_lora_cuda.base import load_base
 from phi3_lora_cuda.documents import GivenRotary, has_flash
 from phi3_lora_cuda.dropout import DropoutKeys, HashDropout
 from phi3_lora_cuda.lora import LoraLinear, TrainedWeight
@@ -33,9 +32,10 @@ class LoadedPhi3:
     """transformers' model, its rotary module, and the LoRA layers by module path."""
 
     def __init__(self, request: LoadRequest, device: torch.device) -> None:
-        self.config = read_model_config(request.model_dir)
-        self.dtype = resolve_dtype(request, device, self.config.dtype)
-        self.causal_lm = load_base(request, self.config, self.dtype, device)
+        self.config = request.model.config
+        on_gpu = device.type != "cpu"
+        self.dtype: torch.dtype = getattr(torch, request.compute_dtype(on_gpu=on_gpu))
+        self.causal_lm = load_base(request, self.dtype, device)
         self.rotary = GivenRotary()
         self.causal_lm.model.rotary_emb = self.rotary
         self.dropout_keys = DropoutKeys()
@@ -62,12 +62,16 @@ class LoadedPhi3:
 
     def _compile_layers(self) -> None:
         """Let one graph serve all layers and all lengths."""
-        # Where a graph cannot be made, the layer runs as it is.
-        torch._dynamo.config.suppress_errors = True
         # The first layer's input would need no gradient, and a second graph.
         self.causal_lm.enable_input_require_grads()
         for layer in self.causal_lm.model.layers:
             layer.compile(dynamic=True)
+
+    def compiled(self) -> AbstractContextManager[None]:
+        """A context for training: where a graph cannot be made, the layer runs as it is."""
+        if not self.is_compiled:
+            return contextlib.nullcontext()
+        return torch._dynamo.config.patch(suppress_errors=True)
 
     def uncompiled(self) -> AbstractContextManager[None]:
         """A context for scoring and decoding, which would need graphs of their own."""
@@ -163,4 +167,4 @@ def load_model(request: LoadRequest, device: torch.device) -> LoadedPhi3:
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as cause:
         if isinstance(cause, ModelError):
             raise
-        raise ModelError(f"transformers cannot load {request.model_dir}: {cause}") from cause
+        raise ModelError(f"transformers cannot load {request.model.path}: {cause}") from cause

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +12,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
 from phi3_lora.arrays import Float32, Int32
+from phi3_lora.engine.protocol import BackendDescription
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import AdapterError, BackendUnavailableError
 from phi3_lora_mlx.blas import OPENBLAS_WHEEL, uses_reference_blas
@@ -49,7 +49,6 @@ class MlxBackend:
         """Load a base model and put the LoRA layers on it."""
         self.check(request.device)
         on_gpu = request.device != "cpu" and has_gpu()
-        mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
         return MlxEngine(load_model(request, on_gpu=on_gpu), request, on_gpu=on_gpu)
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
@@ -58,26 +57,26 @@ class MlxBackend:
         Raises:
             AdapterError: when mlx-lm does not load the adapter.
         """
-        mx.set_default_device(mx.cpu)
-        model, _ = load_with_mlx_lm(model_dir)
-        model.set_dtype(mx.float32)
-        try:
-            model = load_adapters(model, str(adapter_dir))
-        except (ValueError, KeyError, AttributeError, RuntimeError) as cause:
-            raise AdapterError(f"mlx-lm does not load {adapter_dir}: {cause}") from cause
-        model.eval()
-        return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
+        with mx.stream(mx.cpu):
+            model, _ = load_with_mlx_lm(model_dir)
+            model.set_dtype(mx.float32)
+            try:
+                model = load_adapters(model, str(adapter_dir))
+            except (ValueError, KeyError, AttributeError, RuntimeError) as cause:
+                raise AdapterError(f"mlx-lm does not load {adapter_dir}: {cause}") from cause
+            model.eval()
+            return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
 
-    def describe(self) -> dict[str, Any]:
-        """Versions, devices, BLAS and thread count."""
+    def describe(self) -> BackendDescription:
+        """Describe versions, devices, BLAS and thread count."""
         from phi3_lora_mlx import BLAS
 
-        return {
-            "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
-            "devices": ["gpu", "cpu"] if has_gpu() else ["cpu"],
-            "blas": os.path.basename(BLAS) if BLAS else "built-in",
-            "num_threads": int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1),
-        }
+        return BackendDescription(
+            versions={name: version(name) for name in ("mlx", "mlx-lm")},
+            devices=("gpu", "cpu") if has_gpu() else ("cpu",),
+            blas=os.path.basename(BLAS) if BLAS else "built-in",
+            num_threads=int(os.environ.get("OPENBLAS_NUM_THREADS") or os.cpu_count() or 1),
+        )
 
     def diagnose(self) -> list[str]:
         """A slow BLAS under MLX, with the line that mends it."""

@@ -16,16 +16,18 @@ from phi3_lora_mlx.phi3 import Angles
 class KeyValues:
     """Keys and values of one sequence: mlx-lm's cache of each layer."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, device: mx.Device) -> None:
         self.layers = [KVCache() for _ in range(num_layers)]
+        self._device = device
 
     def prefix(self, length: int) -> KeyValues:
-        """Those of the first so many tokens."""
-        found = KeyValues(len(self.layers))
-        for new, old in zip(found.layers, self.layers, strict=True):
-            # Full as they are, so that the next token goes to a copy.
-            new.keys, new.values = old.keys[..., :length, :], old.values[..., :length, :]
-            new.offset = length
+        """Return the keys and values of the first tokens, at most `length`."""
+        found = KeyValues(len(self.layers), self._device)
+        with mx.stream(self._device):
+            for new, old in zip(found.layers, self.layers, strict=True):
+                # Full as they are, so that the next token goes to a copy.
+                new.keys, new.values = old.keys[..., :length, :], old.values[..., :length, :]
+                new.offset = length
         return found
 
 
@@ -37,17 +39,18 @@ class CachedDecoder:
 
     def new_cache(self) -> KeyValues:
         """An empty cache."""
-        return KeyValues(self._loaded.config.num_hidden_layers)
+        return KeyValues(self._loaded.config.num_hidden_layers, self._loaded.device)
 
     def forward(self, rows: DecodingPass[KeyValues]) -> Float32:
         """Logits after each row's last id, (R, vocabulary)."""
-        model = self._loaded.model
-        tables = tables_at(self._loaded.config, rows.positions, rows.is_long)
-        hidden = model(
-            mx.array(rows.tokens),
-            Angles(*map(mx.array, tables)),
-            tuple(rows.starts.tolist()),
-            list(zip(*(cache.layers for cache in rows.caches), strict=True)),
-        )
-        logits = model.head(hidden[mx.array(rows.starts[1:] - 1)])
-        return np.array(logits.astype(mx.float32))
+        with mx.stream(self._loaded.device):
+            model = self._loaded.model
+            tables = tables_at(self._loaded.config, rows.positions, rows.is_long)
+            hidden = model(
+                mx.array(rows.tokens),
+                Angles(*map(mx.array, tables)),
+                tuple(rows.starts.tolist()),
+                list(zip(*(cache.layers for cache in rows.caches), strict=True)),
+            )
+            logits = model.head(hidden[mx.array(rows.starts[1:] - 1)])
+            return np.array(logits.astype(mx.float32))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,21 +15,24 @@ from numpy.typing import NDArray
 from phi3_lora.adapters.initialization import trained_masks
 from phi3_lora.adapters.names import is_b, lora_a_name, lora_b_name, magnitude_name, saved_name
 from phi3_lora.arrays import Float32, Int32, Tensors
-from phi3_lora.engine.batching import (
-    micro_batch_documents,
-    micro_batches,
+from phi3_lora.engine.batching import micro_batch_documents, micro_batches
+from phi3_lora.engine.decoding import PrefixCache, decode
+from phi3_lora.engine.limits import (
     out_of_memory_advice,
-    per_document,
     process_peak_bytes,
-    split_batch,
     unused_precision,
 )
-from phi3_lora.engine.decoding import PrefixCache, decode
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
+from phi3_lora.engine.scoring import (
+    RowScores,
+    forgetting_prefixes,
+    score_documents,
+    target_logprobs,
+)
 from phi3_lora.errors import TrainingError
 from phi3_lora_mlx.decoder import CachedDecoder, KeyValues
-from phi3_lora_mlx.head import RowScores, head_loss, head_scores
+from phi3_lora_mlx.head import head_loss, head_scores
 from phi3_lora_mlx.layout import (
     DropoutKey,
     Rows,
@@ -43,6 +46,21 @@ from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.optimizer import Optimizer
 
 Arrays = dict[str, mx.array]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_device(
+    method: Callable[Concatenate[MlxEngine, P], R],
+) -> Callable[Concatenate[MlxEngine, P], R]:
+    """Run a method on the engine's device; the default device of the process stays as it is."""
+
+    @wraps(method)
+    def run(self: MlxEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with mx.stream(self._loaded.device):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class MlxEngine:
@@ -73,11 +91,12 @@ class MlxEngine:
         self._head_names = [name for name in self._parameters if name.startswith("lm_head.")]
         spec = request.lora
         masks = {} if spec is None else trained_masks(spec, self.lora_shapes)
-        self._masks = {
-            name: mx.array(np.ascontiguousarray(masks[peft].T))
-            for name, peft in self._names.items()
-            if peft in masks
-        }
+        with mx.stream(loaded.device):
+            self._masks = {
+                name: mx.array(np.ascontiguousarray(masks[peft].T))
+                for name, peft in self._names.items()
+                if peft in masks
+            }
         self._optimizer = Optimizer(
             request.optim,
             is_compiled=on_gpu,
@@ -104,7 +123,7 @@ class MlxEngine:
         """The GPU's name, or cpu."""
         if not self._on_gpu:
             return "cpu"
-        return str(mx.device_info().get("device_name", "gpu"))
+        return str(mx.device_info(self._loaded.device).get("device_name", "gpu"))
 
     @property
     def dtype(self) -> str:
@@ -161,14 +180,10 @@ class MlxEngine:
         for part in micro_batches(batch, self._part_tokens):
             if not part.loss_mask.any():
                 continue
-            self._loaded.state.is_tracing = True
-            with self._memory_faults():
+            with self._memory_faults(), self._trace():
                 (_, part_nats), part_gradients = self._value_and_grad(
                     self._parameters, self._rows(part, key)
                 )
-            self._loaded.state.is_tracing = False
-            # The trace left its own arrays in the model.
-            self._install(self._parameters)
             gradients = (
                 {n: g + part_gradients[n] for n, g in gradients.items()}
                 if gradients
@@ -178,7 +193,6 @@ class MlxEngine:
             # Free this micro-batch's activations before the next one.
             with self._memory_faults():
                 mx.eval(gradients, part_nats)
-        self._loaded.state.dropout_rows = None
         if not gradients:
             return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
         # Last and in float32: a half-precision gradient of a large step's mean would vanish.
@@ -186,19 +200,41 @@ class MlxEngine:
         gradients |= {name: gradients[name] * mask for name, mask in self._masks.items()}
         return gradients, staged_sum(mx.stack(nats))
 
+    @contextlib.contextmanager
+    def _trace(self) -> Iterator[None]:
+        """A context for a forward and backward pass, which leaves its own arrays in the model.
+
+        They are taken out again, also after a pass that failed.
+        """
+        state = self._loaded.state
+        state.is_tracing = True
+        try:
+            yield
+        finally:
+            state.is_tracing = False
+            state.dropout_rows = None
+            self._install(self._parameters)
+
     def _install(self, parameters: Arrays) -> None:
         self._loaded.model.update(tree_unflatten(list(parameters.items())))
         self._parameters = parameters
 
+    @_on_device
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
         """Take one optimizer step."""
         self._forget_prefixes()
         gradients, nats = self._backward(batch, loss_tokens=loss_tokens, step=step)
-        new, norm = self._optimizer.step(self._parameters, gradients, lr=lr, step=step)
-        self._install(new)
-        loss = nats / loss_tokens
         optimizer = self._optimizer
-        mx.async_eval(loss, norm, new, optimizer.exp_avg, optimizer.exp_avg_sq)
+        before = optimizer.exp_avg, optimizer.exp_avg_sq
+        loss = nats / loss_tokens
+        try:
+            new, norm = optimizer.step(self._parameters, gradients, lr=lr, step=step)
+            with self._memory_faults():
+                mx.async_eval(loss, norm, new, optimizer.exp_avg, optimizer.exp_avg_sq)
+        except Exception:
+            optimizer.exp_avg, optimizer.exp_avg_sq = before
+            raise
+        self._install(new)
         return StepResult(_Deferred(loss), _Deferred(norm))
 
     def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
@@ -208,6 +244,7 @@ class MlxEngine:
         parts = micro_batch_documents(lengths, self._part_tokens)
         return sum(padded_length(int(lengths[part].sum())) for part in parts)
 
+    @_on_device
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
         """Gradients under PEFT names; nothing is updated."""
         gradients, _ = self._backward(batch, loss_tokens=loss_tokens, step=step)
@@ -228,53 +265,32 @@ class MlxEngine:
         rows = self._rows(batch)
         return self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
 
-    def _score_rows(self, batch: Batch, select: np.ndarray) -> RowScores:
-        """Scores of chosen rows, whatever the loss mask says."""
+    def _score_rows(self, batch: Batch, rows: NDArray[np.int64]) -> RowScores:
         with self._memory_faults():
-            hidden = self._hidden(batch, select)
-            targets = mx.array(batch.targets[select])
+            hidden = self._hidden(batch, rows)
+            targets = mx.array(batch.targets[rows])
             return head_scores(self._loaded.model, hidden, targets, self._loaded.config.vocab_size)
 
+    @_on_device
     def score(self, batch: Batch) -> Scores:
         """Score each document's supervised tokens."""
-        logprobs, correct = [], []
-        for part in self._scoring_batches(batch):
-            rows = self._score_rows(part, np.flatnonzero(part.loss_mask))
-            logprobs.append(np.array(rows.logprob, dtype=np.float64))
-            correct.append(np.array(rows.is_correct).astype(np.int64))
-        return Scores(
-            per_document(-np.concatenate(logprobs), batch),
-            per_document(np.concatenate(correct), batch),
-            per_document(np.ones(int(batch.loss_mask.sum()), np.int64), batch),
-        )
+        return score_documents(self._score_rows, batch, max_tokens=self._part_tokens)
 
-    def _scoring_batches(self, batch: Batch) -> list[Batch]:
-        parts = split_batch(batch, self._part_tokens)
-        return [part for part in parts if part.loss_mask.any()]
-
+    @_on_device
     def logprobs(self, batch: Batch) -> Float32:
         """Log-probability of each target, (T,)."""
-        parts = split_batch(batch, self._part_tokens)
-        found = [np.array(self._score_rows(p, np.arange(len(p.tokens))).logprob) for p in parts]
-        result = np.concatenate(found).astype(np.float32)
-        result[batch.doc_starts[1:] - 1] = 0.0
-        return result
+        return target_logprobs(self._score_rows, batch, max_tokens=self._part_tokens)
 
+    @_on_device
     def logits(self, batch: Batch, rows: Int32) -> Float32:
         """Logits at the chosen positions, (len(rows), vocabulary)."""
         with self._memory_faults():
             hidden = self._hidden(batch, np.asarray(rows))
             return np.array(self._loaded.model.head(hidden).astype(mx.float32))
 
-    @contextlib.contextmanager
-    def base_only(self) -> Iterator[None]:
+    def base_only(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the model answers without its adapter."""
-        self._forget_prefixes()
-        try:
-            with self._loaded.base_only():
-                yield
-        finally:
-            self._forget_prefixes()
+        return forgetting_prefixes(self._loaded.base_only(), self._forget_prefixes)
 
     def _forget_prefixes(self) -> None:
         self._prefixes = PrefixCache()
@@ -305,16 +321,19 @@ class MlxEngine:
             for name, peft in self._names.items()
         }
 
+    @_on_device
     def read_adapter(self) -> Tensors:
         """The adapter under PEFT names."""
         return self._to_peft(self._parameters)
 
+    @_on_device
     def write_adapter(self, weights: Tensors) -> None:
         """Replace the adapter."""
         assert weights.keys() == set(self._names.values()), "not this adapter's tensors"
         self._forget_prefixes()
         self._install(self._from_peft(weights))
 
+    @_on_device
     def read_optimizer(self) -> Tensors:
         """Moments under the adapter's names."""
         moments = {"exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
@@ -324,6 +343,7 @@ class MlxEngine:
             for name, value in self._to_peft(arrays).items()
         }
 
+    @_on_device
     def write_optimizer(self, state: Tensors) -> None:
         """Replace the moments; the number of the next step comes with the step."""
         self._optimizer.exp_avg = self._from_peft(state, ".exp_avg") if state else {}

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from phi3_lora.engine.scoring import RowScores
 from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.phi3 import Phi3
 
@@ -31,13 +33,6 @@ class HeadLoss(NamedTuple):
     """Gradient of nats with respect to the rows, (S, hidden)."""
     head_grads: dict[str, mx.array]
     """The same with respect to what trains in the head, by name."""
-
-
-class RowScores(NamedTuple):
-    """Of each row, (S,)."""
-
-    logprob: mx.array
-    is_correct: mx.array
 
 
 def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -110,4 +105,4 @@ def head_scores(model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: in
         logprobs.append((chosen - largest - mx.log(total))[:, 0])
         correct.append(logits.argmax(axis=-1) == targets[part])
         mx.eval(logprobs[-1], correct[-1])
-    return RowScores(mx.concatenate(logprobs), mx.concatenate(correct))
+    return RowScores(np.array(mx.concatenate(logprobs)), np.array(mx.concatenate(correct)))

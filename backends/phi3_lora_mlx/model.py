@@ -16,7 +16,6 @@ from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.models.config_json import read_model_config
 from phi3_lora_mlx.lora import LoRAEmbedding, LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Embedding, Phi3
 
@@ -27,8 +26,9 @@ _AFFINE_GROUP_SIZE, _AFFINE_BITS = 64, 4
 class LoadedPhi3:
     """The model, its shape, and its LoRA layers by module path."""
 
-    def __init__(self, model: Phi3, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, model: Phi3, config: ModelConfig, dtype: str, device: mx.Device) -> None:
         self.model = model
+        self.device = device
         self.config = config
         self.dtype = dtype
         self.state = LoraState()
@@ -79,10 +79,10 @@ class LoadedPhi3:
         """A context in which the model answers without its adapter."""
         modules = {path: _descend(self.model, path) for path in self.base_weights}
         trained = {path: module.weight for path, module in modules.items()}
-        self.state.is_enabled = False
-        for path, module in modules.items():
-            module.weight = self.base_weights[path]
         try:
+            self.state.is_enabled = False
+            for path, module in modules.items():
+                module.weight = self.base_weights[path]
             yield
         finally:
             self.state.is_enabled = True
@@ -97,12 +97,18 @@ def _descend(module: Any, path: str) -> Any:
 
 
 def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
-    """The model of a request; a folder that mlx-lm quantised stays quantised.
+    """Load the model of a request; a folder that mlx-lm quantised stays quantised.
 
     Raises:
         ModelError: when mlx-lm cannot load the folder.
     """
-    config = read_model_config(request.model_dir)
+    device = mx.Device(mx.gpu if on_gpu else mx.cpu)
+    with mx.stream(device):
+        return _load(request, device, on_gpu=on_gpu)
+
+
+def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi3:
+    config = request.model.config
     _check_quantization(config, request)
 
     class Arguments:
@@ -112,15 +118,13 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
         def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
             return config
 
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = request.gpu_dtype or config.dtype if on_gpu else "float32"
+    dtype = request.compute_dtype(on_gpu=on_gpu)
     try:
         model, _ = load_with_mlx_lm(
-            request.model_dir, lazy=True, get_model_classes=lambda config: (Phi3, Arguments)
+            request.model.path, lazy=True, get_model_classes=lambda config: (Phi3, Arguments)
         )
     except (ValueError, RuntimeError, KeyError, OSError) as cause:
-        raise ModelError(f"mlx-lm cannot load {request.model_dir}: {cause}") from cause
+        raise ModelError(f"mlx-lm cannot load {request.model.path}: {cause}") from cause
     model.set_dtype(getattr(mx, dtype))
     if request.quantize == "mlx-affine":
         nn.quantize(
@@ -133,7 +137,7 @@ def load_model(request: LoadRequest, *, on_gpu: bool) -> LoadedPhi3:
         )
     model.freeze()
     mx.eval(model.parameters())
-    loaded = LoadedPhi3(model, config, dtype)
+    loaded = LoadedPhi3(model, config, dtype, device)
     if request.lora is not None:
         loaded.add_lora(request.lora)
         if request.gradient_checkpointing:
@@ -147,7 +151,7 @@ def _check_quantization(config: ModelConfig, request: LoadRequest) -> None:
         return
     method = quantization.get("quant_method", "unknown")
     raise ModelError(
-        f"{request.model_dir} is quantised with {method!r}, which --backend mlx does not read; "
+        f"{request.model.path} is quantised with {method!r}, which --backend mlx does not read; "
         "use the unquantised model, or one that mlx-lm quantised"
     )
 

@@ -113,10 +113,9 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self._config = config
-        heads = config.num_attention_heads * config.head_dim
-        key_values = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, heads + 2 * key_values)
-        self.o_proj = Linear(heads, config.hidden_size)
+        qkv = config.qkv_rows
+        self.qkv_proj = Linear(config.hidden_size, sum(qkv))
+        self.o_proj = Linear(qkv[0], config.hidden_size)
 
     def __call__(
         self, x: mx.array, angles: Angles, attention: Attention, caches: Caches

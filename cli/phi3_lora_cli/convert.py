@@ -65,4 +65,4 @@ def _print(result: ConversionResult, target: str) -> None:
         click.echo(
             f"logits, {answer.reader}: {answer.max_difference:.2e} of their standard deviation"
         )
-    click.echo("verified: the same adapter" if found.equal else "NOT the same adapter")
+    click.echo("verified: the same adapter" if found.is_equal else "NOT the same adapter")

@@ -47,7 +47,7 @@ def command(model: str, as_json: bool, **options: Any) -> int:
     return 0 if result.holds else 3
 
 
-def _print(laws: list[Law]) -> None:
+def _print(laws: tuple[Law, ...]) -> None:
     width = max(len(law.what) for law in laws)
     click.echo(f"law  {'what'.ljust(width)}       value        gate")
     for law in laws:

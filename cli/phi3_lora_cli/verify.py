@@ -30,7 +30,7 @@ def command(adapter: str, model: str, as_json: bool, **options: Any) -> int:
     if as_json:
         print_json(result.to_dict())
     else:
-        verdict, origin = result.verdict, result.trained_on
+        verdict, origin = result.verdict, result.origin
         click.echo(f"trained on        {origin.get('backend')}, {origin.get('dtype')}")
         click.echo(f"max difference    {verdict.max_difference:.3g} nats")
         click.echo(f"mean difference   {verdict.mean_difference:.3g} nats")

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from phi3_lora.adapters import inspection
-from phi3_lora.adapters.convert import SAME, Conversion, Job
+from phi3_lora.adapters.convert import Conversion, Job
 from phi3_lora.adapters.convert import convert as convert_adapter
 from phi3_lora.adapters.formats.folder import check_unused
 from phi3_lora.adapters.formats.loralib import Untold
 from phi3_lora.adapters.formats.tools import CONSUMERS
 from phi3_lora.api.options import AnyPath, Note, OptionError, Part, folder_of, log_note, part_names
-from phi3_lora.engine.registry import available_backends
 from phi3_lora.export.ollama import modelfile_for
 from phi3_lora.hub.download import resolve_adapter_dir
 from phi3_lora.hub.push import Pushed
 from phi3_lora.hub.push import push as push_adapter
-from phi3_lora.inference.base_model import BaseModel, look_at_model
+from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.report.heatmap import check_name, write_heat_map
 from phi3_lora.storage.atomic import replace_file
-from phi3_lora.verification.conversion import Answers, compare_answers
+from phi3_lora.verification.conversion import ConversionCheck, verify_conversion
 
 Layout = Literal["peft", "mlx", "both", "unfused", "loralib", "gguf"]
 Tool = Literal["vllm", "llama.cpp", "ollama", "mlx-lm", "peft"]
@@ -42,41 +41,16 @@ class SourceOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """A converted adapter compared with its source."""
-
-    max_relative_difference: float
-    """Largest |difference| / |delta| of a module, in the Frobenius norm."""
-    worst_module: str | None
-    answers: list[Answers] | None
-    """Answers of models with both adapters; None without a base model or a backend."""
-    equal: bool
-    """True if the differences are only roundings."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name."""
-        answers = {}
-        if self.answers is not None:
-            answers = {"answers": [answer.to_dict() for answer in self.answers]}
-        return {
-            "max_relative_difference": self.max_relative_difference,
-            "worst_module": self.worst_module,
-            "equal": self.equal,
-            **answers,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class ConversionResult:
     """A conversion, and its comparison with the source where that was asked for."""
 
     conversion: Conversion
-    comparison: Comparison | None
+    comparison: ConversionCheck | None
 
     @property
     def equal(self) -> bool:
         """False if a comparison was made and found a difference."""
-        return self.comparison is None or self.comparison.equal
+        return self.comparison is None or self.comparison.is_equal
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by name."""
@@ -126,7 +100,7 @@ def convert(
         ModelError: when the base model cannot be used.
     """
     layout = _layout(to, for_tool)
-    base = None if model is None else look_at_model(model, with_weights=verify)
+    base = None if model is None else find_base_model(model, with_weights=verify)
     path = Path(target)
     if for_tool == "ollama":
         if base is None:
@@ -147,7 +121,8 @@ def convert(
         _write_modelfile(path, base, note)
     for text in result.notes:
         note(text)
-    return ConversionResult(result, _compare(job, result, base, note) if verify else None)
+    check = verify_conversion(result, job.target, base, note) if verify else None
+    return ConversionResult(result, check)
 
 
 def _layout(to: Layout | None, tool: Tool | None) -> str:
@@ -169,29 +144,13 @@ def _missing_values(options: SourceOptions) -> Untold:
     )
 
 
-def _write_modelfile(folder: Path, base: BaseModel, note: Note) -> None:
+def _write_modelfile(folder: Path, base: FoundModel, note: Note) -> None:
     text = modelfile_for(base.path, base.config, "./base.gguf", adapter_line="./adapter.gguf")
     replace_file(folder / "Modelfile", text.encode())
     note(
         f"{folder}/Modelfile takes the base model from base.gguf beside it: put it there, or name "
         "an Ollama model of the same base after FROM"
     )
-
-
-def _compare(job: Job, result: Conversion, base: BaseModel | None, note: Note) -> Comparison:
-    difference, worst = result.max_relative_difference, result.worst_module
-    equal = difference <= SAME
-    if base is None:
-        return Comparison(difference, worst, None, equal)
-    backends, reasons = available_backends("cpu")
-    for reason in reasons:
-        note(reason)
-    if not backends:
-        note("no backend can run here: the model's answers were not compared")
-        return Comparison(difference, worst, None, equal)
-    answers = compare_answers(base, result.adapters, job.target, backends, note)
-    equal = equal and all(answer.is_equal for answer in answers)
-    return Comparison(difference, worst, answers, equal)
 
 
 def inspect(
@@ -217,7 +176,7 @@ def inspect(
     path = None if plot is None else folder_of(plot)
     if path is not None:
         check_name(path)
-    config = None if model is None else look_at_model(model, with_weights=False).config
+    config = None if model is None else find_base_model(model, with_weights=False).config
     untold = _missing_values(options)
     facts = inspection.inspect_adapter(resolve_adapter_dir(str(adapter)), untold, config)
     if path is not None:

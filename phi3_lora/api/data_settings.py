@@ -12,7 +12,7 @@ from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.dataset import DataFiles, resolve_data
 from phi3_lora.data.quality.checks import Base
 from phi3_lora.errors import ConfigError
-from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.base_model import find_base_model
 
 NO_MODEL = "(no model)"
 """In place of the model, which a run needs and a look at data does not."""
@@ -72,7 +72,7 @@ def base_of(config: RunConfig, note: Note) -> Base:
         ModelError: when the model cannot be used.
     """
     data = config.data
-    model = look_at_model(
+    model = find_base_model(
         config.model, config.revision, with_weights=False, chat_template=data.chat_template
     )
     for text in model.tokenizer.notes:

@@ -17,12 +17,11 @@ from phi3_lora.errors import AdapterError, ModelError, listing
 from phi3_lora.export import merge as merging
 from phi3_lora.export.gguf_model import OUT_TYPES
 from phi3_lora.hub.download import resolve_adapter_dir, resolve_model_dir
-from phi3_lora.inference.base_model import BaseModel, look_at_model
-from phi3_lora.inference.loading import load_adapter, other_base_notes
-from phi3_lora.models.config_json import read_model_config
+from phi3_lora.inference.base_model import FoundModel, find_base_model
+from phi3_lora.inference.loading import check_base_model, load_adapter, other_base_notes
 from phi3_lora.models.quantization.folder import write_quantized_folder
-from phi3_lora.models.weights import check_weights, model_identity
-from phi3_lora.storage.atomic import is_unused
+from phi3_lora.models.weights import check_model_files
+from phi3_lora.storage.atomic import check_folder_unused
 
 MergeTarget = Literal["hf", "mlx", "gguf", "adapter"]
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -144,15 +143,16 @@ def merge(
     adapters = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     weights = _weights(weight, len(adapters))
     folders = [str(resolve_adapter_dir(str(path))) for path in adapters]
-    base = look_at_model(model, revision, with_weights=to != "adapter")
+    base = find_base_model(model, revision, with_weights=to != "adapter")
     if dequantize and base.config.quantization is None:
         raise OptionError(f"--dequantize has no effect: {model} is not quantised")
     target = folder_of(output)
     check_apart(target, base.path, *map(Path, folders))
-    parts = [
-        Weighted(load_adapter(path, base), factor)
-        for path, factor in zip(folders, weights, strict=True)
-    ]
+    parts = []
+    for path, factor in zip(folders, weights, strict=True):
+        loaded = load_adapter(path, base)
+        base = base.with_adapter_template(loaded.template)
+        parts.append(Weighted(loaded.adapter, factor))
     if to == "adapter":
         return _write_sum(parts, target, note)
     return MergeResult(_write_model(base, parts, target, options, note))
@@ -183,13 +183,12 @@ def _write_sum(parts: Sequence[Weighted], target: Path, note: Note) -> AdapterSu
 
 
 def _write_model(
-    base: BaseModel, parts: Sequence[Weighted], target: Path, options: MergeOptions, note: Note
+    base: FoundModel, parts: Sequence[Weighted], target: Path, options: MergeOptions, note: Note
 ) -> merging.Merge:
-    tensors = check_weights(base.path, base.config)
-    identity = model_identity(base.path, tensors)
-    for text in {text for part in parts for text in other_base_notes(part.adapter, identity)}:
+    checked = check_base_model(base)
+    for text in {t for part in parts for t in other_base_notes(part.adapter, checked.identity)}:
         note(text)
-    inputs = (base.path, base.config, tensors, parts, target)
+    inputs = (base.path, base.config, checked.files.tensors, parts, target)
     if options.to == "gguf":
         chosen = None if options.outtype == "auto" else options.outtype
         result = merging.merge_to_gguf(*inputs, out_type=chosen, dequantized=options.dequantize)
@@ -238,10 +237,7 @@ def quantize(
     if bits not in (4, 8):
         raise OptionError(f"bits must be 4 or 8, got {bits!r}")
     target = folder_of(output)
-    if not is_unused(target):
-        raise ModelError(f"{target} already holds something: choose another --output")
-    source = resolve_model_dir(model, revision)
-    config = read_model_config(source)
-    tensors = check_weights(source, config)
-    error = write_quantized_folder(source, config, tensors, target, bits=bits)
+    check_folder_unused(target, ModelError, "already holds something: choose another --output")
+    source = check_model_files(resolve_model_dir(model, revision))
+    error = write_quantized_folder(source.path, source.config, source.tensors, target, bits=bits)
     return QuantizeResult(str(target), bits, error.mean, error.worst, error.worst_module)

@@ -30,20 +30,18 @@ from phi3_lora.api.options import (
 from phi3_lora.data.rows.conversation import Message
 from phi3_lora.engine.request import Sampling
 from phi3_lora.inference import generation
-from phi3_lora.inference.base_model import BaseModel, look_at_model
+from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.generation import Generation, Prompt
-from phi3_lora.inference.loading import load_adapter, open_engine
+from phi3_lora.inference.loading import Placement, open_engine, with_adapter
 
 
 @dataclass(frozen=True, slots=True)
-class FoundModel:
+class ModelToOpen:
     """A base model and an adapter that were found and checked but not loaded."""
 
-    base: BaseModel
+    base: FoundModel
     adapter: Adapter | None
-    backend: str
-    device: Device
-    dtype: Dtype
+    placement: Placement
     note: Note
 
     def open(self) -> LoadedModel:
@@ -53,14 +51,7 @@ class FoundModel:
             BackendUnavailableError: when the backend or device is missing.
             ModelError: when the weights cannot be used.
         """
-        opened = open_engine(
-            self.base,
-            backend=self.backend,
-            device=self.device,
-            dtype=self.dtype,
-            adapter=self.adapter,
-            note=self.note,
-        )
+        opened = open_engine(self.base, self.adapter, self.placement, self.note)
         return LoadedModel(self.base, opened.engine, self.adapter, self.note)
 
 
@@ -74,7 +65,7 @@ def find_model(
     dtype: Dtype = "auto",
     quantize: Quantization = "none",
     note: Note = log_note,
-) -> FoundModel:
+) -> ModelToOpen:
     """Find a base model and an adapter and check that they fit.
 
     Args:
@@ -91,9 +82,10 @@ def find_model(
         AdapterError: when the adapter is damaged or does not fit.
         ModelError: when the base model cannot be used.
     """
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(os.fspath(adapter), base)
-    return FoundModel(base, weights, backend, device, dtype, note)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, None if adapter is None else os.fspath(adapter))
+    placement = Placement(backend=backend, device=device, dtype=dtype)
+    return ModelToOpen(base, weights, placement, note)
 
 
 def load(

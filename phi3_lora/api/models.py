@@ -25,7 +25,7 @@ from phi3_lora.engine.protocol import Engine
 from phi3_lora.engine.request import Sampling
 from phi3_lora.errors import AdapterError
 from phi3_lora.inference import generation
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.inference.evaluation import Answer, Evaluation, answer_conversations
 from phi3_lora.inference.evaluation import evaluate as evaluate_documents
 from phi3_lora.inference.generation import Generation, Prompt
@@ -81,7 +81,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FoundModel,
         engine: Engine,
         adapter: Adapter | None,
         note: Note = log_note,
@@ -267,7 +267,7 @@ class LoadedModel:
         return EvaluationResult(**scores.to_dict(), answers=answers)
 
 
-def rows_to_score(base: BaseModel, data: Data, options: EvaluationOptions, note: Note) -> ToScore:
+def rows_to_score(base: FoundModel, data: Data, options: EvaluationOptions, note: Note) -> ToScore:
     """Read and encode rows to score, and their conversations where answers are asked for.
 
     Raises:

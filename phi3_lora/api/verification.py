@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from phi3_lora.adapters.fingerprint import read_fingerprint
 from phi3_lora.api.options import (
     AnyPath,
     Data,
@@ -20,62 +17,19 @@ from phi3_lora.api.options import (
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
 from phi3_lora.data.sources.reading import read_conversations
-from phi3_lora.engine.lora_spec import LoraSpec
-from phi3_lora.engine.protocol import Backend
 from phi3_lora.engine.registry import available_backends
 from phi3_lora.errors import BackendUnavailableError
-from phi3_lora.hub.download import resolve_adapter_dir
-from phi3_lora.inference.base_model import BaseModel, look_at_model
-from phi3_lora.inference.loading import load_adapter, open_engine, prepare_weights
-from phi3_lora.verification.fingerprint import Verdict, check_vocabulary, compare, probe_documents
+from phi3_lora.inference.base_model import FoundModel, find_base_model
+from phi3_lora.inference.loading import Placement, with_adapter
+from phi3_lora.verification.fingerprint import Verification, probe_documents, verify_adapter
 from phi3_lora.verification.parity import (
     DOCUMENTS_PER_STEP,
-    Law,
-    Numbers,
-    Trial,
-    cross_laws,
-    measure,
-    own_laws,
-    random_start,
+    ParityInputs,
+    ParityResult,
+    run_laws,
 )
 
 _MAX_LENGTH = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyResult:
-    """An adapter's fingerprint replayed here."""
-
-    verdict: Verdict
-    trained_on: dict[str, str]
-    """Backend and dtype where the adapter was trained, by name."""
-
-    @property
-    def equal(self) -> bool:
-        """True if no log-probability differs by more than the threshold."""
-        return self.verdict.equal
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name."""
-        return self.verdict.to_dict()
-
-
-@dataclass(frozen=True, slots=True)
-class ParityResult:
-    """The laws of parity, measured on this machine."""
-
-    laws: list[Law]
-    backends: list[str]
-
-    @property
-    def holds(self) -> bool:
-        """True if every law holds."""
-        return all(law.holds for law in self.laws)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name."""
-        laws = [law.to_dict() for law in self.laws]
-        return {"laws": laws, "backends": self.backends, "holds": self.holds}
 
 
 def verify(
@@ -88,7 +42,7 @@ def verify(
     dtype: Dtype = "auto",
     quantize: Quantization = "none",
     note: Note = log_note,
-) -> VerifyResult:
+) -> Verification:
     """Compare an adapter's behaviour here with its behaviour where it was trained.
 
     Args:
@@ -105,19 +59,12 @@ def verify(
         AdapterError: when the adapter has no fingerprint, is damaged or does not fit.
         Phi3LoraError: with what else is wrong and what to do.
     """
-    folder = resolve_adapter_dir(str(adapter))
-    stored = read_fingerprint(folder)
-    base = look_at_model(model, revision, quantize=quantize)
-    check_vocabulary(stored, base.config.vocab_size)
-    weights = load_adapter(str(folder), base)
-    opened = open_engine(
-        base, backend=backend, device=device, dtype=dtype, adapter=weights, note=note
+    return verify_adapter(
+        str(adapter),
+        lambda: find_base_model(model, revision, quantize=quantize),
+        Placement(backend=backend, device=device, dtype=dtype),
+        note,
     )
-    try:
-        verdict = compare(stored, opened.engine, opened.identity)
-    finally:
-        opened.engine.close()
-    return VerifyResult(verdict, dict(stored.origin))
 
 
 def parity(
@@ -147,37 +94,18 @@ def parity(
         BackendUnavailableError: when no backend can run.
         Phi3LoraError: with what else is wrong and what to do.
     """
-    base = look_at_model(model, revision, quantize=quantize)
-    weights = None if adapter is None else load_adapter(str(adapter), base)
-    shapes = base.config.linear_shapes()
-    spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if weights is None else weights.spec
-    start = random_start(spec, shapes) if weights is None else weights.weights
-    trial = Trial(base, _documents(base, data, steps, note), spec, start, steps)
+    base = find_base_model(model, revision, quantize=quantize)
+    base, weights = with_adapter(base, None if adapter is None else str(adapter))
+    documents = _documents(base, data, steps, note)
     backends, reasons = available_backends(device)
     if not backends:
         raise BackendUnavailableError("no backend can run here:\n  " + "\n  ".join(reasons))
     for reason in reasons:
         note(reason)
-    return ParityResult(_laws(trial, backends, device, note), list(backends))
+    return run_laws(ParityInputs(base, documents, weights, steps), backends, device, note)
 
 
-def _laws(trial: Trial, backends: dict[str, Backend], device: Device, note: Note) -> list[Law]:
-    laws: list[Law] = []
-    measured: list[Numbers] = []
-    # All weights are checked before the first backend computes.
-    ready = {name: prepare_weights(trial.base, b, note)[0] for name, b in backends.items()}
-    for name, backend in backends.items():
-        own = dataclasses.replace(trial, base=ready[name])
-        other = measured[0].trained if measured else None
-        measured.append(measure(own, backend, device, other))
-        laws += own_laws(name, measured[-1])
-    if len(measured) == 2:
-        return [*cross_laws(*measured), *laws]
-    note("one backend only: the laws between backends were not run; verify needs just one")
-    return laws
-
-
-def _documents(base: BaseModel, data: Data | None, steps: int, note: Note) -> list[Document] | Any:
+def _documents(base: FoundModel, data: Data | None, steps: int, note: Note) -> Sequence[Document]:
     if data is None:
         return probe_documents(base.tokenizer)
     source = as_source(data)

@@ -1,9 +1,7 @@
-"""What backends share: cutting a step's documents into micro-batches, and notes on a request."""
+"""A step's documents shared among ranks and cut into micro-batches."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +10,6 @@ from numpy.typing import NDArray
 
 from phi3_lora.engine.packing import packed_rows
 from phi3_lora.engine.protocol import Batch
-from phi3_lora.engine.request import LoadRequest
 
 T = TypeVar("T")
 Integers = NDArray[np.signedinteger[Any]]
@@ -74,29 +71,6 @@ def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
     full = np.zeros(len(batch.tokens), dtype=values.dtype)
     full[batch.loss_mask] = values
     return np.add.reduceat(full, batch.doc_starts[:-1])
-
-
-def unused_precision(request: LoadRequest, dtype: str) -> list[str]:
-    """A note where bf16 or fp16 was asked for and the engine computes in another dtype."""
-    if request.gpu_dtype in (None, dtype):
-        return []
-    return [f"bf16 and fp16 have no effect here: computing in {dtype}"]
-
-
-def out_of_memory_advice(request: LoadRequest) -> str:
-    """What to say when the device's memory does not hold a micro-batch."""
-    return (
-        f"out of memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
-        "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "
-        "same), set gradient_checkpointing: true, or lower max_length"
-    )
-
-
-def process_peak_bytes() -> int:
-    """Largest memory that this process has held, whatever the device."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux kibibytes.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def rank_share(documents: Sequence[T], rank: int, world_size: int) -> Sequence[T]:

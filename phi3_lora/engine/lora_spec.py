@@ -1,4 +1,4 @@
-"""What of a model is adapted and trained, with every name resolved."""
+"""The adapted and trained parts of a model, with every name resolved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
-    """What B A is multiplied by.
+    """Return the factor of B A.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732.
     """
@@ -17,12 +17,12 @@ def lora_scaling(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
 
 
 def lora_alpha_of(scaling: float, r: int, *, use_rslora: bool) -> float:
-    """The lora_alpha that gives a scaling: the inverse of lora_scaling."""
+    """Return the lora_alpha that gives a scaling: the inverse of lora_scaling."""
     return scaling * (math.sqrt(r) if use_rslora else r)
 
 
 class Block(NamedTuple):
-    """A part of a fused projection that is adapted on its own: where its B lies in the whole B."""
+    """The place of B in a fused projection's B, for a part that is adapted on its own."""
 
     part: str
     """Full path of the part, for example model.layers.0.self_attn.q_proj."""
@@ -40,14 +40,14 @@ class LoraLayer:
     """Rank of A (R, in) and B (out, R)."""
     lora_alpha: float
     num_trained: int | None = None
-    """The first so many ranks train and the others stay as they start; None: all train."""
+    """Number of ranks that train, from the first; the others stay as they start. None: all."""
     blocks: tuple[Block, ...] = ()
     """Where B trains; elsewhere it is 0. Empty: everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """What of a model is adapted and trained, with every name already resolved."""
+    """The adapted and trained parts of a model, with every name already resolved."""
 
     layers: Mapping[str, LoraLayer]
     """By full module path, for example model.layers.0.self_attn.qkv_proj."""
@@ -63,7 +63,7 @@ class LoraSpec:
     def uniform(
         cls, modules: Iterable[str], *, r: int, scaling: float, dropout: float = 0.0
     ) -> LoraSpec:
-        """One rank and one scale for all modules."""
+        """Make a spec of one rank and one scale for all modules."""
         layer = LoraLayer(r=r, lora_alpha=scaling * r)
         return cls(layers=dict.fromkeys(modules, layer), dropout=dropout)
 
@@ -73,6 +73,6 @@ class LoraSpec:
         return tuple(self.layers)
 
     def scaling(self, module: str) -> float:
-        """What B A of a module is multiplied by."""
+        """Return the factor of B A in a module."""
         layer = self.layers[module]
         return lora_scaling(layer.lora_alpha, layer.r, use_rslora=self.use_rslora)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, SupportsFloat
 
@@ -129,6 +130,29 @@ class Engine(Protocol):
         """Free the model."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendDescription:
+    """The software and the devices that a backend runs on."""
+
+    versions: dict[str, str]
+    """Package -> version."""
+    devices: tuple[str, ...]
+    """Names, the preferred device first."""
+    num_threads: int
+    """Threads that a computation on the CPU uses."""
+    blas: str | None = None
+    """Library that multiplies matrices on the CPU, if the backend can have several."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `blas` only where it is known."""
+        return {
+            "versions": dict(self.versions),
+            "devices": list(self.devices),
+            **({} if self.blas is None else {"blas": self.blas}),
+            "num_threads": self.num_threads,
+        }
+
+
 class Backend(Protocol):
     """A way to open engines; found through the entry-point group phi3_lora.backends."""
 
@@ -158,8 +182,8 @@ class Backend(Protocol):
             AdapterError: when that tool does not load the adapter.
         """
 
-    def describe(self) -> dict[str, Any]:
-        """`versions` (package -> version), `devices`, `num_threads` and perhaps `blas`."""
+    def describe(self) -> BackendDescription:
+        """Describe the software and the devices of this machine."""
 
     def diagnose(self) -> list[str]:
         """What slows this backend down here, each with the line that mends it."""

@@ -1,11 +1,12 @@
-"""What a backend is asked for: a model, an optimizer, a way to choose tokens."""
+"""Requests to a backend: a model to load, an optimizer, a way to choose tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.models.config import Dtype
+from phi3_lora.models.weights import ModelFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,16 +28,16 @@ class OptimSpec:
 class LoadRequest:
     """Everything a backend needs to open a model for training or scoring."""
 
-    model_dir: Path
+    model: ModelFiles
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: gpu_dtype on a GPU, float32 on a CPU."""
-    gpu_dtype: str | None = None
-    """What auto means on a GPU; None is the model's own dtype."""
+    gpu_dtype: Dtype | None = None
+    """The dtype that auto stands for on a GPU; None is the model's own."""
     device: str = "auto"
     """auto, cpu or gpu."""
     quantize: str = "none"
-    """none, or a quantisation of the backend's own: nf4 or mlx-affine. The shared grids are folders
-    and need nothing said."""
+    """none, or a quantisation that the backend makes while loading: nf4 or mlx-affine. A folder on
+    a shared grid is loaded with none."""
     lora: LoraSpec | None = None
     """None opens the bare base model."""
     optim: OptimSpec = field(default_factory=OptimSpec)
@@ -47,10 +48,16 @@ class LoadRequest:
     compile: bool = False
     """Fuse each layer's small operations where the backend gains by it, after a minute's work."""
 
+    def compute_dtype(self, *, on_gpu: bool) -> str:
+        """Return the dtype to compute in, with auto resolved for the chosen device."""
+        if self.dtype != "auto":
+            return self.dtype
+        return (self.gpu_dtype or self.model.config.dtype) if on_gpu else "float32"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The way to choose the next token."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0

@@ -21,7 +21,7 @@ from phi3_lora.arrays import Float32
 from phi3_lora.errors import ModelError
 from phi3_lora.export.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.storage.atomic import explained, fsync_folder
+from phi3_lora.storage.atomic import replacing
 from phi3_lora.storage.optional import gguf_package
 from phi3_lora.storage.safetensors import (
     FLOAT_TYPES,
@@ -116,21 +116,13 @@ def write_gguf(
     gguf = gguf_package(ModelError)
     vocabulary = check_gguf(model_dir, config)
     plan = _plan(config, tensors, OUT_TYPES[out_type].ggml)
-    # A name that no user gives to a file of his own.
-    part = path.with_name(f".{path.name}.phi3-lora-part")
-    with explained(path):
-        try:
-            writer = gguf.GGUFWriter(part, "phi3")
-            with contextlib.closing(writer):
-                _add_model(writer, gguf, config, out_type)
-                _add_vocabulary(writer, vocabulary)
-                _write_header(writer, gguf, plan)
-            _write_tensors(part, plan, writer.data_alignment)
-            os.replace(part, path)
-            fsync_folder(path.parent)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with replacing(path) as part:
+        writer = gguf.GGUFWriter(part, "phi3")
+        with contextlib.closing(writer):
+            _add_model(writer, gguf, config, out_type)
+            _add_vocabulary(writer, vocabulary)
+            _write_header(writer, gguf, plan)
+        _write_tensors(part, plan, writer.data_alignment)
     return [*vocabulary.notes, *_notes(config, plan, out_type)]
 
 

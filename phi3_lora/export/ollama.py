@@ -139,8 +139,7 @@ def modelfile_for(
 
 def _stop_texts(chat: ChatTokenizer, config: ModelConfig) -> list[str]:
     """The texts of the tokens that end an answer, the end of turn first."""
-    own = chat.end_of_turn_id
-    ids = [*([] if own is None else [own]), *sorted(config.stop_ids - {own})]
+    ids = config.answer_stop_ids(chat.end_of_turn_id)
     texts = [chat.decode([i], skip_special_tokens=False) for i in ids]
     return [text for text in texts if text and '"' not in text and "\n" not in text]
 

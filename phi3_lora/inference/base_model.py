@@ -1,7 +1,8 @@
-"""A base model that was found but not loaded."""
+"""A base model on its way to an engine: found (no weights needed), then checked (with weights)."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,66 +14,98 @@ from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import dense_weight
 from phi3_lora.models.quantization.grid import GRID_BITS
-from phi3_lora.models.weights import tensor_index
+from phi3_lora.models.weights import ModelFiles, tensor_index
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
-    """A base model that was looked at but not loaded."""
+class FoundModel:
+    """A base model whose config and tokenizer were read; its weights may be missing."""
 
     name: str
+    """As the user named it: a folder, a hub id, or demo."""
     path: Path
     config: ModelConfig
     tokenizer: ChatTokenizer
     quantize: str = "none"
-    """How the weights are to be quantised, as QUANTIZATIONS names it."""
+    """How the weights are to be quantised, one of QUANTIZATIONS."""
 
     @property
-    def own_quantization(self) -> str:
-        """What a backend must do itself; a shared grid is in the files."""
+    def backend_quantization(self) -> str:
+        """The quantisation that the backend makes while loading; none for a shared grid."""
         return "none" if self.quantize in GRID_BITS else self.quantize
-
-    def weight(self, module: str) -> Float32:
-        """The weight of a module in full, (out, in) or (hidden,), in float32.
-
-        Raises:
-            ModelError: when the files are missing, or quantised as only a backend can read.
-        """
-        return dense_weight(tensor_index(self.path, self.config), self.config, module)
-
-    def row_norms(self, module: str) -> Float32:
-        """Euclidean norm of each row of a module's weight."""
-        return row_norms(self.weight(module))
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: the model's own and the template's end of turn."""
-        end = self.tokenizer.end_of_turn_id
-        return self.config.stop_ids | (frozenset() if end is None else {end})
+        return frozenset(self.config.answer_stop_ids(self.tokenizer.end_of_turn_id))
+
+    def row_norms(self, module: str) -> Float32:
+        """Return the Euclidean norm of each row of a module's weight, (out,).
+
+        Raises:
+            ModelError: when the files are missing, or quantised as only a backend can read.
+        """
+        tensors = tensor_index(self.path, self.config)
+        return row_norms(dense_weight(tensors, self.config, module))
+
+    def with_adapter_template(self, template: Path | None) -> FoundModel:
+        """Take the chat template that an adapter was trained with, unless the user named one.
+
+        Args:
+            template: a Jinja file; None where the adapter was trained with the model's own.
+
+        Raises:
+            ConfigError: when the template cannot be used.
+        """
+        if template is None or self.tokenizer.has_own_template:
+            return self
+        tokenizer = ChatTokenizer(
+            self.path, vocab_size=self.config.vocab_size, template_file=template
+        )
+        return dataclasses.replace(self, tokenizer=tokenizer)
 
 
-def look_at_model(
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A base model whose weights were checked and are ready to load."""
+
+    found: FoundModel
+    files: ModelFiles
+    """The files to load: the model's own, or a copy of them on a shared grid."""
+    identity: str
+    """Equal where every backend sees equal numbers."""
+
+    def weight(self, module: str) -> Float32:
+        """Read the weight of a module in full, (out, in) or (hidden,), in float32.
+
+        Raises:
+            ModelError: when it is quantised as only a backend can read.
+        """
+        return dense_weight(self.files.tensors, self.files.config, module)
+
+
+def find_base_model(
     model: str,
     revision: str | None = None,
     *,
     quantize: str | None = None,
     with_weights: bool = True,
     chat_template: str | None = None,
-) -> BaseModel:
+) -> FoundModel:
     """Find a base model and read its config and tokenizer.
 
     Args:
         model: a folder, a hub id, or demo.
         revision: branch, tag or commit of a hub id.
-        quantize: how prepare_weights is to quantise it; None means none.
+        quantize: how the weights are to be quantised; None means none.
         with_weights: whether to download the weights of a hub id, too.
         chat_template: a Jinja file in place of the model's own template.
 
     Raises:
-        ModelError: when it cannot be used.
+        ModelError: when the model cannot be used.
         ConfigError: when the template cannot be used.
     """
     path = resolve_model_dir(model, revision, with_weights=with_weights)
     config = read_model_config(path)
     tokenizer = ChatTokenizer(path, vocab_size=config.vocab_size, template_file=chat_template)
-    return BaseModel(model, path, config, tokenizer, quantize or "none")
+    return FoundModel(model, path, config, tokenizer, quantize or "none")

@@ -1,10 +1,11 @@
-"""The steps that train, evaluate and generate share: model folder, tokenizer, engine, adapter."""
+"""Steps shared by training, scoring and generation: check a base model, load an adapter, open."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from phi3_lora.adapters.adapter import Adapter, check_fits
 from phi3_lora.adapters.fingerprint import base_identity
@@ -16,73 +17,106 @@ from phi3_lora.engine.registry import choose_backend
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ConfigError, ModelError
 from phi3_lora.hub.download import resolve_adapter_dir
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import CheckedModel, FoundModel
 from phi3_lora.models.quantization.cache import quantized_copy
 from phi3_lora.models.quantization.grid import GRID_BITS
-from phi3_lora.models.weights import check_weights, model_identity
+from phi3_lora.models.weights import check_model_files, model_identity
+
+Note = Callable[[str], None]
 
 
-def prepare_weights(
-    base: BaseModel, backend: Backend, note: Callable[[str], None]
-) -> tuple[BaseModel, str]:
-    """Quantise a base model as asked, check its weights, and tell the model's identity.
+def check_base_model(found: FoundModel) -> CheckedModel:
+    """Check the weights of a base model as they lie in its folder.
+
+    Raises:
+        ModelError: when a tensor is missing, extra, mis-shaped or not finite.
+    """
+    files = check_model_files(found.path, found.config)
+    identity = model_identity(files.path, files.tensors)
+    own = found.backend_quantization
+    return CheckedModel(found, files, identity if own == "none" else f"{identity}-{own}")
+
+
+def check_for_backend(found: FoundModel, backend: Backend, note: Note) -> CheckedModel:
+    """Quantise a base model on a shared grid if asked to, and check the weights to load.
 
     Args:
-        base: as looked at.
-        backend: that will load it.
-        note: told of work that takes time.
-
-    Returns:
-        The base to load, and its identity: equal where every backend sees the same numbers.
+        found: the base model and the quantisation to load it with.
+        backend: the one that will load it.
+        note: receives a line before work that takes time.
 
     Raises:
         ConfigError: when the backend has no such quantisation.
         ModelError: when a tensor is missing, extra, mis-shaped or not finite, or the model is
             quantised already in another way.
     """
-    bits = GRID_BITS.get(base.quantize)
-    if bits is not None and base.config.grid_bits != bits:
-        path, config, tensors = quantized_copy(base.path, base.config, bits=bits, note=note)
-        base = dataclasses.replace(base, path=path, config=config)
-        return base, model_identity(path, tensors)
-    own = base.own_quantization
+    bits = GRID_BITS.get(found.quantize)
+    if bits is not None and found.config.grid_bits != bits:
+        files = quantized_copy(found.path, found.config, bits=bits, note=note)
+        return CheckedModel(found, files, model_identity(files.path, files.tensors))
+    own = found.backend_quantization
     if own not in {"none", *backend.quantizations}:
         raise ConfigError(
             f"--quantize {own} is not one of --backend {backend.name}'s; allowed: "
             f"{', '.join(['none', *GRID_BITS, *sorted(backend.quantizations)])} (4bit and 8bit are "
             "the same weights on both backends)"
         )
-    if own != "none" and base.config.quantization is not None:
-        raise ModelError(f"{base.name} is quantised already: leave out --quantize {own}")
-    identity = model_identity(base.path, check_weights(base.path, base.config))
-    return base, identity if own == "none" else f"{identity}-{own}"
+    if own != "none" and found.config.quantization is not None:
+        raise ModelError(f"{found.name} is quantised already: leave out --quantize {own}")
+    return check_base_model(found)
 
 
-def load_adapter(path: str, base: BaseModel) -> Adapter:
-    """An adapter of a folder or a hub id, in any layout, checked against a base model.
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter that fits its base model, and the chat template that it was trained with."""
 
-    Where it was trained with a chat template of its own, and the base has the model's, the base's
-    tokenizer takes that one: another would ask the adapter what it was never taught.
+    adapter: Adapter
+    template: Path | None
+    """A Jinja file; None where training used the model's own template."""
+
+
+def load_adapter(path: str, base: FoundModel) -> LoadedAdapter:
+    """Read an adapter from a folder or a hub id, in any layout, and check it against a base model.
 
     Raises:
         AdapterError: when it is damaged or does not fit.
-        ConfigError: when its chat template cannot be used.
     """
     folder = resolve_adapter_dir(path)
     adapter, _ = read_source(folder, base.config, Untold(), base.row_norms)
     check_fits(adapter, base.config.adaptable_shapes(), path, base.config.tensor_shapes())
-    template = folder / TEMPLATE_NAME
-    if template.exists() and not base.tokenizer.has_own_template:
-        base.tokenizer.use_template_file(template)
-    return dataclasses.replace(
+    adapter = dataclasses.replace(
         adapter,
         num_layers=base.config.num_hidden_layers,
         base_identity=base_identity(folder),
     )
+    template = folder / TEMPLATE_NAME
+    return LoadedAdapter(adapter, template if template.exists() else None)
+
+
+def with_adapter(base: FoundModel, path: str | None) -> tuple[FoundModel, Adapter | None]:
+    """Load an adapter, and give the base model the chat template that the adapter was taught.
+
+    Args:
+        base: the model to adapt.
+        path: a folder or a hub id; None leaves the model bare.
+
+    Raises:
+        AdapterError: when the adapter is damaged or does not fit.
+        ConfigError: when its chat template cannot be used.
+    """
+    if path is None:
+        return base, None
+    loaded = load_adapter(path, base)
+    return base.with_adapter_template(loaded.template), loaded.adapter
 
 
 def other_base_notes(adapter: Adapter | None, identity: str) -> list[str]:
-    """A warning if an adapter names another base model than this one, by identity."""
+    """Return a warning if an adapter was trained on another base model.
+
+    Args:
+        adapter: with the identity of the base that it was trained on, where that is known.
+        identity: of the base model here.
+    """
     if adapter is None or adapter.base_identity in (None, identity):
         return []
     return [
@@ -93,51 +127,54 @@ def other_base_notes(adapter: Adapter | None, identity: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine, and how it came to be."""
+    """An engine and the base model in it."""
 
     engine: Engine
-    identity: str
-    """Of the base model."""
+    base: CheckedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The backend, the device and the dtype to open a model with."""
+
+    backend: str = "auto"
+    """mlx, cuda or auto."""
+    device: str = "auto"
+    """auto, cpu or gpu."""
+    dtype: str = "auto"
+    """The dtype to compute in: float32, bfloat16, float16 or auto."""
 
 
 def open_engine(
-    base: BaseModel,
-    *,
-    backend: str | None,
-    device: str | None,
-    dtype: str | None,
-    adapter: Adapter | None,
-    note: Callable[[str], None],
+    base: FoundModel, adapter: Adapter | None, placement: Placement, note: Note
 ) -> Opened:
-    """Open a model for scoring and generation, with an adapter or bare; None means auto.
+    """Open a model for scoring and generation, with an adapter or bare.
 
     Args:
-        base: as looked at.
-        backend: mlx, cuda or auto.
-        device: auto, cpu or gpu.
-        dtype: of the base.
+        base: the model to check and load.
         adapter: checked against the base.
-        note: told what the user should know, before the work that it is about.
+        placement: where to open it.
+        note: receives what the user should know, before the work that it is about.
 
     Raises:
         BackendUnavailableError: when the backend or device is missing.
         ModelError: when the weights cannot be used.
     """
-    chosen, wanted, choice = choose_backend(backend or "auto", device or "auto")
+    chosen, wanted, choice = choose_backend(placement.backend, placement.device)
     if choice:
         note(choice)
-    base, identity = prepare_weights(base, chosen, note)
-    for text in other_base_notes(adapter, identity):
+    checked = check_for_backend(base, chosen, note)
+    for text in other_base_notes(adapter, checked.identity):
         note(text)
     engine = chosen.open(
         LoadRequest(
-            model_dir=base.path,
-            dtype=dtype or "auto",
+            model=checked.files,
+            dtype=placement.dtype,
             device=wanted,
-            quantize=base.own_quantization,
+            quantize=base.backend_quantization,
             lora=None if adapter is None else dataclasses.replace(adapter.spec, dropout=0.0),
         )
     )
     if adapter is not None:
         engine.write_adapter(adapter.weights)
-    return Opened(engine, identity)
+    return Opened(engine, checked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,9 +13,17 @@ from phi3_lora.models.quantization.grid import GROUP_SIZE
 
 PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The linear layers of a decoder layer; q, k, v and gate, up are stored fused."""
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "4bit", "8bit", "nf4", "mlx-affine")
-"""Of a base: none, the shared grids, bitsandbytes' and MLX's own."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+"""Quantisations of a base: none, the shared grids, bitsandbytes' and MLX's own."""
+
+
+def qkv_rows(heads: int, key_value_heads: int, head_dim: int) -> tuple[int, int, int]:
+    """Return the rows of q, k and v in the fused projection."""
+    key_values = key_value_heads * head_dim
+    return heads * head_dim, key_values, key_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +36,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None
     attention_factor: float | None = None
     factor: float | None = None
-    """LongRoPE's ratio of contexts, where it is told."""
+    """LongRoPE's ratio of contexts, where config.json has one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +57,24 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope: RopeConfig
     stop_ids: frozenset[int]
-    dtype: str
+    dtype: Dtype
     quantization: Mapping[str, Any] | None
     grid_bits: int | None = None
-    """Bits of the shared grid that the linear layers are stored on; None is no shared grid."""
+    """Bits of the shared grid that the linear layers are stored on; None without a shared grid."""
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in the fused projection."""
+        return qkv_rows(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+
+    def answer_stop_ids(self, end_of_turn_id: int | None) -> tuple[int, ...]:
+        """Return the ids that end an answer, the template's end of turn first.
+
+        Args:
+            end_of_turn_id: of the chat template; None where it has none.
+        """
+        own = () if end_of_turn_id is None else (end_of_turn_id,)
+        return (*own, *sorted(self.stop_ids.difference(own)))
 
     @property
     def rotary_dim(self) -> int:
@@ -61,7 +83,7 @@ class ModelConfig:
 
     @property
     def attention_factor(self) -> float:
-        """What LongRoPE multiplies cos and sin by; 1 without LongRoPE.
+        """The factor of cos and sin in LongRoPE; 1 without LongRoPE.
 
         Source: transformers, modeling_rope_utils.py, _compute_longrope_parameters.
         """
@@ -77,18 +99,17 @@ class ModelConfig:
         return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
 
     def uses_long_factors(self, length: Any) -> Any:
-        """Whether documents of these lengths (tokens) use LongRoPE's long factors."""
+        """Return whether documents of these lengths (tokens) use LongRoPE's long factors."""
         if self.rope.long_factor is None:
             return np.zeros_like(length, dtype=bool)
         return np.asarray(length) > self.original_max_position_embeddings
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (out, in) of every linear layer that LoRA can adapt."""
-        heads = self.num_attention_heads * self.head_dim
-        fused = heads + 2 * self.num_key_value_heads * self.head_dim
+        qkv = self.qkv_rows
         shape = {
-            "self_attn.qkv_proj": (fused, self.hidden_size),
-            "self_attn.o_proj": (self.hidden_size, heads),
+            "self_attn.qkv_proj": (sum(qkv), self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, qkv[0]),
             "mlp.gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }
@@ -99,9 +120,10 @@ class ModelConfig:
         }
 
     def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
-        """Those, the embedding as (hidden, vocabulary), and the head; tied, those two are left out.
+        """Return the shapes of all adaptable layers, with embedding and head unless they are tied.
 
-        Tools differ in whether an adapter of one holds for the other.
+        The embedding is (hidden, vocabulary). Where it is tied to the head, tools differ in whether
+        an adapter of one holds for the other.
         """
         if self.tie_word_embeddings:
             return self.linear_shapes()
@@ -109,7 +131,7 @@ class ModelConfig:
         return {**embedding, **self.linear_shapes(), "lm_head": (self.vocab_size, self.hidden_size)}
 
     def grid_shapes(self) -> dict[str, tuple[int, int]]:
-        """Those linear layers that a shared grid can hold: the scale of a group needs 32 inputs."""
+        """Return the linear layers that a shared grid can hold: a group needs 32 inputs."""
         shapes = self.linear_shapes()
         return {module: s for module, s in shapes.items() if s[1] % GROUP_SIZE == 0}
 

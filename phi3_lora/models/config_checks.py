@@ -1,4 +1,4 @@
-"""What config.json may not say; all of it is told at once."""
+"""Check the values of config.json and report all problems together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from phi3_lora.models.config import DTYPES, ModelConfig
 
 
 def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the shape of a model, one phrase each.
+    """Return the problems of a model's shape, one phrase each.
 
     Args:
         config: as read.
@@ -59,7 +59,7 @@ def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
 
 
 def _is_id(value: Any, vocab_size: int, *, is_pad: bool) -> bool:
-    """Whether a value is a token's id; -1 is a pad token that there is not."""
+    """True if a value is a token's id; a pad token of -1 means that there is no pad token."""
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     return (-1 if is_pad else 0) <= value < vocab_size

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from phi3_lora.errors import ModelError, listing
-from phi3_lora.models.config import ModelConfig, RopeConfig
+from phi3_lora.models.config import Dtype, ModelConfig, RopeConfig
 from phi3_lora.models.config_checks import contradictions
 from phi3_lora.models.quantization.grid import GRID_BITS, GROUP_SIZE
 from phi3_lora.storage.json_file import read_json
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
-    """The checked shape of the model in a folder.
+    """Read and check the shape of the model in a folder.
 
     Raises:
         ModelError: when config.json is missing, is not of a Phi-3 model, or contradicts itself;
@@ -58,7 +58,7 @@ def _refuse_other_models(raw: Mapping[str, Any], model_dir: Path) -> None:
 
 
 def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """An integer of config.json; text, fractions and true are none."""
+    """Read an integer of config.json; text, fractions and true are not integers."""
     value = raw.get(name)
     if value is None and default is not None:
         return default
@@ -77,7 +77,7 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
     original = raw.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings"
     )
-    # transformers' Phi3Config has 4096 where LongRoPE's boundary is not told.
+    # transformers' Phi3Config has 4096 where config.json has no LongRoPE boundary.
     is_long = bool(rope.get("long_factor"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     window = None if raw.get("sliding_window") is None else _whole(raw, "sliding_window")
@@ -97,14 +97,15 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope=_parse_rope(raw, rope, model_dir),
         stop_ids=_stop_ids(raw, model_dir),
-        dtype=dtype,
+        # Checked with the other values, so that all problems are reported together.
+        dtype=cast(Dtype, dtype),
         quantization=raw.get("quantization") or raw.get("quantization_config") or None,
         grid_bits=_grid_bits(raw),
     )
 
 
 def in_both_styles(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """config.json with rotary settings where mlx-lm and transformers 4 look, and where 5 does.
+    """Return config.json with rotary settings for mlx-lm, transformers 4 and transformers 5.
 
     auto_map is left out: the folders that we write hold no code.
 
@@ -113,7 +114,7 @@ def in_both_styles(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
         config: as read from it.
     """
     rope = config.rope
-    told = {
+    base = {
         "rope_theta": rope.theta,
         "partial_rotary_factor": rope.partial_rotary_factor,
         "original_max_position_embeddings": config.original_max_position_embeddings,
@@ -124,14 +125,14 @@ def in_both_styles(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
         scaling |= {"short_factor": [*rope.short_factor], "long_factor": [*rope.long_factor]}
         ratios = {"factor": rope.factor, "attention_factor": rope.attention_factor}
         scaling |= {name: value for name, value in ratios.items() if value is not None}
-    parameters = {"rope_type": "default", **told, **(scaling or {})}
+    parameters = {"rope_type": "default", **base, **(scaling or {})}
     parameters.pop("type", None)
     own = {key: value for key, value in raw.items() if key != "auto_map"}
-    return {**own, **told, "rope_scaling": scaling, "rope_parameters": parameters}
+    return {**own, **base, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
 def grid_config(bits: int, dense: Sequence[str] = ()) -> dict[str, Any]:
-    """What config.json says of a shared grid: in mlx-lm's words, and in compressed-tensors'.
+    """Return config.json's keys of a shared grid, for mlx-lm and for compressed-tensors.
 
     Args:
         bits: 4 or 8.

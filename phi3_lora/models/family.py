@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config import ModelConfig, qkv_rows
 
 _PHI3_STOPS = ("<|endoftext|>", "<|end|>")
 _PHI4_STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -54,10 +54,10 @@ class FamilyMember:
 
     @property
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """How the rows of the fused projections divide: q, k, v and gate, up."""
-        key_values = self.num_key_value_heads * self.head_dim
+        """Rows of each part of the fused projections: q, k, v and gate, up."""
+        heads = self.num_attention_heads
         return {
-            "qkv_proj": (self.num_attention_heads * self.head_dim, key_values, key_values),
+            "qkv_proj": qkv_rows(heads, self.num_key_value_heads, self.head_dim),
             "gate_up_proj": (self.intermediate_size, self.intermediate_size),
         }
 
@@ -123,7 +123,7 @@ FAMILY = (
 
 
 def recognise(config: ModelConfig) -> FamilyMember | None:
-    """The published model that has this shape, or None."""
+    """Return the published model that has this shape, or None."""
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings"),
@@ -136,7 +136,7 @@ def recognise(config: ModelConfig) -> FamilyMember | None:
 
 
 def peer_differences(config: ModelConfig) -> dict[str, str]:
-    """Tool -> how its model differs from transformers' with this config.json.
+    """Return, by tool, how its model differs from transformers' with this config.json.
 
     Source: mlx-lm, models/phi3.py and rope_utils.py; vLLM, Phi3LongRoPEScaledRotaryEmbedding;
     llama.cpp, conversion of Phi-3.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from phi3_lora.errors import ModelError, listing
 from phi3_lora.models.config import ModelConfig
+from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import MLX_FILE, grid_problems, stored_shapes
 from phi3_lora.storage.json_file import read_json
 from phi3_lora.storage.safetensors import (
@@ -25,8 +28,41 @@ _SAMPLE_BYTES = 64
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model folder, its parsed config.json, and where each of its tensors lies."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+
+
+def read_model_files(model_dir: Path) -> ModelFiles:
+    """Read config.json and the headers of the weights; no tensor is read.
+
+    Raises:
+        ModelError: when a file is missing or damaged, or config.json cannot be used.
+    """
+    config = read_model_config(model_dir)
+    return ModelFiles(model_dir, config, tensor_index(model_dir, config))
+
+
+def check_model_files(model_dir: Path, config: ModelConfig | None = None) -> ModelFiles:
+    """Read a model folder, and check names, shapes and finiteness of all weights.
+
+    Args:
+        model_dir: the folder.
+        config: of the folder, where it was read before.
+
+    Raises:
+        ModelError: when config.json or a tensor cannot be used.
+    """
+    config = config or read_model_config(model_dir)
+    return ModelFiles(model_dir, config, check_weights(model_dir, config))
+
+
 def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder, sharded or not.
+    """Read the headers of a model folder's weights, sharded or not.
 
     Raises:
         ModelError: when a file is missing or damaged, or a shard index names what is not there.
@@ -48,7 +84,7 @@ def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
 def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Check names, shapes and finiteness of all weights, and return their index.
 
-    Packed tensors of a quantisation that is no shared grid are checked by the backend that can
+    Packed tensors of a quantisation that is not a shared grid are checked by the backend that can
     unpack them.
 
     Raises:
@@ -85,13 +121,13 @@ def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]
         for name, info in found.items()
         if not is_finite(info)
     ]
-    problems += _what_frameworks_read_differently(model_dir, config, found)
+    problems += _framework_differences(model_dir, config, found)
     if problems:
         raise ModelError(listing(f"the weights in {model_dir} cannot be used:", problems))
     return found
 
 
-def _what_frameworks_read_differently(
+def _framework_differences(
     model_dir: Path, config: ModelConfig, found: dict[str, TensorInfo]
 ) -> list[str]:
     problems = []
@@ -121,10 +157,10 @@ def _what_frameworks_read_differently(
     return problems
 
 
-def model_identity(model_dir: Path, tensors: dict[str, TensorInfo]) -> str:
-    """sha256 over the config, the tensors' names, types and shapes, and a sample of their bytes.
+def model_identity(model_dir: Path, tensors: Mapping[str, TensorInfo]) -> str:
+    """Return a sha256 of the config, the tensors' names, types, shapes, and a sample of bytes.
 
-    It does not depend on the folder's path or on how the tensors are sharded.
+    The digest does not depend on the folder's path or on how the tensors are sharded.
     """
     raw = read_json(model_dir / "config.json")
     for key in _VOLATILE_KEYS:
@@ -138,7 +174,7 @@ def model_identity(model_dir: Path, tensors: dict[str, TensorInfo]) -> str:
 
 
 def _sample(info: TensorInfo) -> bytes:
-    """The first, middle and last bytes of a tensor."""
+    """Read the first, middle and last bytes of a tensor."""
     size = min(_SAMPLE_BYTES, info.num_bytes)
     middle = info.offset + (info.num_bytes - size) // 2
     last = info.offset + info.num_bytes - size
@@ -151,5 +187,5 @@ def _sample(info: TensorInfo) -> bytes:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the base model."""
+    """Count the parameters of the base model."""
     return sum(int(np.prod(shape)) for shape in config.tensor_shapes().values())

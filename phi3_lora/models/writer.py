@@ -44,7 +44,7 @@ def write_companions(
 def write_shards(
     folder: Path, tensors: Mapping[str, NewTensor], shard_bytes: int = _SHARD_BYTES
 ) -> None:
-    """Write model.safetensors, or an index and files of at most so many bytes or one tensor."""
+    """Write model.safetensors, or an index and shards of at most shard_bytes or one tensor."""
     shards: list[dict[str, NewTensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -66,6 +66,6 @@ def write_shards(
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
-    """Write the file that tells transformers which tensor lies where."""
+    """Write the index from which transformers reads which tensor lies in which file."""
     text = json.dumps({"metadata": {}, "weight_map": dict(weight_map)}, indent=2)
     (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")

@@ -35,7 +35,7 @@ def _examine_backend(name: str) -> dict[str, Any]:
     try:
         backend = load_backend(name)
         backend.check("cpu")
-        facts = backend.describe()
+        facts = backend.describe().to_dict()
     except Phi3LoraError as reason:
         return {"available": False, "reason": str(reason), "problems": []}
     return {"available": True, **facts, "problems": backend.diagnose()}

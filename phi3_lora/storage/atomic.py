@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from phi3_lora.errors import StorageError
+from phi3_lora.errors import Phi3LoraError, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -50,26 +50,55 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
     """Write a file in one move: readers see the old content or the new.
+
+    Args:
+        path: the final name.
+
+    Yields:
+        The name to write to. The writer flushes the content to the disk.
 
     Raises:
         StorageError: when the file cannot be written; the old content stays.
     """
-    part = path.with_name(path.name + ".part")
+    # A name that no user gives to a file of his own.
+    part = path.with_name(f".{path.name}.phi3-lora-part")
     with explained(path):
         try:
-            write_bytes(part, data)
+            yield part
             os.replace(part, path)
             fsync_folder(path.parent)
         except BaseException:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise
 
 
-def is_unused(folder: Path) -> bool:
-    """Whether a folder is new or empty."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+def replace_file(path: Path, data: bytes) -> None:
+    """Write bytes to a file in one move.
+
+    Raises:
+        StorageError: when the file cannot be written; the old content stays.
+    """
+    with replacing(path) as part:
+        write_bytes(part, data)
+
+
+def check_folder_unused(folder: Path, error: type[Phi3LoraError], problem: str) -> None:
+    """Make sure that a folder is new or empty.
+
+    Args:
+        folder: to be written.
+        error: to raise.
+        problem: the message after the folder's name.
+
+    Raises:
+        error: when the folder holds something, or is a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise error(f"{folder} {problem}")
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -77,7 +106,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
     Args:
         folder: the final name.
-        fill: writes the content into the folder it is given.
+        fill: writes the content into the folder that it receives.
 
     Raises:
         StorageError: when something cannot be written; the old folder stays.
@@ -117,7 +146,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _refuse_if_being_written(part: Path, folder: Path) -> None:
-    """A folder that is being filled is locked; one that a crash left is not."""
+    """Refuse a folder that another process fills: it is locked, one that a crash left is not."""
     if not part.is_dir():
         return
     descriptor = os.open(part, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Folders that are made once, for all runs of a user, when they are first asked for."""
+"""Folders that are made once for all runs of a user, at their first use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Note = Callable[[str], None]
 
 
 def cache_root() -> Path:
-    """phi3-lora in XDG_CACHE_HOME, or in ~/.cache."""
+    """Return the folder phi3-lora in XDG_CACHE_HOME, or in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "phi3-lora"
 
@@ -30,17 +30,17 @@ def found_or_made(
     waiting: str,
     note: Note,
 ) -> tuple[T | None, bool]:
-    """What lies in a folder of the cache; processes that ask at once share the work.
+    """Find a folder of the cache, or make it; processes that ask at once share the work.
 
     Args:
         target: the folder.
-        find: what is there; None when there is nothing, or it is damaged.
+        find: reads the folder; None when there is nothing, or it is damaged.
         make: writes the folder, whole or not at all.
-        waiting: what to tell when another process is making it.
-        note: told that.
+        waiting: the line for note when another process is making the folder.
+        note: receives that line.
 
     Returns:
-        What is there, and whether it was made just now.
+        The content as find reads it, and whether the folder was made just now.
 
     Raises:
         StorageError: when the cache cannot be written.

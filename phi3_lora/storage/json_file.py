@@ -10,7 +10,7 @@ from phi3_lora.errors import ModelError, Phi3LoraError
 
 
 def read_json(path: Path, error: type[Phi3LoraError] = ModelError) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
         error: when the file is missing, is not JSON, or holds no object.

@@ -11,14 +11,14 @@ from phi3_lora.errors import Phi3LoraError
 def optional_package(
     name: str, *, extra: str, need: str, error: type[Phi3LoraError], otherwise: str = ""
 ) -> Any:
-    """A package of one of our extras.
+    """Import a package of one of our extras.
 
     Args:
         name: as it is imported.
         extra: of ours that brings it.
-        need: what needs it, as the message begins.
-        error: what to raise.
-        otherwise: how the message ends, where there is a way without it.
+        need: the start of the message: the task that needs the package.
+        error: to raise.
+        otherwise: the end of the message, where there is a way without the package.
 
     Raises:
         error: when it is not installed, with the line that installs it.
@@ -30,7 +30,7 @@ def optional_package(
 
 
 def gguf_package(error: type[Phi3LoraError]) -> Any:
-    """The package gguf, of llama.cpp's authors.
+    """Import gguf, the package of llama.cpp's authors.
 
     Raises:
         error: when it is not installed.

@@ -52,7 +52,7 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
-    """The tensors of a file, by name, after checking that the file can hold them.
+    """Read the header of a file: its tensors by name, checked against the file's size.
 
     Raises:
         error: when the file is missing, truncated, or is not safetensors at all.
@@ -100,7 +100,7 @@ def _entries(path: Path, header: object, *, start: int, size: int) -> dict[str, 
 
 
 def read_raw(info: TensorInfo) -> NDArray[np.generic]:
-    """A tensor as stored, memory-mapped; bfloat16 as the uint16 of its bits."""
+    """Map a tensor as stored; bfloat16 as the uint16 of its bits."""
     kind = np.dtype(_NUMPY_TYPES[info.dtype])
     if 0 in info.shape:
         return np.empty(info.shape, kind)
@@ -108,7 +108,7 @@ def read_raw(info: TensorInfo) -> NDArray[np.generic]:
 
 
 def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-    """A tensor as stored, flat, in parts of at most so many elements; nothing stays mapped."""
+    """Read a tensor as stored, flat, in parts of at most size elements; nothing stays mapped."""
     kind = np.dtype(_NUMPY_TYPES[info.dtype])
     total = info.num_bytes // kind.itemsize
     for start in range(0, total, size):
@@ -117,19 +117,19 @@ def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.gen
 
 
 def read_float32(info: TensorInfo) -> Float32:
-    """A tensor as float32; exact for float32, float16 and bfloat16."""
+    """Read a tensor as float32; exact for float32, float16 and bfloat16."""
     return to_float32(read_raw(info), info.dtype)
 
 
 def to_float32(raw: NDArray[Any], dtype: str) -> Float32:
-    """What was stored as a float type of safetensors."""
+    """Convert stored values of a float type to float32."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.array(raw, dtype=np.float32)
 
 
 def from_float32(value: Float32, dtype: str) -> NDArray[Any]:
-    """What to store as a float type of safetensors: the nearest number, even on a tie."""
+    """Round float32 to a float type of safetensors: to the nearest number, even on a tie."""
     if dtype != "BF16":
         return value.astype(_NUMPY_TYPES[dtype])
     bits = np.ascontiguousarray(value).view(np.uint32)
@@ -137,7 +137,7 @@ def from_float32(value: Float32, dtype: str) -> NDArray[Any]:
 
 
 def is_finite(info: TensorInfo) -> bool:
-    """Whether a stored tensor holds neither NaN nor infinity; integers always pass."""
+    """True if a stored tensor holds neither NaN nor infinity; integers always pass."""
     if info.dtype not in FLOAT_TYPES:
         return True
     for part in read_parts(info):
@@ -152,17 +152,17 @@ def is_finite(info: TensorInfo) -> bool:
 
 
 def is_same(first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two stored tensors are equal, byte for byte."""
+    """True if two stored tensors are equal, byte for byte."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return bool(np.array_equal(read_raw(first).view(np.uint8), read_raw(second).view(np.uint8)))
 
 
 def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
-    """The tensors of the shards that an index (*.index.json) names.
+    """Read the headers of the shards that an index (*.index.json) names.
 
     Raises:
-        error: when it is no index, names files outside its folder, or a shard is damaged.
+        error: when it is not an index, names files outside its folder, or a shard is damaged.
     """
     weight_map = read_json(path, error).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -178,7 +178,7 @@ def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
 
 
 def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
-    """Every tensor of a file, or of an index's shards, as float32.
+    """Read every tensor of a file, or of an index's shards, as float32.
 
     Raises:
         error: when a file is damaged or holds a tensor that is not of a float type.
@@ -191,7 +191,7 @@ def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in the header of a file that read_header accepts."""
+    """Read the metadata in the header of a file that read_header accepts."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
@@ -204,11 +204,11 @@ class NewTensor(NamedTuple):
     """As safetensors names it, for example BF16."""
     shape: tuple[int, ...]
     make: Callable[[], NDArray[Any]]
-    """Its content; bfloat16 as the uint16 of its bits."""
+    """Makes the content; bfloat16 as the uint16 of its bits."""
 
 
 def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
-    """A safetensors file, made and written one tensor at a time."""
+    """Make and write a safetensors file one tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -234,6 +234,6 @@ def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file in memory, with the metadata that PyTorch and MLX tools look for."""
+    """Encode a safetensors file, with the metadata that PyTorch and MLX tools look for."""
     ready = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return bytes(save(ready, metadata={"format": "pt", **(metadata or {})}))

@@ -17,7 +17,7 @@ from phi3_lora.data.documents.overlap import Known, overlap_note
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.data.documents.stream import StreamedRows
 from phi3_lora.errors import ConfigError
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.storage.cache import Note
 from phi3_lora.training.plan.fixed import Plan
 from phi3_lora.training.plan.protocol import StepPlan
@@ -31,7 +31,7 @@ class RunData(NamedTuple):
     valid: Dataset | None
 
 
-def read_data(config: RunConfig, base: BaseModel, note: Note) -> RunData:
+def read_data(config: RunConfig, base: FoundModel, note: Note) -> RunData:
     """Read what a run trains on, or of a stream its beginning, and what it validates on.
 
     Args:
@@ -51,7 +51,7 @@ def read_data(config: RunConfig, base: BaseModel, note: Note) -> RunData:
     return (_streamed if data.streaming else _whole)(config, files, base, note)
 
 
-def _whole(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> RunData:
+def _whole(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) -> RunData:
     data, training = config.data, config.training_config
     if data.buffer_size != DataConfig().buffer_size:
         note("data.buffer_size has no effect without data.streaming")
@@ -85,7 +85,7 @@ def _whole(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> 
     return RunData(plan, valid)
 
 
-def _streamed(config: RunConfig, files: DataFiles, base: BaseModel, note: Note) -> RunData:
+def _streamed(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) -> RunData:
     data, training = config.data, config.training_config
     if training.max_steps < 1:
         raise ConfigError(

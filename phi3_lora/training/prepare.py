@@ -16,8 +16,8 @@ from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.documents.selection import Dataset
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.errors import ConfigError
-from phi3_lora.inference.base_model import BaseModel, look_at_model
-from phi3_lora.inference.loading import load_adapter
+from phi3_lora.inference.base_model import FoundModel, find_base_model
+from phi3_lora.inference.loading import with_adapter
 from phi3_lora.models.family import recognise
 from phi3_lora.models.weights import num_parameters
 from phi3_lora.training.data import read_data
@@ -31,7 +31,7 @@ class Prepared:
     """Everything about a run that needs no weights."""
 
     config: RunConfig
-    base: BaseModel
+    base: FoundModel
     lora: LoraSpec
     start: Adapter | None
     """The adapter to start from, if not from scratch."""
@@ -88,7 +88,7 @@ def prepare(
     Raises:
         Phi3LoraError: when any of it cannot be used.
     """
-    base = look_at_model(
+    base = find_base_model(
         config.model,
         config.revision,
         quantize=config.quantize,
@@ -96,14 +96,14 @@ def prepare(
         chat_template=config.data.chat_template,
     )
     start_dir = start_dir or config.adapter
-    start = None if start_dir is None else load_adapter(start_dir, base)
+    base, start = with_adapter(base, start_dir)
     lora = _lora(config, base, start, observer)
     data = read_data(config, base, observer.note)
     return Prepared(config, base, lora, start, data.valid, data.plan, data.plan.hash())
 
 
 def _lora(
-    config: RunConfig, base: BaseModel, start: Adapter | None, observer: Observer
+    config: RunConfig, base: FoundModel, start: Adapter | None, observer: Observer
 ) -> LoraSpec:
     """What is trained: as configured, or as the adapter that the run starts from has it."""
     if start is not None:
@@ -123,9 +123,9 @@ def _lora(
     for note in notes:
         observer.note(note)
     from_weights = config.peft_config.init_lora_weights is not True
-    if base.own_quantization != "none" and (lora.use_dora or lora.saved or from_weights):
+    if base.backend_quantization != "none" and (lora.use_dora or lora.saved or from_weights):
         raise ConfigError(
-            f"--quantize {base.own_quantization}: DoRA, modules_to_save, pissa and olora start "
+            f"--quantize {base.backend_quantization}: DoRA, modules_to_save, pissa and olora start "
             "from the base's weights, which only the backend sees there; use --quantize 4bit or "
             "8bit"
         )

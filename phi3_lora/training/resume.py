@@ -14,7 +14,7 @@ from phi3_lora.training.checkpoint import Checkpoint
 
 def environment(engine: Engine, backend: Backend) -> dict[str, Any]:
     """What a run's bits depend on besides its settings."""
-    described = backend.describe()
+    described = backend.describe().to_dict()
     return {
         "backend": backend.name,
         "device": engine.device_name,

@@ -21,8 +21,9 @@ from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.engine.registry import choose_backend
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import DataError, TrainingError, TrainingInterrupted
+from phi3_lora.inference.base_model import CheckedModel
 from phi3_lora.inference.evaluation import Evaluation
-from phi3_lora.inference.loading import other_base_notes, prepare_weights
+from phi3_lora.inference.loading import check_for_backend, other_base_notes
 from phi3_lora.training import resume as resuming
 from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
 from phi3_lora.training.loop import Hooks, Progress, fit
@@ -81,17 +82,17 @@ def train(
         prepared = prepare(
             config, observer, str(checkpoint.path) if checkpoint and config.adapter else None
         )
-        base, identity = prepare_weights(prepared.base, backend, observer.note)
-        prepared = dataclasses.replace(prepared, base=base)
-        belongings = _belongings(prepared, identity)
-        for text in other_base_notes(prepared.start if checkpoint is None else None, identity):
+        base = check_for_backend(prepared.base, backend, observer.note)
+        belongings = _belongings(prepared, base.identity)
+        start = prepared.start if checkpoint is None else None
+        for text in other_base_notes(start, base.identity):
             observer.note(text)
         if checkpoint is not None:
             resuming.check_belongs(checkpoint, belongings)
-        engine = _open(prepared, backend, device)
+        engine = _open(prepared, base, backend, device)
         try:
             environment = resuming.environment(engine, backend)
-            run = _Run(prepared, run_dir, engine, belongings, environment, observer)
+            run = _Run(prepared, base, run_dir, engine, belongings, environment, observer)
             return run.train(checkpoint)
         finally:
             engine.close()
@@ -107,16 +108,16 @@ def _find_checkpoint(run_dir: Path, observer: Observer) -> Checkpoint | None:
     return checkpoint
 
 
-def _open(prepared: Prepared, backend: Backend, device: str) -> Engine:
+def _open(prepared: Prepared, base: CheckedModel, backend: Backend, device: str) -> Engine:
     config = prepared.config
     training = config.training_config
     return backend.open(
         LoadRequest(
-            model_dir=prepared.base.path,
+            model=base.files,
             dtype=config.dtype,
             gpu_dtype="bfloat16" if training.bf16 else "float16" if training.fp16 else None,
             device=device,
-            quantize=prepared.base.own_quantization,
+            quantize=prepared.base.backend_quantization,
             lora=prepared.lora,
             optim=training.optim_spec,
             seed=training.seed,
@@ -147,6 +148,7 @@ class _Run:
     def __init__(
         self,
         prepared: Prepared,
+        base: CheckedModel,
         run_dir: Path,
         engine: Engine,
         belongings: dict[str, str],
@@ -154,6 +156,7 @@ class _Run:
         observer: Observer,
     ) -> None:
         self.prepared = prepared
+        self.base = base
         self.run_dir = run_dir
         self.engine = engine
         self.belongings = belongings
@@ -246,7 +249,7 @@ class _Run:
             prepared.lora,
             prepared.shapes,
             seed=seed,
-            base=prepared.base.weight,
+            base=self.base.weight,
             init=prepared.config.peft_config.init_lora_weights or True,
         )
         engine.write_adapter(weights)
@@ -280,7 +283,7 @@ class _Run:
             {**prepared.facts(), "plan_hash": self._plan_hash(progress)},
             identity,
             self.environment,
-            prepared.base.config,
+            self.base.files.config,
             progress,
             evaluation,
         )

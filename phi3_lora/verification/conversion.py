@@ -1,22 +1,25 @@
-"""A converted adapter against its source by what models answer with them."""
+"""A converted adapter compared with its source: their deltas, and a model's answers with each."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.convert import SAME, Conversion
 from phi3_lora.adapters.formats.folder import find_layouts
 from phi3_lora.arrays import Float32
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch
-from phi3_lora.engine.protocol import Backend
-from phi3_lora.inference.base_model import BaseModel
-from phi3_lora.inference.loading import open_engine
+from phi3_lora.engine.protocol import Backend, Engine
+from phi3_lora.engine.registry import available_backends
+from phi3_lora.inference.base_model import FoundModel
+from phi3_lora.inference.loading import Placement, open_engine
 from phi3_lora.models.family import peer_differences
 from phi3_lora.verification.fingerprint import probe_documents
 
@@ -27,7 +30,7 @@ Note = Callable[[str], None]
 
 
 class Answers(NamedTuple):
-    """How far one reader's answers with the result are from ours with the source."""
+    """The distance between one reader's answers with the result and ours with the source."""
 
     reader: str
     max_difference: float
@@ -37,39 +40,89 @@ class Answers(NamedTuple):
 
     @property
     def is_equal(self) -> bool:
-        """Whether the answers are the same, as far as they can be judged."""
+        """True if the answers are the same, as far as they can be judged."""
         return self.gate is None or bool(self.max_difference <= self.gate)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
+        """Return the figures by name."""
         return {**self._asdict(), "equal": self.is_equal}
 
 
+@dataclass(frozen=True, slots=True)
+class ConversionCheck:
+    """How far the result of a conversion is from its source."""
+
+    max_relative_difference: float
+    """Of a module's delta, over the delta's norm."""
+    worst_module: str | None
+    answers: tuple[Answers, ...] | None
+    """None where no model answered."""
+
+    @property
+    def is_equal(self) -> bool:
+        """True if deltas and answers differ by no more than roundings."""
+        same_deltas = self.max_relative_difference <= SAME
+        return bool(same_deltas) and all(answer.is_equal for answer in self.answers or ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name, as --json prints them."""
+        found: dict[str, Any] = {
+            "max_relative_difference": self.max_relative_difference,
+            "worst_module": self.worst_module,
+            "equal": self.is_equal,
+        }
+        if self.answers is not None:
+            found["answers"] = [answer.to_dict() for answer in self.answers]
+        return found
+
+
+def verify_conversion(
+    result: Conversion, target: Path, base: FoundModel | None, note: Note
+) -> ConversionCheck:
+    """Compare a converted adapter with its source, by its deltas and by a model's answers.
+
+    Args:
+        result: of the conversion.
+        target: where the result lies.
+        base: with its weights; None compares the deltas only.
+        note: receives why a backend or a stock tool did not answer.
+    """
+    answers = None
+    if base is not None:
+        backends, reasons = available_backends("cpu")
+        for reason in reasons:
+            note(reason)
+        if backends:
+            answers = tuple(compare_answers(base, result.adapters, target, backends, note))
+        else:
+            note("no backend can run here: the model's answers were not compared")
+    return ConversionCheck(result.max_relative_difference, result.worst_module, answers)
+
+
 def compare_answers(
-    base: BaseModel,
+    base: FoundModel,
     adapters: tuple[Adapter, Adapter],
     target: Path,
     backends: Mapping[str, Backend],
     note: Note,
 ) -> list[Answers]:
-    """Logits of probe texts with the source and the result, here and in the stock tools.
+    """Compare logits of probe texts with the source and the result, here and in the stock tools.
 
     Args:
         base: with its weights.
         adapters: the source of the conversion, and its result as read back.
         target: where the result lies.
-        backends: that can run here, at least one; each compares, and is asked for its stock tool.
-        note: told of readers that are left out.
+        backends: those that can run here, at least one; each also names a stock tool.
+        note: receives which readers are left out.
     """
-    source, result = adapters
     documents = probe_documents(base.tokenizer)[:_DOCUMENTS]
     found = []
     before: Float32 | None = None
     for name in backends:
-        answers = [_ours(base, name, a, documents, note) for a in (source, result)]
-        before = answers[0] if before is None else before
+        own, converted = _our_logits(base, name, adapters, documents, note)
+        before = own if before is None else before
         std = float(before.std())
-        found += [Answers(f"phi3-lora, {name}", _gap(a, before) / std, _GATE) for a in answers[1:]]
+        found.append(Answers(f"phi3-lora, {name}", _gap(converted, before) / std, _GATE))
     assert before is not None
     layouts = set(find_layouts(target)) if target.is_dir() else set()
     for name, backend in backends.items():
@@ -89,22 +142,40 @@ def compare_answers(
     return found
 
 
-def _ours(
-    base: BaseModel, backend: str, adapter: Adapter, documents: list[Document], note: Note
-) -> Float32:
-    opened = open_engine(
-        base,
-        backend=backend,
-        device="cpu",
-        dtype="float32",
-        adapter=dataclasses.replace(adapter, base_identity=None),
-        note=note,
-    )
+def _our_logits(
+    base: FoundModel,
+    backend: str,
+    adapters: tuple[Adapter, Adapter],
+    documents: Sequence[Document],
+    note: Note,
+) -> tuple[Float32, Float32]:
+    """Compute a backend's logits with each of two adapters.
+
+    The model is loaded once where both adapters have one spec.
+    """
+    first, second = adapters
+    batch = make_batch(documents)
+    rows = np.arange(len(batch.tokens), dtype=np.int32)
+    engine = _open(base, backend, first, note)
     try:
-        batch = make_batch(documents)
-        return opened.engine.logits(batch, np.arange(len(batch.tokens), dtype=np.int32))
+        before = engine.logits(batch, rows)
+        if second.spec == first.spec:
+            engine.write_adapter(second.weights)
+            return before, engine.logits(batch, rows)
     finally:
-        opened.engine.close()
+        engine.close()
+    engine = _open(base, backend, second, note)
+    try:
+        return before, engine.logits(batch, rows)
+    finally:
+        engine.close()
+
+
+def _open(base: FoundModel, backend: str, adapter: Adapter, note: Note) -> Engine:
+    # A copy is compared with its source: which base either was trained on does not matter.
+    compared = dataclasses.replace(adapter, base_identity=None)
+    placement = Placement(backend=backend, device="cpu", dtype="float32")
+    return open_engine(base, compared, placement, note).engine
 
 
 def _gap(first: Float32, second: Float32) -> float:

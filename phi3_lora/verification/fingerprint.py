@@ -1,21 +1,24 @@
-"""What an adapter answers to fixed probe texts, taken and compared."""
+"""An adapter's answers to fixed probe texts, taken and compared."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from phi3_lora.adapters.fingerprint import Fingerprint
+from phi3_lora.adapters.fingerprint import Fingerprint, read_fingerprint
 from phi3_lora.arrays import Int32
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.engine.protocol import Batch, Engine
 from phi3_lora.errors import AdapterError
+from phi3_lora.hub.download import resolve_adapter_dir
+from phi3_lora.inference.base_model import FoundModel
+from phi3_lora.inference.loading import Note, Placement, open_engine, with_adapter
 
 THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 """Nats that a log-probability may differ by, for the coarser of the two dtypes."""
@@ -35,7 +38,7 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How far an adapter's behaviour here is from where it was trained."""
+    """The distance between an adapter's behaviour here and where it was trained."""
 
     max_difference: float
     """Nats, over all next tokens."""
@@ -48,20 +51,20 @@ class Verdict:
     """Nats."""
     equal: bool
     same_base: bool
-    """Whether the base model is, by its identity, the one that the adapter was trained on."""
+    """True if the base model is, by its identity, the one that the adapter was trained on."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
+        """Return the figures by name."""
         return asdict(self)
 
 
 def _whole_documents(ids: Sequence[Int32]) -> Batch:
-    """Documents of which every next token counts."""
+    """Make a batch in which every next token counts."""
     return make_batch([Document(i, np.ones(len(i), bool), "probe") for i in ids])
 
 
 def probe_documents(tokenizer: ChatTokenizer) -> list[Document]:
-    """The probe texts as this model's tokenizer and template write them, answers supervised."""
+    """Encode the probe texts with a model's tokenizer and template, answers supervised."""
     rows = [
         Conversation(
             ({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
@@ -73,7 +76,7 @@ def probe_documents(tokenizer: ChatTokenizer) -> list[Document]:
 
 
 def probe_batch(tokenizer: ChatTokenizer) -> Batch:
-    """The probe texts, every next token counted."""
+    """Make a batch of the probe texts in which every next token counts."""
     return _whole_documents([d.tokens for d in probe_documents(tokenizer)])
 
 
@@ -92,7 +95,7 @@ def check_vocabulary(stored: Fingerprint, vocab_size: int) -> None:
     """Make sure that a base model has the probes' token ids.
 
     Raises:
-        AdapterError: when it has not, so that it cannot be the base.
+        AdapterError: when an id is outside its vocabulary, so that it cannot be the base.
     """
     if stored.tokens.min() < 0 or stored.tokens.max() >= vocab_size:
         raise AdapterError(
@@ -127,3 +130,49 @@ def compare(stored: Fingerprint, engine: Engine, identity: str) -> Verdict:
         equal=bool(largest <= threshold),
         same_base=stored.origin.get("model_identity") == identity,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The verdict on an adapter, and where the adapter was trained."""
+
+    verdict: Verdict
+    origin: dict[str, str]
+    """backend, dtype and model_identity of the training."""
+
+    @property
+    def equal(self) -> bool:
+        """True if no log-probability differs by more than the threshold."""
+        return self.verdict.equal
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        return self.verdict.to_dict()
+
+
+def verify_adapter(
+    adapter: str, find_base: Callable[[], FoundModel], placement: Placement, note: Note
+) -> Verification:
+    """Replay an adapter's fingerprint, and compare with where it was trained.
+
+    Args:
+        adapter: a folder or a hub id.
+        find_base: finds the base model, once the fingerprint is known to be readable.
+        placement: where to replay it.
+        note: receives what the user should know, before the work that it is about.
+
+    Raises:
+        AdapterError: when there is no fingerprint, or the adapter does not fit the base model.
+        ModelError: when the weights cannot be used.
+    """
+    folder = resolve_adapter_dir(adapter)
+    stored = read_fingerprint(folder)
+    base = find_base()
+    check_vocabulary(stored, base.config.vocab_size)
+    base, weights = with_adapter(base, str(folder))
+    opened = open_engine(base, weights, placement, note)
+    try:
+        verdict = compare(stored, opened.engine, opened.base.identity)
+    finally:
+        opened.engine.close()
+    return Verification(verdict, dict(stored.origin))

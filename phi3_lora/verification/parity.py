@@ -6,12 +6,13 @@ One backend is open at a time: each leaves its numbers behind, and the numbers a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.initialization import initial_weights
 from phi3_lora.adapters.names import is_b
 from phi3_lora.arrays import Float32, Tensors
@@ -21,7 +22,8 @@ from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.protocol import Backend, Engine
 from phi3_lora.engine.random_streams import uniform
 from phi3_lora.engine.request import LoadRequest
-from phi3_lora.inference.base_model import BaseModel
+from phi3_lora.inference.base_model import CheckedModel, FoundModel
+from phi3_lora.inference.loading import check_for_backend
 
 DOCUMENTS_PER_STEP = 4
 _LEARNING_RATE = 1e-4
@@ -40,25 +42,25 @@ class Law:
 
     @property
     def holds(self) -> bool:
-        """Whether the value is within the gate; NaN is not."""
+        """True if the value is within the gate; NaN is not."""
         return bool(self.value <= self.gate)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
+        """Return the figures by name."""
         return {**asdict(self), "holds": self.holds}
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What one backend gave; logits are (rows, vocabulary)."""
+    """The measurements of one backend; logits are (rows, vocabulary)."""
 
     base_logits: Float32
     start: Tensors
     """The adapter as read back before any step."""
     gradients: Tensors
-    """Of the first step's documents together."""
+    """Gradients of the first step's documents together."""
     gradients_alone: Tensors
-    """The same, summed over documents one at a time in reverse order."""
+    """Gradients of the first step, summed over documents one at a time in reverse order."""
     losses: list[float]
     """Nats per supervised token, of each step."""
     trained: Tensors
@@ -69,22 +71,22 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What is run on each backend."""
+    """The model, adapter and documents that each backend runs."""
 
-    base: BaseModel
+    base: CheckedModel
     documents: Sequence[Document]
     spec: LoraSpec
     start: Tensors
     num_steps: int
 
     def steps(self) -> list[list[Document]]:
-        """The documents of each step, anew from the first when they run out."""
+        """Return the documents of each step, starting again from the first when they run out."""
         endless = itertools.cycle(self.documents)
         return [list(itertools.islice(endless, DOCUMENTS_PER_STEP)) for _ in range(self.num_steps)]
 
 
 def random_start(spec: LoraSpec, shapes: dict[str, tuple[int, int]]) -> Tensors:
-    """An adapter whose B is not 0: at 0 the gradient of A would be exactly 0."""
+    """Make an adapter whose B is not 0: at 0 the gradient of A would be exactly 0."""
     weights = initial_weights(spec, shapes, seed=0)
     return {
         name: uniform(0, f"parity {name}", value.shape, 0.01) if is_b(name) else value
@@ -99,20 +101,20 @@ def measure(
     other: Tensors | None = None,
     dtype: str = "float32",
 ) -> Numbers:
-    """Everything that the laws compare, from one backend.
+    """Measure on one backend everything that the laws compare.
 
     Args:
-        trial: what to run.
-        backend: on what.
+        trial: the model, adapter and documents.
+        backend: the backend to measure.
         device: auto, cpu or gpu.
         other: an adapter that another backend trained.
         dtype: of the base model; the gates are float32's.
     """
     request = LoadRequest(
-        model_dir=trial.base.path,
+        model=trial.base.files,
         dtype=dtype,
         device=device,
-        quantize=trial.base.own_quantization,
+        quantize=trial.base.found.backend_quantization,
         lora=trial.spec,
     )
     engine = backend.open(request)
@@ -150,14 +152,80 @@ def _measure(engine: Engine, steps: list[list[Document]], other: Tensors | None)
     return Numbers(base_logits, start, whole, alone, losses, trained, trained_logits, other_logits)
 
 
+@dataclass(frozen=True, slots=True)
+class ParityResult:
+    """Every law that could be measured on this machine."""
+
+    laws: tuple[Law, ...]
+    backends: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """True if every law holds."""
+        return all(law.holds for law in self.laws)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the laws and the verdict by name, as --json prints them."""
+        laws = [law.to_dict() for law in self.laws]
+        return {"laws": laws, "backends": list(self.backends), "holds": self.holds}
+
+
+@dataclass(frozen=True, slots=True)
+class ParityInputs:
+    """The model, documents and adapter that the laws are measured with."""
+
+    base: FoundModel
+    documents: Sequence[Document]
+    adapter: Adapter | None
+    """None starts from random weights on every linear layer."""
+    num_steps: int
+
+
+def run_laws(
+    inputs: ParityInputs,
+    backends: Mapping[str, Backend],
+    device: str,
+    note: Callable[[str], None],
+) -> ParityResult:
+    """Measure the laws of parity on one or two backends, one after the other.
+
+    Args:
+        inputs: the model, documents and adapter.
+        backends: by name; with one, only its own laws are measured.
+        device: auto, cpu or gpu.
+        note: receives a line before work that takes time, and when laws are left out.
+
+    Raises:
+        ModelError: when the weights cannot be used.
+    """
+    base, adapter = inputs.base, inputs.adapter
+    shapes = base.config.linear_shapes()
+    spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if adapter is None else adapter.spec
+    start = random_start(spec, shapes) if adapter is None else adapter.weights
+    # All are checked before the first, long measurement begins.
+    checked = {name: check_for_backend(base, b, note) for name, b in backends.items()}
+    laws: list[Law] = []
+    measured: list[Numbers] = []
+    for name, backend in backends.items():
+        trial = Trial(checked[name], inputs.documents, spec, start, inputs.num_steps)
+        other = measured[0].trained if measured else None
+        measured.append(measure(trial, backend, device, other))
+        laws += own_laws(name, measured[-1])
+    if len(measured) == 2:
+        laws = [*cross_laws(*measured), *laws]
+    else:
+        note("one backend only: the laws between backends were not run; verify needs just one")
+    return ParityResult(tuple(laws), tuple(backends))
+
+
 def own_laws(name: str, numbers: Numbers) -> list[Law]:
-    """The law that one backend shows alone."""
+    """Return the law that one backend shows alone."""
     value = _largest_relative(numbers.gradients_alone, numbers.gradients)
     return [Law("L7", f"{name}: gradients, documents together or alone, relative", value, 1e-5)]
 
 
 def cross_laws(first: Numbers, second: Numbers) -> list[Law]:
-    """The laws between two backends; the second was given the first's trained adapter."""
+    """Return the laws between two backends; the second also ran the first's trained adapter."""
     assert second.other_logits is not None
     std = float(first.base_logits.std())
     start = max(float(np.abs(second.start[n] - v).max()) for n, v in first.start.items())
@@ -184,7 +252,7 @@ def _gap(first: Float32, second: Float32) -> float:
 
 
 def _largest_relative(found: Tensors, expected: Tensors) -> float:
-    """Over tensors, |difference| / |expected|; NaN stays NaN."""
+    """Return the largest |difference| / |expected| over tensors; NaN stays NaN."""
     sizes = [np.linalg.norm(value) for value in expected.values()]
     gaps = [np.linalg.norm(found[name] - value) for name, value in expected.items()]
     return float(np.max(np.divide(gaps, np.maximum(sizes, 1e-30))))

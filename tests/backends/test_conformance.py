@@ -15,6 +15,7 @@ from phi3_lora.engine.protocol import Engine
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.errors import TrainingError
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine
@@ -64,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(folder: Path, opener: str, dropout: float = 0.0, **changes: object) -> Engine:
     config = read_model_config(folder)
     spec = lora_spec(config, dropout=dropout)
-    engine = OPENERS[opener](LoadRequest(model_dir=folder, device="cpu", lora=spec, **changes))
+    engine = OPENERS[opener](
+        LoadRequest(model=read_model_files(folder), device="cpu", lora=spec, **changes)
+    )
     engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
     return engine
 

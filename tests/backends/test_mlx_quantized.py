@@ -12,6 +12,7 @@ from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model, write_tokenizer
@@ -33,7 +34,7 @@ def test_base_logits_equal_stock_mlx_lm_and_lora_learns(folder: Path) -> None:
     import mlx.core as mx
 
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config))
+    request = LoadRequest(model=read_model_files(folder), device="cpu", lora=lora_spec(config))
     engine = MlxBackend().open(request)
     engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
     documents = random_documents([24])
@@ -55,4 +56,4 @@ def test_pytorch_refuses_it_and_says_what_to_use(folder: Path) -> None:
     with pytest.raises(
         ModelError, match="use the unquantised model with --quantize, or --backend mlx"
     ):
-        CudaBackend().open(LoadRequest(model_dir=folder, device="cpu"))
+        CudaBackend().open(LoadRequest(model=read_model_files(folder), device="cpu"))

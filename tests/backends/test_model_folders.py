@@ -14,7 +14,7 @@ from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.errors import ModelError
 from phi3_lora.models.config_json import read_model_config
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import check_weights, read_model_files
 from phi3_lora.storage.safetensors import encode, read_all_float32
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
@@ -25,7 +25,9 @@ BACKENDS = {"mlx": MlxBackend, "cuda": CudaBackend}
 
 def opened(folder: Path, backend: str, **changes: object):
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config), **changes)
+    request = LoadRequest(
+        model=read_model_files(folder), device="cpu", lora=lora_spec(config), **changes
+    )
     engine = BACKENDS[backend]().open(request)
     engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
     return engine

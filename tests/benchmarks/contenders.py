@@ -23,8 +23,9 @@ from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.registry import load_backend
 from phi3_lora.engine.request import LoadRequest
-from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.base_model import find_base_model
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from tests.tiny import start_weights
 
 RANK, SCALING, LEARNING_RATE = 16, 2.0, 1e-4
@@ -51,7 +52,7 @@ def _documents(options: argparse.Namespace, vocab_size: int) -> list[Document]:
     count = options.steps * options.documents
     if options.data:
         rows = read_conversations(Path(options.data))[:count]
-        base = look_at_model(options.model)
+        base = find_base_model(options.model)
         return list(build_dataset(rows, base.tokenizer, max_length=2048, name="data").documents)
     rng = np.random.default_rng(0)
     # Chat-like lengths: mean about 375 tokens.
@@ -70,7 +71,7 @@ def ours(job: Job, backend: str, **changes: Any) -> Iterator[float]:
     spec = LoraSpec.uniform(job.shapes, r=RANK, scaling=SCALING)
     engine = load_backend(backend).open(
         LoadRequest(
-            model_dir=job.model_dir,
+            model=read_model_files(job.model_dir),
             device=job.device,
             dtype=job.dtype,
             lora=spec,

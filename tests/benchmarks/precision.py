@@ -6,14 +6,13 @@ python tests/benchmarks/precision.py --model demo --data demo --steps 20
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
 from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
 from phi3_lora.data.sources.reading import read_conversations
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.engine.registry import load_backend
-from phi3_lora.inference.base_model import look_at_model
-from phi3_lora.inference.loading import prepare_weights
+from phi3_lora.inference.base_model import find_base_model
+from phi3_lora.inference.loading import check_for_backend
 from phi3_lora.verification.parity import Trial, cross_laws, measure, own_laws, random_start
 
 SETTINGS = (
@@ -26,8 +25,6 @@ SETTINGS = (
 def rows(trial: Trial, dtype: str) -> list[tuple[str, float]]:
     """Name and value of each law, PyTorch first."""
     torch, mlx = load_backend("cuda"), load_backend("mlx")
-    base, _ = prepare_weights(trial.base, torch, print)
-    trial = dataclasses.replace(trial, base=base)
     first = measure(trial, torch, "cpu", dtype=dtype)
     second = measure(trial, mlx, "cpu", first.trained, dtype=dtype)
     std = float(first.base_logits.std())
@@ -49,14 +46,15 @@ def main() -> None:
     chosen = [tuple(one.split("/")) for one in options.only.split(",") if one] or SETTINGS
     columns = {}
     for dtype, quantize in chosen:
-        base = look_at_model(options.model, quantize=quantize)
+        base = find_base_model(options.model, quantize=quantize)
         conversations = read_conversations(resolve_scoring_file(options.data))[: 4 * options.steps]
         dataset = build_dataset(
             conversations, base.tokenizer, max_length=2048, name=options.data, context=4096
         )
         shapes = base.config.linear_shapes()
         spec = LoraSpec.uniform(shapes, r=8, scaling=2.0)
-        trial = Trial(base, dataset.documents, spec, random_start(spec, shapes), options.steps)
+        checked = check_for_backend(base, load_backend("cuda"), print)
+        trial = Trial(checked, dataset.documents, spec, random_start(spec, shapes), options.steps)
         columns[f"{dtype} {quantize}"] = dict(rows(trial, dtype))
     print("| law | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")

@@ -10,8 +10,8 @@ import pytest
 
 from phi3_lora.engine.registry import load_backend
 from phi3_lora.errors import ModelError
-from phi3_lora.inference.base_model import look_at_model
-from phi3_lora.inference.loading import prepare_weights
+from phi3_lora.inference.base_model import find_base_model
+from phi3_lora.inference.loading import check_for_backend
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.cache import cache_dir
 from phi3_lora.models.quantization.folder import MLX_FILE, read_grid
@@ -195,13 +195,13 @@ def test_a_backends_own_quantisation_is_another_base_and_needs_an_unquantised_on
 ) -> None:
     chosen = load_backend(backend)
     plain, named = (
-        prepare_weights(look_at_model(str(model), quantize=q), chosen, print)[1]
+        check_for_backend(find_base_model(str(model), quantize=q), chosen, print).identity
         for q in ("none", own)
     )
     assert named == f"{plain}-{own}"
     run_json(capsys, "quantize", "--model", model, "--output", tmp_path / "q")
     with pytest.raises(ModelError, match="quantised already"):
-        prepare_weights(look_at_model(str(tmp_path / "q"), quantize=own), chosen, print)
+        check_for_backend(find_base_model(str(tmp_path / "q"), quantize=own), chosen, print)
 
 
 def test_mlx_affine_leaves_layers_dense_that_its_groups_do_not_divide(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phi3_lora.inference.base_model import look_at_model
-from phi3_lora.inference.loading import load_adapter
+from phi3_lora.inference.base_model import find_base_model
+from phi3_lora.inference.loading import with_adapter
 from tests.e2e.program import phi3_lora_here
 from tests.tiny import chat, write_rows
 
@@ -29,8 +29,7 @@ def test_the_adapter_brings_the_template_that_it_was_trained_with(tmp_path: Path
     assert train(tmp_path, "own", "--set", setting) == 0
     adapter = tmp_path / "own" / "adapter"
     assert (adapter / "chat_template.jinja").read_text() == OWN
-    base = look_at_model("demo")
-    load_adapter(str(adapter), base)
+    base, _ = with_adapter(find_base_model("demo"), str(adapter))
     prompt = base.tokenizer.encode_prompt([{"role": "user", "content": "a"}])
     assert base.tokenizer.decode(prompt, skip_special_tokens=False) == "Q: a<|endoftext|>A: "
     assert base.tokenizer.end_of_turn_id in base.stop_ids

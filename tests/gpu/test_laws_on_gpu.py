@@ -21,6 +21,7 @@ from phi3_lora.engine.protocol import Engine
 from phi3_lora.engine.registry import load_backend
 from phi3_lora.engine.request import LoadRequest, OptimSpec, Sampling
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from tests.tiny import lora_spec, random_adapter, random_documents, write_model
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +64,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, backend: str, device: str, **changes: object) -> Engine:
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device=device, lora=lora_spec(config), dtype="float32")
+    request = LoadRequest(
+        model=read_model_files(folder), device=device, lora=lora_spec(config), dtype="float32"
+    )
     engine = load_backend(backend).open(replace(request, **changes))
     engine.write_adapter(random_adapter(config.linear_shapes(), r=4))
     return engine

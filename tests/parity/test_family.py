@@ -18,6 +18,7 @@ from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.family import FAMILY, FamilyMember
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from phi3_lora_mlx.engine import MlxEngine
@@ -65,7 +66,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def opened(folder: Path, backend: str, **changes: object):
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config), **changes)
+    request = LoadRequest(
+        model=read_model_files(folder), device="cpu", lora=lora_spec(config), **changes
+    )
     if backend == "mlx-padded":
         engine = MlxEngine(load_model(request, on_gpu=False), request, on_gpu=True)
     else:

@@ -13,6 +13,7 @@ from phi3_lora.adapters.formats.folder import write_adapter_folder
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest, OptimSpec, Sampling
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import lora_spec, random_adapter, random_documents, start_weights, write_model
@@ -23,7 +24,9 @@ BACKENDS = {"mlx": MlxBackend, "cuda": CudaBackend}
 
 def open_both(folder: Path, **changes: object) -> dict:
     config = read_model_config(folder)
-    request = LoadRequest(model_dir=folder, device="cpu", lora=lora_spec(config), **changes)
+    request = LoadRequest(
+        model=read_model_files(folder), device="cpu", lora=lora_spec(config), **changes
+    )
     engines = {name: kind().open(request) for name, kind in BACKENDS.items()}
     weights = random_adapter(config.linear_shapes(), r=4)
     for engine in engines.values():

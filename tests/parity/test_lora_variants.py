@@ -26,7 +26,7 @@ from phi3_lora.errors import ModelError
 from phi3_lora.export.merge import merge
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.config_json import read_model_config
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import check_weights, read_model_files
 from phi3_lora.storage.safetensors import read_all_float32
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
@@ -106,7 +106,7 @@ def random_values(name: str, folder: Path) -> Tensors:
 
 
 def opened(kind: str, folder: Path, spec: LoraSpec, values: Tensors, **changes: object) -> Engine:
-    request = LoadRequest(model_dir=folder, device="cpu", lora=spec, **changes)
+    request = LoadRequest(model=read_model_files(folder), device="cpu", lora=spec, **changes)
     openers = {
         "mlx": MlxBackend().open,
         "mlx-padded": open_mlx_padded,
@@ -195,7 +195,7 @@ def test_the_base_alone_is_the_base(folder: Path, name: str, kind: str) -> None:
     spec = spec_of(name, config)
     rows = np.arange(60, dtype=np.int32)
     bare = {"cuda": CudaBackend, "mlx": MlxBackend}[kind]().open(
-        LoadRequest(model_dir=folder, device="cpu")
+        LoadRequest(model=read_model_files(folder), device="cpu")
     )
     expected = bare.logits(batch_of(), rows)
     engine = opened(kind, folder, spec, random_values(name, folder))
@@ -246,7 +246,7 @@ def test_merged_into_the_base_it_answers_the_same(folder: Path, tmp_path: Path, 
     rows = np.arange(60, dtype=np.int32)
     for kind, backend in (("cuda", CudaBackend), ("mlx", MlxBackend)):
         expected = opened(kind, folder, spec, adapter.weights).logits(batch_of(), rows)
-        merged = backend().open(LoadRequest(model_dir=tmp_path / "m", device="cpu"))
+        merged = backend().open(LoadRequest(model=read_model_files(tmp_path / "m"), device="cpu"))
         logits = merged.logits(batch_of(), rows)
         assert np.abs(logits - expected).max() <= 1e-4 * expected.std(), kind
 

@@ -18,7 +18,7 @@ from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.errors import ModelError
 from phi3_lora.models.config_json import read_model_config
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import check_weights, read_model_files
 from phi3_lora.models.writer import write_shards
 from phi3_lora.storage.safetensors import NewTensor, from_float32, read_float32, read_header
 from phi3_lora_cuda import CudaBackend
@@ -45,7 +45,7 @@ def write_adapter(folder: Path, model: Path, *, seed: int = 1, scale: float = 1.
 
 def logits(folder: Path, backend: type, adapter: Adapter | None = None) -> np.ndarray:
     spec = None if adapter is None else adapter.spec
-    engine = backend().open(LoadRequest(model_dir=folder, device="cpu", lora=spec))
+    engine = backend().open(LoadRequest(model=read_model_files(folder), device="cpu", lora=spec))
     if adapter is not None:
         engine.write_adapter(adapter.weights)
     batch = make_batch(DOCUMENTS)

@@ -20,7 +20,7 @@ from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import MLX_FILE, read_grid, write_quantized_folder
 from phi3_lora.models.quantization.grid import dequantize
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import check_weights, read_model_files
 from phi3_lora.storage.safetensors import read_float32, read_header
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
@@ -111,7 +111,7 @@ def test_the_words_are_the_same_numbers_in_half_precision(folder: Path) -> None:
     module = "model.layers.1.mlp.gate_up_proj"
     expected = dequantize(read_grid(tensors, module))
     for dtype in ("float32", "bfloat16", "float16"):
-        request = LoadRequest(model_dir=folder, device="cpu", dtype=dtype)
+        request = LoadRequest(model=read_model_files(folder), device="cpu", dtype=dtype)
         layer = load_model(request, on_gpu=False).model.model.layers[1].mlp.gate_up_proj
         dense = mx.dequantize(
             layer.weight, layer.scales, layer.biases, group_size=32, bits=config.grid_bits
@@ -159,7 +159,10 @@ def test_l4_holds_with_dropout_checkpointing_and_layers_without_lora(tmp_path: P
     for backend in (CudaBackend, MlxBackend):
         for checkpointing in (False, True):
             request = LoadRequest(
-                model_dir=folder, device="cpu", lora=spec, gradient_checkpointing=checkpointing
+                model=read_model_files(folder),
+                device="cpu",
+                lora=spec,
+                gradient_checkpointing=checkpointing,
             )
             engine = backend().open(request)
             engine.write_adapter(random_adapter({first: shapes[first]}, r=4))

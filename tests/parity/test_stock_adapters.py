@@ -17,6 +17,7 @@ from phi3_lora.adapters.formats.sources import read_source
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.request import LoadRequest
 from phi3_lora.models.config_json import read_model_config
+from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
 from phi3_lora_mlx import MlxBackend
 from tests.tiny import random_documents, write_model
@@ -103,7 +104,9 @@ def assert_answers(source: Path, model: Path, expected: np.ndarray, untold: Unto
     adapter, _ = read_source(source, config, untold)
     batch, rows = make_batch(random_documents([24])), np.arange(24, dtype=np.int32)
     for backend in (CudaBackend(), MlxBackend()):
-        engine = backend.open(LoadRequest(model_dir=model, device="cpu", lora=adapter.spec))
+        engine = backend.open(
+            LoadRequest(model=read_model_files(model), device="cpu", lora=adapter.spec)
+        )
         engine.write_adapter(adapter.weights)
         gap = np.abs(engine.logits(batch, rows) - expected).max()
         assert gap <= 1e-4 * expected.std(), (source, backend.name)
@@ -130,7 +133,7 @@ def assert_conversions(
 def test_adapters_of_stock_peft(model: Path, tmp_path: Path, name: str) -> None:
     settings, layouts = PEFT_MADE[name]
     expected = made_by_peft(model, tmp_path / "a", **settings)
-    bare = CudaBackend().open(LoadRequest(model_dir=model, device="cpu"))
+    bare = CudaBackend().open(LoadRequest(model=read_model_files(model), device="cpu"))
     batch, rows = make_batch(random_documents([24])), np.arange(24, dtype=np.int32)
     assert np.abs(bare.logits(batch, rows) - expected).max() > 0.1 * expected.std()
     assert_answers(tmp_path / "a", model, expected, Untold())
@@ -160,8 +163,8 @@ def test_dora_of_separate_q_and_v_takes_the_base_rows_for_k(model: Path, tmp_pat
     """A llama-style adapter that leaves k out: its magnitude in the fused weight is the norm."""
     from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
     from phi3_lora.errors import AdapterError
-    from phi3_lora.inference.base_model import look_at_model
-    from phi3_lora.inference.loading import load_adapter
+    from phi3_lora.inference.base_model import find_base_model
+    from phi3_lora.inference.loading import check_base_model, load_adapter
 
     config = read_model_config(model)
     made_by_peft(model, tmp_path / "a", use_dora=True)
@@ -172,10 +175,10 @@ def test_dora_of_separate_q_and_v_takes_the_base_rows_for_k(model: Path, tmp_pat
     write_adapter_folder(tmp_path / "qv", dataclasses.replace(split, weights=without_k), to="peft")
     with pytest.raises(AdapterError, match="DoRA then needs the base's weights; pass --model"):
         read_adapter(tmp_path / "qv", config)
-    base = look_at_model(str(model))
-    found = load_adapter(str(tmp_path / "qv"), base)
+    base = find_base_model(str(model))
+    found = load_adapter(str(tmp_path / "qv"), base).adapter
     qkv = "model.layers.0.self_attn.qkv_proj"
     magnitude = found.weights[f"base_model.model.{qkv}.lora_magnitude_vector"]
-    expected = np.linalg.norm(base.weight(qkv).astype(np.float64), axis=1)
+    expected = np.linalg.norm(check_base_model(base).weight(qkv).astype(np.float64), axis=1)
     np.testing.assert_allclose(magnitude[64:96], expected[64:96], rtol=1e-6)
     assert not found.pair(qkv)[1][64:96].any()

@@ -19,7 +19,7 @@ from phi3_lora.adapters.names import lora_a_name, lora_b_name
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.storage.atomic import is_unused, replace_folder, write_bytes
+from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_bytes
 from phi3_lora.storage.json_file import read_json
 from phi3_lora.storage.safetensors import read_header, read_index, write_streamed
 
@@ -182,8 +182,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         AdapterError: when it is not.
     """
-    if not is_unused(folder):
-        raise AdapterError(f"{folder} is in use: choose a new or empty folder")
+    check_folder_unused(folder, AdapterError, "is in use: choose a new or empty folder")
 
 
 def check_apart(target: Path, *sources: Path) -> None:

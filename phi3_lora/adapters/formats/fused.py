@@ -39,9 +39,7 @@ def fused_module(module: str) -> str | None:
 
 def part_rows(config: ModelConfig) -> dict[str, int]:
     """Rows of each part of a fused projection."""
-    heads = config.num_attention_heads * config.head_dim
-    key_values = config.num_key_value_heads * config.head_dim
-    sizes = (heads, key_values, key_values, config.intermediate_size, config.intermediate_size)
+    sizes = (*config.qkv_rows, config.intermediate_size, config.intermediate_size)
     return dict(zip(_FUSED_OF, sizes, strict=True))
 
 

@@ -9,8 +9,6 @@ embedding, whose lora_a is not transposed.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
-from phi3_lora.storage.atomic import explained, fsync_folder
+from phi3_lora.storage.atomic import replacing
 from phi3_lora.storage.optional import gguf_package
 
 _IN_LAYER = {
@@ -78,15 +76,8 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
     if reason is not None:
         raise AdapterError(f"llama.cpp cannot hold this adapter: {reason}: merge it instead")
     adapter = uniform_adapter(adapter)
-    part = path.with_name(f".{path.name}.part")
-    with explained(path):
-        try:
-            _write(gguf, part, adapter)
-            os.replace(part, path)
-            fsync_folder(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+    with replacing(path) as part:
+        _write(gguf, part, adapter)
 
 
 def _write(gguf: Any, path: Path, adapter: Adapter) -> None:

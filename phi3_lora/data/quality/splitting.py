@@ -19,7 +19,7 @@ from phi3_lora.data.rows.formats import FORMATS, RowReader
 from phi3_lora.data.sources.source import Source, parts_of
 from phi3_lora.engine.random_streams import permutation
 from phi3_lora.errors import DataError, listing
-from phi3_lora.storage.atomic import is_unused, replace_folder
+from phi3_lora.storage.atomic import check_folder_unused, replace_folder
 
 TRAIN_NAME, VALID_NAME = "train.jsonl", "valid.jsonl"
 _KEYS_OF = 1000
@@ -335,5 +335,4 @@ def check_unused(folder: Path) -> None:
     Raises:
         DataError: when it is not.
     """
-    if not is_unused(folder):
-        raise DataError(f"{folder} is in use: choose a new or empty folder (--output)")
+    check_folder_unused(folder, DataError, "is in use: choose a new or empty folder (--output)")

@@ -1,47 +1,36 @@
-"""A base on a shared grid, made from an unquantised one when it is first asked for."""
+"""A base on a shared grid, made from an unquantised base at its first use."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from phi3_lora.errors import ModelError, StorageError
 from phi3_lora.models.config import ModelConfig
-from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.quantization.folder import write_quantized_folder
 from phi3_lora.models.quantization.grid import GRID_VERSION
-from phi3_lora.models.weights import check_weights
+from phi3_lora.models.weights import ModelFiles, check_model_files, check_weights
 from phi3_lora.storage.cache import cache_root, found_or_made
-from phi3_lora.storage.safetensors import TensorInfo
 
 _SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
-class Checked(NamedTuple):
-    """A model folder whose weights were checked."""
-
-    path: Path
-    config: ModelConfig
-    tensors: dict[str, TensorInfo]
-
-
 def cache_dir() -> Path:
-    """Where quantised bases lie."""
+    """Return the folder of quantised bases."""
     return cache_root() / "quantized"
 
 
 def quantized_copy(
     source: Path, config: ModelConfig, *, bits: int, note: Callable[[str], None]
-) -> Checked:
-    """A model's weights on a grid; processes that ask at once share the work.
+) -> ModelFiles:
+    """Find or make a model's weights on a grid; processes that ask at once share the work.
 
     Args:
         source: the model's folder.
         config: of source.
         bits: 4 or 8.
-        note: told when the folder is made.
+        note: receives a line when the folder is made.
 
     Raises:
         ModelError: when the weights cannot be used, or are quantised already.
@@ -61,11 +50,11 @@ def quantized_copy(
         raise StorageError(
             f"{cause}, or write the quantised base yourself with phi3-lora quantize --output"
         ) from cause
-    return found or _read(target)
+    return found or check_model_files(target)
 
 
 def _key(source: Path) -> str:
-    """Of the files as they are: an edit makes another base, though a sample of it be the same."""
+    """Digest the names, sizes and times of the files: any edit makes another base."""
     digest = hashlib.sha256(str(GRID_VERSION).encode())
     for path in sorted(p for pattern in _SOURCES for p in source.glob(pattern)):
         status = path.resolve().stat()
@@ -73,14 +62,9 @@ def _key(source: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(target: Path) -> Checked:
-    config = read_model_config(target)
-    return Checked(target, config, check_weights(target, config))
-
-
-def _checked(target: Path) -> Checked | None:
-    """A cached base, or None if there is none or it is damaged."""
+def _checked(target: Path) -> ModelFiles | None:
+    """Read a cached base; None if it is missing or damaged."""
     try:
-        return _read(target)
+        return check_model_files(target)
     except ModelError:
         return None

@@ -11,7 +11,7 @@ from phi3_lora import LoadedModel
 from phi3_lora.engine.protocol import Batch, Scores
 from phi3_lora.engine.request import Sampling
 from phi3_lora.errors import AdapterError, ConfigError
-from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.base_model import find_base_model
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.toy_engine import ToyEngine
 
@@ -41,13 +41,13 @@ class EchoEngine(ToyEngine):
 
 @pytest.fixture
 def engine(tmp_path: Path) -> EchoEngine:
-    base = look_at_model(str(write_model(tmp_path / "model")))
+    base = find_base_model(str(write_model(tmp_path / "model")))
     return EchoEngine(base.tokenizer.encode_text(ANSWER), min(base.stop_ids))
 
 
 @pytest.fixture
 def model(tmp_path: Path, engine: EchoEngine) -> LoadedModel:
-    return LoadedModel(look_at_model(str(tmp_path / "model")), engine, None)
+    return LoadedModel(find_base_model(str(tmp_path / "model")), engine, None)
 
 
 def test_an_answer_whole_and_in_pieces(model: LoadedModel, engine: EchoEngine) -> None:

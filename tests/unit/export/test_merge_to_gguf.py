@@ -12,7 +12,7 @@ from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.adapters.deltas import Weighted
 from phi3_lora.errors import AdapterError, ModelError
 from phi3_lora.export.merge import Merge, merge_to_gguf
-from phi3_lora.inference.base_model import look_at_model
+from phi3_lora.inference.base_model import find_base_model
 from phi3_lora.inference.loading import load_adapter
 from phi3_lora.models.weights import check_weights
 from phi3_lora.storage.safetensors import encode
@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter(model: Path, tmp_path: Path) -> Adapter:
-    base = look_at_model(str(model), None)
+    base = find_base_model(str(model), None)
     folder = tmp_path / "adapter"
     folder.mkdir()
     shapes = {MODULE: base.config.linear_shapes()[MODULE]}
@@ -36,11 +36,11 @@ def adapter(model: Path, tmp_path: Path) -> Adapter:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["gate_up_proj"]}
     config |= {"layers_to_transform": [1]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    return load_adapter(str(folder), base)
+    return load_adapter(str(folder), base).adapter
 
 
 def merged(model: Path, adapter: Adapter, target: Path, out_type: str | None = None) -> Merge:
-    base = look_at_model(str(model), None)
+    base = find_base_model(str(model), None)
     tensors = check_weights(model, base.config)
     parts = [Weighted(adapter, 1.0)]
     return merge_to_gguf(model, base.config, tensors, parts, target, out_type=out_type)
@@ -48,7 +48,7 @@ def merged(model: Path, adapter: Adapter, target: Path, out_type: str | None = N
 
 def expected(model: Path, adapter: Adapter) -> np.ndarray:
     a, b = adapter.pair(MODULE)
-    own = random_weights(look_at_model(str(model), None).config, 0)[f"{MODULE}.weight"]
+    own = random_weights(find_base_model(str(model), None).config, 0)[f"{MODULE}.weight"]
     return own + 2.0 * (b.astype(np.float64) @ a.astype(np.float64))
 
 
@@ -72,7 +72,7 @@ def test_survival_of_q8_0_is_measured_on_its_steps(
 ) -> None:
     kept = merged(model, adapter, tmp_path / "out", "q8_0").survival[MODULE]
     change = stored(tmp_path / "out", "blk.1.ffn_up.weight").astype(np.float64)
-    own = random_weights(look_at_model(str(model), None).config, 0)[f"{MODULE}.weight"]
+    own = random_weights(find_base_model(str(model), None).config, 0)[f"{MODULE}.weight"]
     change, delta = change - own, expected(model, adapter) - own
     cosine = np.vdot(delta, change) / np.linalg.norm(delta) / np.linalg.norm(change)
     assert kept.cosine == pytest.approx(cosine, abs=1e-9)

@@ -176,3 +176,18 @@ def test_longrope_factor_wins_over_the_ratio_of_contexts(tmp_path: Path) -> None
     )
     found = read_model_config(write_config(tmp_path, told)).attention_factor
     assert found == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+
+
+def test_rows_of_q_k_and_v_follow_their_heads(tmp_path: Path) -> None:
+    found = read_model_config(write_config(tmp_path, tiny_config(num_key_value_heads=2)))
+    q, kv = found.num_attention_heads * found.head_dim, 2 * found.head_dim
+    assert found.qkv_rows == (q, kv, kv)
+    assert found.linear_shapes()["model.layers.0.self_attn.qkv_proj"][0] == q + 2 * kv
+
+
+def test_the_end_of_turn_comes_first_among_the_stop_ids(tmp_path: Path) -> None:
+    raw = tiny_config(eos_token_id=[9, 3, 7])
+    found = read_model_config(write_config(tmp_path, raw))
+    assert found.answer_stop_ids(None) == (3, 7, 9)
+    assert found.answer_stop_ids(7) == (7, 3, 9)
+    assert found.answer_stop_ids(5) == (5, 3, 7, 9)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lora.errors import StorageError
-from phi3_lora.storage.atomic import replace_folder
+from phi3_lora.errors import DataError, StorageError
+from phi3_lora.storage.atomic import check_folder_unused, replace_folder, replacing
 
 
 def filled(text: str):
@@ -56,3 +56,32 @@ def test_two_writers_of_one_folder_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / ".x.phi3-lora-part").mkdir()
     replace_folder(tmp_path / "x", lambda part: (part / "b").write_text("2"))
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["b"]
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_text("old")
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_text("old")
+    with pytest.raises(StorageError, match="no space left"), replacing(path) as part:
+        part.write_text("half")
+        failing(part)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_a_folder_that_holds_something_is_refused_in_the_callers_words(tmp_path: Path) -> None:
+    check_folder_unused(tmp_path / "new", DataError, "is in use")
+    check_folder_unused(tmp_path, DataError, "is in use")
+    (tmp_path / "file").touch()
+    for used in (tmp_path, tmp_path / "file"):
+        with pytest.raises(DataError, match=f"{used.name} is in use"):
+            check_folder_unused(used, DataError, "is in use")

@@ -1,0 +1,84 @@
+"""A converted adapter compared with its source by a model's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from phi3_lora.adapters.adapter import Adapter, with_spec
+from phi3_lora.arrays import Float32, Tensors
+from phi3_lora.engine.lora_spec import LoraSpec
+from phi3_lora.inference.base_model import find_base_model
+from phi3_lora.verification import conversion
+from phi3_lora.verification.conversion import compare_answers
+from tests.tiny import random_adapter, write_model
+
+
+class Counted:
+    """An engine whose logits are its adapter's first number, times the position."""
+
+    opened = 0
+    closed = 0
+
+    def __init__(self, weights: Tensors) -> None:
+        Counted.opened += 1
+        self.write_adapter(weights)
+
+    def write_adapter(self, weights: Tensors) -> None:
+        self.value = float(next(iter(weights.values())).flat[0])
+
+    def logits(self, batch: Any, rows: Any) -> Float32:
+        return np.outer(rows, [self.value, 2.0]).astype(np.float32)
+
+    def close(self) -> None:
+        Counted.closed += 1
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    base = find_base_model(str(write_model(tmp_path / "m")))
+    shapes = base.config.linear_shapes()
+    spec = LoraSpec.uniform(shapes, r=2, scaling=2.0)
+    return with_spec(
+        random_adapter(shapes, r=2), spec, lora_dropout=0.0, base_model="m", num_layers=2
+    )
+
+
+@pytest.mark.parametrize(("change", "times"), [({}, 1), ({"use_rslora": True}, 2)])
+def test_a_model_is_loaded_once_for_two_adapters_of_one_spec(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    adapter: Adapter,
+    change: dict[str, bool],
+    times: int,
+) -> None:
+    monkeypatch.setattr(
+        conversion,
+        "open_engine",
+        lambda base, *, adapter, **_: SimpleNamespace(engine=Counted(adapter.weights)),
+    )
+    monkeypatch.setattr(Counted, "opened", 0)
+    monkeypatch.setattr(Counted, "closed", 0)
+    other = with_spec(
+        {name: value + 1 for name, value in adapter.weights.items()},
+        dataclasses.replace(adapter.spec, **change),
+        lora_dropout=0.0,
+        base_model="m",
+        num_layers=2,
+    )
+    base = find_base_model(str(tmp_path / "m"))
+    backend = SimpleNamespace(stock_layout="peft", stock_tool="PEFT")
+    (answers,) = compare_answers(
+        base,
+        (adapter, other),
+        tmp_path / "none.gguf",
+        {"toy": backend},  # type: ignore[dict-item]
+        lambda _: None,
+    )
+    assert (Counted.opened, Counted.closed) == (times, times)
+    assert answers.max_difference > 0
