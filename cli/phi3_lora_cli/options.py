@@ -49,7 +49,7 @@ def backend_options(function: F) -> F:
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            help="Of the base model. Default: auto (float32 on a CPU, the model's own on a GPU).",
+            help="Dtype of the base model. Default: auto (float32 on a CPU, its own on a GPU).",
         ),
         quantize_option,
     )(function)

@@ -38,7 +38,7 @@ class SourceOptions(TypedDict, total=False):
     enable: str | Sequence[Part] | None
     """Parts of a fused projection that a MergedLinear adapts, as a list or with commas."""
     parts: Literal["equal", "model"] | None
-    """How MergedLinear cuts its output, where the file does not say."""
+    """The cut of a MergedLinear's output into parts, where the file does not store it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def push(
         repo: owner/name.
         private: make a new repository private, and refuse one that is public.
         revision: a branch of the repository; None is main.
-        message: of the commit.
+        message: the message of the commit.
         note: called with what the user should know; the default logs a warning.
 
     Raises:

@@ -22,7 +22,7 @@ NO_MODEL = "(no model)"
 
 
 class DataSettings(TypedDict, total=False):
-    """Where data is and how it is read, as for train."""
+    """Settings that name data and say how it is read, as for train."""
 
     config: Mapping[str, Any] | AnyPath | None
     """A mapping with the keys of a YAML file, or the path of one."""

@@ -48,8 +48,8 @@ def merge(
         weight: factor of each adapter, in the same order; the default is 1 for each.
         to: hf or mlx (one folder for both), gguf (one file for llama.cpp), or adapter (no base:
             the sum of the adapters as one adapter).
-        dtype: of the result; auto is the base's own.
-        outtype: of a GGUF file; auto is the base's own.
+        dtype: dtype of the result; auto is the base's own.
+        outtype: type of a GGUF file; auto is the base's own.
         dequantize: write a base of 4 or 8 bits in full.
         revision: branch, tag or commit of a hub id.
         note: called with what the user should know; the default logs a warning.
@@ -145,7 +145,7 @@ def quantize(
     Args:
         model: a folder, a hub id, or demo.
         output: a new folder.
-        bits: of each weight; 4 or 8.
+        bits: bits of a weight, 4 or 8.
         revision: branch, tag or commit of a hub id.
 
     Raises:

@@ -36,9 +36,9 @@ class ModelOptions(TypedDict, total=False):
     """mlx, cuda or auto."""
     device: Device
     dtype: Dtype
-    """Of the base model."""
+    """Dtype of the base model."""
     quantize: Quantization
-    """Of the base model."""
+    """Quantisation of the base model."""
     note: Note
 
 

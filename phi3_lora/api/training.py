@@ -102,7 +102,7 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What a run would do."""
+    """Facts about a run before it starts."""
 
     facts: dict[str, Any]
 
@@ -220,8 +220,10 @@ def _resolve_for(
 
 
 def _flags(settings: TrainSettings) -> dict[str, Any]:
-    """Settings by their place in the configuration."""
+    """Return the settings by their place in the configuration."""
     given: dict[str, Any] = {name: value for name, value in settings.items() if name in FLAGS}
+    for name in ("data", "valid"):
+        given.pop(name, None)
     for name in ("adapter", "output_dir"):
         if given.get(name) is not None:
             given[name] = str(given[name])
@@ -253,7 +255,7 @@ def _rows(settings: TrainSettings) -> RowsInMemory:
 
 
 def _target_names(value: str | Sequence[str] | None) -> str | list[str] | None:
-    """A regular expression as it is, names as a list."""
+    """Return a regular expression as it is, and names as a list."""
     if value is None or value == "all-linear":
         return value
     if not isinstance(value, str):

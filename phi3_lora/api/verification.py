@@ -44,7 +44,7 @@ def verify(
         revision: branch, tag or commit of the base model's hub id.
         backend: mlx, cuda or auto.
         device: auto, cpu or gpu.
-        dtype: of the base model.
+        dtype: as for load.
         quantize: as for load.
         note: called with what the user should know; the default logs a warning.
 

@@ -35,7 +35,7 @@ BAD = (4, "bad-row")
 
 
 class Fault(NamedTuple):
-    """What is in a file, and what becomes of it."""
+    """Content of a file, and the result of reading it."""
 
     content: bytes | Callable[[], bytes]
     documents: int | None
@@ -171,7 +171,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the data lies; commands run in it."""
+    """A folder with the data, in which commands run."""
     found = tmp_path / "work"
     found.mkdir()
     monkeypatch.chdir(found)

@@ -48,3 +48,13 @@ def test_every_public_name_is_there() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'phi3_lora' has no attribute 'trian'"):
         phi3_lora.trian  # noqa: B018
+
+
+def test_no_name_imports_a_framework() -> None:
+    code = (
+        "import sys, phi3_lora\n"
+        "for name in phi3_lora.__all__: getattr(phi3_lora, name)\n"
+        "print([m for m in ('torch', 'mlx', 'transformers', 'peft') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

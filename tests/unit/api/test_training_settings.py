@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from phi3_lora import dry_run, resolve_settings, train
+from phi3_lora import check_data, dry_run, resolve_settings, train
 from phi3_lora.api.options import OptionError
 from phi3_lora.config.schema import RunConfig
-from phi3_lora.errors import ConfigError
+from phi3_lora.data.sources.source import Source
+from phi3_lora.errors import ConfigError, Phi3LoraError
 from phi3_lora.training.rundir import write_config
 from phi3_lora_cli.faults import run_reporting_faults
 from phi3_lora_cli.main import group
@@ -100,8 +101,14 @@ def test_a_preset_does_not_change_a_whole_configuration() -> None:
 
 
 def test_data_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data must be a path, a hub id or demo"):
-        resolve_settings(**{**NEEDED, "data": 3})
+    with pytest.raises(Phi3LoraError, match=r"data must be a path, .*; got int"):
+        check_data(3)  # type: ignore[arg-type]
+
+
+def test_a_source_keeps_its_own_settings() -> None:
+    source = Source(path="chats.jsonl", columns={"text": "body"}, weight=2)
+    config = config_of(**{**NEEDED, "data": source})
+    assert config.data.sources == (source,) and not config.data.train
 
 
 def test_a_dry_run_is_the_command_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
