@@ -38,5 +38,5 @@ def command(model: str, revision: str | None, output: str, bits: str, as_json: b
         print_json(result.to_dict())
         return
     click.echo(f"{result.bits} bits, groups of 32, in {result.path}")
-    click.echo(f"relative error of the weights: {result.error.mean:.4f}")
-    click.echo(f"largest: {result.error.worst:.4f} in {result.error.worst_module}")
+    click.echo(f"relative error of the weights: {result.error:.4f}")
+    click.echo(f"largest: {result.worst_error:.4f} in {result.worst_module}")

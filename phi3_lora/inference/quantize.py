@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.errors import ModelError
 from phi3_lora.hub.download import resolve_model_dir
-from phi3_lora.models.quantization.folder import QuantizationError, write_quantized_folder
+from phi3_lora.models.quantization.folder import write_quantized_folder
 from phi3_lora.models.weights import check_model_files
 from phi3_lora.storage.atomic import check_folder_unused
 
@@ -19,17 +19,15 @@ class QuantizeResult:
 
     path: str
     bits: int
-    error: QuantizationError
+    error: float
+    """|change| / |weight| over all quantised layers, in the Frobenius norm."""
+    worst_error: float
+    """The largest error of a layer."""
+    worst_module: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values of --json."""
-        return {
-            "path": self.path,
-            "bits": self.bits,
-            "error": self.error.mean,
-            "worst_error": self.error.worst,
-            "worst_module": self.error.worst_module,
-        }
+        """Return the figures by name."""
+        return asdict(self)
 
 
 def quantize(
@@ -50,4 +48,4 @@ def quantize(
     check_folder_unused(target, ModelError, "already holds something: choose another --output")
     source = check_model_files(resolve_model_dir(model, revision))
     error = write_quantized_folder(source.path, source.config, source.tensors, target, bits=bits)
-    return QuantizeResult(str(target), bits, error)
+    return QuantizeResult(str(target), bits, error.mean, error.worst, error.worst_module)

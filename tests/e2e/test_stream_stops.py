@@ -18,7 +18,7 @@ import pytest
 from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.data.sources import source as sources_module
 from phi3_lora.errors import DataError
-from tests.e2e.program import PROGRAM, phi3_lora_here
+from tests.e2e.program import phi3_lora_here, phi3_lora_warm, start_warm
 from tests.e2e.streams import ROWS
 from tests.tiny import chat, write_rows
 
@@ -151,34 +151,36 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
     run, pipe = tmp_path / "run", tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
     texts = data.read_text().splitlines(keepends=True)
-    with (
-        subprocess.Popen(
-            [*PROGRAM, *arguments(model, pipe, run, *STREAMED)], stderr=subprocess.PIPE, text=True
-        ) as process,
-        pipe.open("wb", buffering=0) as file,
-    ):
+    output = tmp_path / "output"
+    process = start_warm(*arguments(model, pipe, run, *STREAMED), output=output)
+    with pipe.open("wb", buffering=0) as file:
         # One row of the third block, then a row now and then.
         file.write("".join(texts[:17]).encode())
-        deadline = time.monotonic() + 60
         while not ((run / "metrics.jsonl").exists() and len(lines(run)) == 3):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive(), output.read_text()
             time.sleep(0.05)
-        process.send_signal(number)
-        time.sleep(0.2)
-        # It may have stopped before it waited for this row.
-        with contextlib.suppress(BrokenPipeError):
-            file.write(texts[17].encode())
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        # It may stop before it waits for a row; else a row wakes it.
+        for text in texts[17:24]:
+            process.join(timeout=0.2)
+            if not process.is_alive():
+                break
+            with contextlib.suppress(BrokenPipeError):
+                file.write(text.encode())
+        process.join()
+    said = output.read_text()
+    assert process.exitcode == 128 + number, said
     assert "stopped at step 3 of 12, saved" in said
     # The same rows give the rest, from the step that was saved.
     assert (run / "checkpoints" / "step-000003").is_dir()
     pipe.unlink()
     write_rows(pipe, ROWS)
-    ran = resumed(run)
+    # In processes of the same kind, whose libraries are loaded in the same order.
+    ran = phi3_lora_warm("train", "--resume", "--output", str(run))
     assert ran.returncode == 0, ran.stderr
     whole = tmp_path / "whole"
-    assert phi3_lora_here(*arguments(model, data, whole, *STREAMED)).returncode == 0
+    assert phi3_lora_warm(*arguments(model, data, whole, *STREAMED)).returncode == 0
     for key in ("loss", "plan_hash", "epoch"):
         assert [x[key] for x in lines(run)] == [x[key] for x in lines(whole)]
 

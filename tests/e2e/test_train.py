@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ import pytest
 
 from phi3_lora.errors import AdapterError
 from phi3_lora.storage.safetensors import read_all_float32
-from tests.e2e.program import PROGRAM, phi3_lora, phi3_lora_here, train_arguments
+from tests.e2e.program import (
+    PROGRAM,
+    phi3_lora_here,
+    phi3_lora_warm,
+    start_warm,
+    train_arguments,
+)
 from tests.tiny import chat, write_model, write_rows
 
 
@@ -43,11 +50,26 @@ PARTS_AND_WHOLE = [
 STREAMED = ["--set", "data.streaming=true", "--set", "data.buffer_size=7"]
 
 
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+def test_a_fresh_process_that_is_killed_is_resumed_bit_equal_to_uninterrupted(
+    inputs: tuple[str, str], tmp_path: Path, backend: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = phi3_lora_warm(*train_arguments(inputs, whole, backend))
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [*PROGRAM, *train_arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
+    )
+    wait_for_checkpoint(broken, 10, lambda: process.poll() is None)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = phi3_lora_warm("train", "--resume", "--output", str(broken), "--json")
+    assert_resumed_to_the_same_end(resumed, whole, broken)
+
+
 @pytest.mark.parametrize(
     ("backend", "settings"),
     [
-        ("mlx", []),
-        ("cuda", []),
         ("mlx", PARTS_AND_WHOLE),
         ("cuda", PARTS_AND_WHOLE),
         # Streams on PyTorch are stopped and resumed in one process, by test_streaming.py.
@@ -58,17 +80,28 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     inputs: tuple[str, str], tmp_path: Path, backend: str, settings: list[str]
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert phi3_lora(*train_arguments(inputs, whole, backend), *settings).returncode == 0
-    process = subprocess.Popen(
-        [*PROGRAM, *train_arguments(inputs, broken, backend), *settings], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (broken / "checkpoints" / "step-000010").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    done = phi3_lora_warm(*train_arguments(inputs, whole, backend), *settings)
+    assert done.returncode == 0, done.stderr
+    process = start_warm(*train_arguments(inputs, broken, backend), *settings)
+    wait_for_checkpoint(broken, 10, process.is_alive)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    resumed = phi3_lora("train", "--resume", "--output", str(broken), "--json")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed = phi3_lora_warm("train", "--resume", "--output", str(broken), "--json")
+    assert_resumed_to_the_same_end(resumed, whole, broken)
+
+
+def wait_for_checkpoint(run: Path, step: int, is_running: Callable[[], bool]) -> None:
+    """Wait until a run has saved a step; a run that ends before that fails the test."""
+    while not (run / "checkpoints" / f"step-{step:06d}").exists():
+        assert is_running(), "the run ended before it saved this step"
+        time.sleep(0.01)
+
+
+def assert_resumed_to_the_same_end(
+    resumed: subprocess.CompletedProcess[str], whole: Path, broken: Path
+) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["steps"] == 60
     for name in (
@@ -88,15 +121,13 @@ def test_a_run_started_on_one_backend_goes_on_on_the_other(
 ) -> None:
     whole = tmp_path / "whole"
     moved = tmp_path / "moved"
-    assert phi3_lora(*train_arguments(inputs, whole, "cuda")).returncode == 0
-    process = subprocess.Popen(
-        [*PROGRAM, *train_arguments(inputs, moved, "mlx")], stderr=subprocess.DEVNULL
-    )
-    while not (moved / "checkpoints" / "step-000005").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    resumed = phi3_lora(
+    assert phi3_lora_here(*train_arguments(inputs, whole, "cuda")).returncode == 0
+    process = start_warm(*train_arguments(inputs, moved, "mlx"))
+    wait_for_checkpoint(moved, 5, process.is_alive)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
+    resumed = phi3_lora_here(
         *("train", "--resume", "--output", str(moved), "--backend", "cuda", "--device", "cpu"),
         "--json",
     )

@@ -60,7 +60,7 @@ def test_a_model_is_loaded_once_for_two_adapters_of_one_spec(
     monkeypatch.setattr(
         conversion,
         "open_engine",
-        lambda base, *, adapter, **_: SimpleNamespace(engine=Counted(adapter.weights)),
+        lambda base, adapter, *_: SimpleNamespace(engine=Counted(adapter.weights)),
     )
     monkeypatch.setattr(Counted, "opened", 0)
     monkeypatch.setattr(Counted, "closed", 0)
