@@ -14,7 +14,7 @@ import click
 import pytest
 
 from phi3_lora_cli.faults import run_reporting_faults
-from tests.e2e.program import PROGRAM, phi3_lora, phi3_lora_here, train_arguments
+from tests.e2e.program import PROGRAM, phi3_lora_here, phi3_lora_warm, train_arguments
 from tests.tiny import chat, write_model, write_rows
 
 
@@ -104,17 +104,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(finished: Path) -> None:
     assert newest.name in found.stderr and json.loads(found.stdout)["steps"] == 6
 
 
+def no_large_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 def test_a_disk_that_fills_up_leaves_what_was_saved(
     inputs: tuple[str, str], tmp_path: Path
 ) -> None:
     """A limit on the size of a file stands for the disk: the checkpoint's first file is over it."""
     run = tmp_path / "run"
 
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
     arguments = [*train_arguments(inputs, run, "cuda"), "--max-steps", "6"]
-    failed = phi3_lora(*arguments, preexec_fn=no_large_files)
+    failed = phi3_lora_warm(*arguments, before=no_large_files)
     assert failed.returncode == 2, failed.stderr
     assert "no space left while writing" in failed.stderr and "Traceback" not in failed.stderr
     assert not list((run / "checkpoints").glob("*"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,17 @@ def test_a_hub_data_set_that_fails_on_the_way_leaves_its_checkpoint(
         assert [x[key] for x in lines(run)] == [x[key] for x in lines(whole)]
 
 
+def open_for_writing(pipe: Path, reader: BaseProcess) -> io.FileIO:
+    """Open a pipe once its reader has; a reader that ends before that fails the test."""
+    while True:
+        assert reader.is_alive(), "the reader ended"
+        with contextlib.suppress(OSError):
+            descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            return io.FileIO(descriptor, "w")
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
     model: str, data: Path, tmp_path: Path, number: signal.Signals
@@ -153,7 +166,7 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
     texts = data.read_text().splitlines(keepends=True)
     output = tmp_path / "output"
     process = start_warm(*arguments(model, pipe, run, *STREAMED), output=output)
-    with pipe.open("wb", buffering=0) as file:
+    with open_for_writing(pipe, process) as file:
         # One row of the third block, then a row now and then.
         file.write("".join(texts[:17]).encode())
         while not ((run / "metrics.jsonl").exists() and len(lines(run)) == 3):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from tests.e2e.program import (
     phi3_lora_here,
     phi3_lora_warm,
     start_warm,
+    stop_after,
     train_arguments,
 )
 from tests.tiny import chat, write_model, write_rows
@@ -57,12 +55,15 @@ def test_a_fresh_process_that_is_killed_is_resumed_bit_equal_to_uninterrupted(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = phi3_lora_warm(*train_arguments(inputs, whole, backend))
     assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(
-        [*PROGRAM, *train_arguments(inputs, broken, backend)], stderr=subprocess.DEVNULL
+    broken, code = stop_after(
+        lambda run: subprocess.Popen(
+            [*PROGRAM, *train_arguments(inputs, run, backend)], stderr=subprocess.DEVNULL
+        ),
+        broken,
+        step=10,
+        number=signal.SIGKILL,
     )
-    wait_for_checkpoint(broken, 10, lambda: process.poll() is None)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert code == -signal.SIGKILL
     resumed = phi3_lora_warm("train", "--resume", "--output", str(broken), "--json")
     assert_resumed_to_the_same_end(resumed, whole, broken)
 
@@ -82,21 +83,15 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = phi3_lora_warm(*train_arguments(inputs, whole, backend), *settings)
     assert done.returncode == 0, done.stderr
-    process = start_warm(*train_arguments(inputs, broken, backend), *settings)
-    wait_for_checkpoint(broken, 10, process.is_alive)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    broken, code = stop_after(
+        lambda run: start_warm(*train_arguments(inputs, run, backend), *settings),
+        broken,
+        step=10,
+        number=signal.SIGKILL,
+    )
+    assert code == -signal.SIGKILL
     resumed = phi3_lora_warm("train", "--resume", "--output", str(broken), "--json")
     assert_resumed_to_the_same_end(resumed, whole, broken)
-
-
-def wait_for_checkpoint(run: Path, step: int, is_running: Callable[[], bool]) -> None:
-    """Wait until a run has saved a step; a run that ends before that fails the test."""
-    while not (run / "checkpoints" / f"step-{step:06d}").exists():
-        assert is_running(), "the run ended before it saved this step"
-        time.sleep(0.01)
 
 
 def assert_resumed_to_the_same_end(
@@ -122,11 +117,13 @@ def test_a_run_started_on_one_backend_goes_on_on_the_other(
     whole = tmp_path / "whole"
     moved = tmp_path / "moved"
     assert phi3_lora_here(*train_arguments(inputs, whole, "cuda")).returncode == 0
-    process = start_warm(*train_arguments(inputs, moved, "mlx"))
-    wait_for_checkpoint(moved, 5, process.is_alive)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 143
+    moved, code = stop_after(
+        lambda run: start_warm(*train_arguments(inputs, run, "mlx")),
+        moved,
+        step=5,
+        number=signal.SIGTERM,
+    )
+    assert code == 143
     resumed = phi3_lora_here(
         *("train", "--resume", "--output", str(moved), "--backend", "cuda", "--device", "cpu"),
         "--json",
