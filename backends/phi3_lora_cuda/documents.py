@@ -61,7 +61,7 @@ class KeyValues:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is cached."""
+        """True if nothing is cached."""
         return not self._lengths
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class KeyValues:
         return store[:1, :, :end], store[1:, :, :end]
 
     def prefix(self, length: int) -> KeyValues:
-        """Those of the first so many tokens."""
+        """Return the keys and values of the first `length` tokens."""
         found = KeyValues()
         # A view has no room left, so that the next append copies it and never writes to it.
         found._stores = {i: store[:, :, :length] for i, store in self._stores.items()}
@@ -89,7 +89,7 @@ class KeyValues:
 
 
 class Documents:
-    """Where the documents of a row lie, and what of each is cached."""
+    """The bounds of the documents in a row, and their cached tokens."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Documents:
         caches: Sequence[KeyValues] | None = None,
     ) -> None:
         self.caches = caches
-        """D, each holding the tokens before the document's; None where nothing is cached."""
+        """(D,) caches of the tokens that precede each document; None: nothing is cached."""
         self.starts: list[int] = doc_starts.tolist()
         """D + 1 bounds."""
         self.longest = int(np.diff(doc_starts).max())
@@ -174,7 +174,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one kernel attends within documents of any length here."""
+    """Return whether this device has a kernel for documents of different lengths."""
     if varlen_attn is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

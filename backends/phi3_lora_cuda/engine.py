@@ -80,7 +80,7 @@ class CudaEngine:
 
     @property
     def notes(self) -> list[str]:
-        """What of the request has no effect here."""
+        """Parts of the request that have no effect here, for the user."""
         notes = unused_precision(self._request, self.dtype)
         if self._request.compile and not self._model.is_compiled:
             notes.append(

@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 class HeadLoss(NamedTuple):
-    """Of S supervised rows."""
+    """The loss of S supervised rows, and its gradient."""
 
     nats: Tensor
     """Sum of the negative log-probabilities, a float64 scalar."""

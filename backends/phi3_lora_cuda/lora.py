@@ -94,7 +94,7 @@ class TrainedWeight(torch.nn.Module):
         self.is_enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module does, with the trained weight in the place of its own."""
+        """Run the module with the trained weight in place of its own."""
         if not self.is_enabled:
             return self.base(x)
         weight = self.weight.to(self._dtype)

@@ -151,7 +151,7 @@ class LoadedPhi3:
 
 
 def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether layers can be fused: one attention kernel, Triton and a C compiler are needed."""
+    """Return whether layers can be compiled, which needs a kernel, Triton and a C compiler."""
     tools = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
     return has_flash(device, dtype) and bool(tools)
 

@@ -1,4 +1,4 @@
-"""What stock transformers and PEFT answer, without anything of ours in between."""
+"""Logits of stock transformers and stock PEFT, without our own layers."""
 
 from __future__ import annotations
 

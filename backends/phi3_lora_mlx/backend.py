@@ -21,7 +21,7 @@ from phi3_lora_mlx.model import load_model
 
 
 def has_gpu() -> bool:
-    """Whether MLX can use a GPU here."""
+    """Return whether MLX can use a GPU here."""
     return bool(mx.is_available(mx.gpu))
 
 

@@ -36,7 +36,7 @@ def preload_blas() -> str | None:
 
 
 def uses_reference_blas() -> bool:
-    """Whether MLX is left with the BLAS that its Linux wheel brings.
+    """Return whether MLX uses the slow BLAS of its Linux wheel.
 
     A fast library, preloaded by us or by the user, answers for the symbol in the process's global
     scope; the wheel's own is known to MLX alone. Told so and not by a timing, which a busy machine

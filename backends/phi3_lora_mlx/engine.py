@@ -106,7 +106,7 @@ class MlxEngine:
 
     @property
     def notes(self) -> list[str]:
-        """What of the request has no effect here."""
+        """Parts of the request that have no effect here, for the user."""
         notes = unused_precision(self._request, self.dtype)
         if self._request.compile:
             notes.append("torch_compile has no effect: MLX compiles every step on a GPU by itself")

@@ -25,14 +25,14 @@ Head = Callable[[dict[str, mx.array], mx.array, slice], mx.array]
 
 
 class HeadLoss(NamedTuple):
-    """Of S supervised rows."""
+    """The loss of S supervised rows, and its gradients."""
 
     nats: mx.array
     """Sum of the negative log-probabilities."""
     grad: mx.array
     """Gradient of nats with respect to the rows, (S, hidden)."""
     head_grads: dict[str, mx.array]
-    """The same with respect to what trains in the head, by name."""
+    """Gradients of nats with respect to the arrays that train in the head, by name."""
 
 
 def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:

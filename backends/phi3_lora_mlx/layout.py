@@ -1,4 +1,4 @@
-"""How a micro-batch lies on the device; a pure function of its documents.
+"""The layout of a micro-batch on the device: a pure function of its documents.
 
 On a CPU nothing is padded: attention slices the documents. A GPU compiles a step per shape, so
 rows are padded to few lengths and a mask keeps documents apart.
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class DropoutKey(NamedTuple):
-    """What masks depend on besides the documents."""
+    """The inputs of dropout masks other than the documents."""
 
     seed: int
     step: int

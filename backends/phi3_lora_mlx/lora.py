@@ -13,12 +13,12 @@ from phi3_lora_mlx.phi3 import dequantized
 
 
 class LoraState:
-    """What all LoRA layers of a model share and the engine sets between calls."""
+    """State that all LoRA layers of a model share; the engine sets it between calls."""
 
     def __init__(self) -> None:
         self.is_enabled = True
         self.is_tracing = False
-        """Whether arrays stand for values that are not there yet, and must not be kept."""
+        """True while a pass is traced: its arrays are placeholders and must not be kept."""
         self.dropout_rows: mx.array | None = None
         """Keys of the tokens at hand, (T,) uint32; None turns dropout off."""
 

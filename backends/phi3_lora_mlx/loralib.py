@@ -35,7 +35,7 @@ _BIAS = ("none", "all", "lora_only")
 
 
 class LoadResult(NamedTuple):
-    """What did not meet, as torch's load_state_dict tells it."""
+    """Names that the model and the state do not share, as torch's load_state_dict returns them."""
 
     missing_keys: list[str]
     """LoRA arrays of the model that the state lacks; they are as they were."""

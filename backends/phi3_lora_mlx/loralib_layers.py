@@ -21,7 +21,7 @@ from phi3_lora.errors import ConfigError
 
 
 class LoRALayer(nn.Module):
-    """What the layers share: the scale alpha / r, and a weight that is merged outside training."""
+    """The common part of all layers: the scale alpha / r, and the merging of the weight."""
 
     weight: mx.array
     r: int
@@ -29,7 +29,7 @@ class LoRALayer(nn.Module):
     scaling: float
     merge_weights: bool
     merged: bool
-    """Whether `weight` holds the delta at the moment."""
+    """True while `weight` contains the delta."""
 
     def _set_scale(self, r: int, lora_alpha: float, merge_weights: bool) -> None:
         if isinstance(r, bool) or not isinstance(r, int) or r < 0:
@@ -47,12 +47,12 @@ class LoRALayer(nn.Module):
 
     @property
     def has_lora(self) -> bool:
-        """Whether the layer has A and B."""
+        """True if the layer has A and B."""
         return "lora_A" in self
 
     @abstractmethod
     def delta(self) -> mx.array:
-        """What merging adds to `weight`, in its shape."""
+        """Return the delta that merging adds, in the shape of `weight`."""
 
     def merge(self) -> None:
         """Put the delta into `weight`; nothing if it is there.
@@ -85,7 +85,7 @@ class LoRALayer(nn.Module):
             self.merge()
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """What mlx.nn.quantize puts in this layer's place, where it has no LoRA.
+        """Return the quantised layer for mlx.nn.quantize; a layer with LoRA is refused.
 
         Raises:
             ConfigError: with LoRA, for MLX's quantised layer would leave A and B out.
@@ -140,13 +140,13 @@ class Embedding(LoRALayer, nn.Embedding):
         return mx.addmm(y, low, self.lora_A.astype(x.dtype))
 
     def delta(self) -> mx.array:
-        """What merging adds to `weight`, (num_embeddings, embedding_dim)."""
+        """Return the delta that merging adds, (num_embeddings, embedding_dim)."""
         return self.scaling * (self.lora_B @ self.lora_A).T
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """How the output of a layer is cut, and which parts have LoRA."""
+    """The parts of a layer's output, and those with LoRA."""
 
     sizes: tuple[int, ...]
     enabled: tuple[bool, ...]
@@ -216,7 +216,7 @@ class _PartwiseLinear(LoRALayer, nn.Linear):
         return mx.concatenate(found, axis=-1) if len(found) > 1 else found[0]
 
     def delta(self) -> mx.array:
-        """What merging adds to `weight`, (out, in), or (in, out) with fan_in_fan_out."""
+        """Return the delta that merging adds, (out, in), or (in, out) with fan_in_fan_out."""
         products = zip(*self._by_part(self.lora_A, 0, self.scaling * self.lora_B), strict=True)
         blocks = []
         for size, enabled in zip(self._parts.sizes, self._parts.enabled, strict=True):
@@ -231,7 +231,7 @@ class _PartwiseLinear(LoRALayer, nn.Linear):
     def _by_part(
         self, stacked: mx.array, axis: int, b: mx.array
     ) -> tuple[list[mx.array], list[mx.array]]:
-        """What has r rows or columns a part, cut; and the B (rows, r) of each part, transposed."""
+        """Return A (or its product) cut by part, and the transposed B of each part."""
         low = mx.split(stacked, self._parts.num_enabled, axis=axis)
         return list(low), [part.T for part in _cut(b, self._parts.enabled_sizes, axis=0)]
 

@@ -34,7 +34,7 @@ class LoadedPhi3:
         self.state = LoraState()
         self.layers: dict[str, LoRALinear | LoRAEmbedding] = {}
         self.base_weights: dict[str, mx.array] = {}
-        """Of the modules whose own weight trains."""
+        """Module path -> the base's weight, for modules whose whole weight trains."""
 
     def add_lora(self, spec: LoraSpec) -> None:
         """Replace the named layers, and let the named weights train.
@@ -112,7 +112,7 @@ def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi
     _check_quantization(config, request)
 
     class Arguments:
-        """What mlx-lm builds a model from; ours is read and checked already."""
+        """A stand-in for mlx-lm's ModelArgs that returns the checked config."""
 
         @classmethod
         def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:

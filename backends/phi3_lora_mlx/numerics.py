@@ -11,7 +11,7 @@ _STAGE = 64
 
 
 def on_cpu() -> bool:
-    """Whether work runs where sums must be staged."""
+    """Return whether the default device is a CPU, on which sums must be staged."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 

@@ -92,7 +92,7 @@ class Linear(nn.Linear):
         mode: str = "affine",
         quantize_input: bool = False,
     ) -> nn.Module:
-        """What mlx.nn.quantize puts in this layer's place."""
+        """Return the quantised layer that mlx.nn.quantize puts in place of this one."""
         return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
 

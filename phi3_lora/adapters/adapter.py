@@ -45,17 +45,17 @@ class Adapter:
     """lora_alpha of the modules that have another one."""
     lora_dropout: float = 0.0
     base_model: str | None = None
-    """What the adapter says it was trained on."""
+    """The base model that the adapter names, if any."""
     base_identity: str | None = None
     """The identity of that base, where the adapter carries a fingerprint."""
     num_layers: int | None = None
     """Decoder layers of the base model, where known."""
     notes: tuple[str, ...] = ()
-    """What of its files was left aside."""
+    """Notes on parts of its files that were not read."""
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by in most modules."""
+        """The factor of B A in most modules."""
         return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
     @property
@@ -72,21 +72,21 @@ class Adapter:
 
     @property
     def saved_weights(self) -> Tensors:
-        """Those whole weights, under their names here."""
+        """PEFT name -> whole weight."""
         return {saved_name(module): self.weights[saved_name(module)] for module in self.saved}
 
     def has(self, module: str) -> bool:
-        """Whether it changes a module, by A and B or by a whole weight."""
+        """Return whether the adapter changes a module, by A and B or by a whole weight."""
         return lora_a_name(module) in self.weights or saved_name(module) in self.weights
 
     @property
     def use_dora(self) -> bool:
-        """Whether its modules have magnitudes."""
+        """True if its modules have magnitudes (DoRA)."""
         return any(name.endswith(".lora_magnitude_vector") for name in self.weights)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one rank and one scale hold for all."""
+        """True if all modules have the same rank and scale."""
         return not self.alphas and all(self.rank(module) == self.r for module in self.modules)
 
     def rank(self, module: str) -> int:
@@ -98,7 +98,7 @@ class Adapter:
         return self.alphas.get(module, self.lora_alpha)
 
     def scaling_of(self, module: str) -> float:
-        """What B A of a module is multiplied by."""
+        """Return the factor of B A of a module."""
         return lora_scaling(self.alpha_of(module), self.rank(module), use_rslora=self.use_rslora)
 
     def pair(self, module: str) -> tuple[Float32, Float32]:
@@ -107,7 +107,7 @@ class Adapter:
 
     @property
     def spec(self) -> LoraSpec:
-        """What a backend needs."""
+        """The adapter's layers as a backend needs them."""
         layers = {m: LoraLayer(r=self.rank(m), lora_alpha=self.alpha_of(m)) for m in self.modules}
         return LoraSpec(
             layers=layers,
@@ -138,7 +138,7 @@ def with_spec(weights: Tensors, spec: LoraSpec, **facts: Any) -> Adapter:
 def with_factors(
     adapter: Adapter, weights: Tensors, alphas: Mapping[str, float], *, use_rslora: bool
 ) -> Adapter:
-    """The same adapter with other tensors, of ranks and of a lora_alpha for each module."""
+    """Copy an adapter with other tensors, whose ranks and lora_alpha are given by module."""
     layers = {m: LoraLayer(r=len(weights[lora_a_name(m)]), lora_alpha=a) for m, a in alphas.items()}
     new = with_spec(weights, LoraSpec(layers=layers, use_rslora=use_rslora))
     return dataclasses.replace(
@@ -165,7 +165,7 @@ def with_scalings(
 
 
 def uniform_adapter(adapter: Adapter) -> Adapter:
-    """The same deltas with one rank and one alpha / r: for tools that know only those.
+    """Give all modules one rank and one alpha / r with equal deltas, for tools that need that.
 
     Ranks are padded with zeros to the largest, and scales that differ are put into B.
     """
@@ -200,7 +200,7 @@ def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float3
 
 
 def _cancels(a: Float32, b: Float32) -> bool:
-    """Whether B A is much smaller than its factors, so that their roundings would be large in it.
+    """Return whether B A is so small beside its factors that their rounding errors dominate.
 
     So it is where an adapter takes a start from the weights off again, as pissa's does.
     """
@@ -260,7 +260,7 @@ def _why_missing(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def adapter_problems(adapter: Adapter) -> list[str]:
-    """What is wrong with an adapter's tensors, seen without a base model."""
+    """List the problems of an adapter's tensors that show without a base model."""
     weights = adapter.weights
     problems = pair_problems(weights)
     magnitudes = {m for m in adapter.modules if magnitude_name(m) in weights}

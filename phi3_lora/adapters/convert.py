@@ -50,7 +50,7 @@ class ConversionRequest:
     config: ModelConfig | None = None
     """The base model's shape, if known; unfused needs it."""
     row_norms: RowNorms | None = None
-    """Of the base's weights, which DoRA of separate q, k, v may need."""
+    """Returns the norms of the rows of a base weight, which DoRA of separate q, k, v may need."""
     missing: MissingMetadata = field(default_factory=MissingMetadata)
     """Values that a .pt or .npz does not store."""
     rank: int | None = None
@@ -59,14 +59,14 @@ class ConversionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did."""
+    """The report of a conversion."""
 
     source: str
     """Layouts found in the source, joined by +."""
     to: str
     tensors: int
     lossless: bool
-    """Whether every number is the same, but for zeros in its factors and powers of two."""
+    """True if every number is equal, apart from added zeros and powers of two."""
     max_weight_difference: float
     """Largest difference of a number of the factors; where those are others, of a delta."""
     differences: dict[str, float]
@@ -210,7 +210,7 @@ def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list
 
 
 def _card_line(request: ConversionRequest, adapter: Adapter) -> str:
-    """What a model card does not know of the converted adapter."""
+    """Return the lines on the conversion for the model card."""
     what = request.to if request.consumer is None else f"{request.to}, for {request.consumer}"
     cut = "" if request.rank is None else f", cut to rank {request.rank}"
     return (

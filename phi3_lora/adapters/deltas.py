@@ -1,4 +1,4 @@
-"""What adapters add to the base's weights, in float64, and how far two of them are apart."""
+"""The deltas of adapters in float64, and the distance between two adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Weighted(NamedTuple):
 
 
 def change_of_rows(adapter: Adapter, module: str, base: NDArray[np.float32], start: int) -> Float64:
-    """What an adapter adds to some rows of a stored weight.
+    """Return the change that an adapter makes to some rows of a stored weight.
 
     Args:
         adapter: which has this module.
@@ -92,7 +92,7 @@ def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
 
 
 def _is_same_pair(first: Adapter, second: Adapter, module: str) -> bool:
-    """Whether factors and scale are equal, number for number; then nothing needs computing."""
+    """Return whether factors and scale are equal, number for number, so that no delta is needed."""
     names = (lora_a_name(module), lora_b_name(module))
     if any(name not in adapter.weights for adapter in (first, second) for name in names):
         return False
@@ -125,7 +125,7 @@ def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, 
 
 
 def changes_nothing(adapter: Adapter) -> bool:
-    """Whether every delta is 0; with DoRA or whole weights that cannot be told without the base."""
+    """Return whether every delta is 0; False with DoRA or whole weights, which need the base."""
     if adapter.use_dora or adapter.saved:
         return False
     return not any(a.any() and b.any() for a, b in map(adapter.pair, adapter.modules))

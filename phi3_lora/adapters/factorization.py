@@ -17,7 +17,7 @@ _POWER_ITERATIONS = 8
 
 
 class Factors(NamedTuple):
-    """Of a weight (out, in)."""
+    """Low-rank factors of a weight (out, in)."""
 
     a: Float32
     """(r, in)."""

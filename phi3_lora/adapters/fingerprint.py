@@ -1,4 +1,4 @@
-"""What a trained adapter answered where it was trained, small enough to travel with it.
+"""The fingerprint of an adapter: its answers where it was trained, in a small file.
 
 Fixed probe texts, with the log-probability of each next token under the base model and under the
 adapter. Replayed elsewhere, they tell whether the adapter behaves there as it did.

@@ -1,4 +1,4 @@
-"""Where training starts: the first values of everything that trains, and what stays fixed."""
+"""Initial values of everything that trains, and masks of the parts that stay fixed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _factors(weight: Float32, r: int, scaling: float, init: str, seed: int, part
 def trained_masks(
     spec: LoraSpec, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, NDArray[np.bool_]]:
-    """Where a tensor trains, for those that do not train as a whole.
+    """Return masks of the trained parts, for tensors that do not train as a whole.
 
     A (R, 1), B (out, R), a magnitude (out,).
     """

@@ -54,7 +54,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def is_b(name: str) -> bool:
-    """Whether a tensor is the B of a pair."""
+    """Return whether a tensor is the B of a pair."""
     return name.endswith((".lora_B.weight", ".lora_embedding_B"))
 
 
@@ -65,7 +65,7 @@ def split_layer(module: str) -> tuple[int, str] | None:
 
 
 def ends_with(module: str, name: str) -> bool:
-    """Whether a name is a module's path or a whole ending of it, as in PEFT's lists."""
+    """Return whether a name is a module's path or a whole ending of it, as in PEFT's lists."""
     return module == name or module.endswith(f".{name}")
 
 
@@ -95,6 +95,6 @@ _IN_LAYER = frozenset(
 
 
 def is_of_phi3(module: str) -> bool:
-    """Whether Phi-3, or a copy of it with q, k, v and gate, up apart, has a module of this name."""
+    """Return whether Phi-3 has this module, with q, k, v and gate, up fused or separate."""
     place = split_layer(module)
     return module in (EMBEDDING, HEAD, "model.norm") if place is None else place[1] in _IN_LAYER

@@ -20,7 +20,7 @@ Names = str | Sequence[str]
 
 
 class Resolved(NamedTuple):
-    """What a configuration means on a model."""
+    """The LoRA layers that a configuration means on a model, and notes for the user."""
 
     spec: LoraSpec
     notes: list[str]
@@ -60,7 +60,7 @@ def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
 
 
 def in_model_order(spec: LoraSpec, model: ModelConfig) -> LoraSpec:
-    """The same with modules in the order of the model, whatever file they were read from.
+    """Put the modules of a spec into the order of the model, whatever file they were read from.
 
     Sums over all tensors, such as a gradient's norm, round by their order.
     """

@@ -31,7 +31,7 @@ class KeyValues(Protocol):
     """Cached keys and values of one sequence on the device; empty when made."""
 
     def prefix(self, length: int) -> Self:
-        """Those of the first so many ids; appending to either leaves the other as it is."""
+        """Return a copy of the first `length` ids' keys and values, independent of this one."""
 
 
 Cache = TypeVar("Cache", bound=KeyValues)
@@ -69,7 +69,7 @@ class Row(Generic[Cache]):
     ids: list[int]
     """The prompt and the answer so far."""
     is_long: bool
-    """Whether the cached keys hold LongRoPE's long factors."""
+    """True if the cached keys were computed with LongRoPE's long factors."""
     cache: Cache
     num_cached: int = 0
     """Ids whose keys and values are cached."""
@@ -208,7 +208,7 @@ def _room(
     sampling: Sampling,
     max_tokens: int,
 ) -> int:
-    """How many waiting prompts join the rows, counting the answers to come."""
+    """Return the number of waiting prompts that fit beside the rows, with their answers."""
     held = sum(len(row.ids) - row.num_new + sampling.max_new_tokens for row in rows)
     room = MAX_ROWS - len(rows)
     for count, (_, ids) in enumerate(waiting):

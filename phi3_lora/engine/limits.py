@@ -16,7 +16,7 @@ def unused_precision(request: LoadRequest, dtype: str) -> list[str]:
 
 
 def out_of_memory_advice(request: LoadRequest) -> str:
-    """What to say when the device's memory does not hold a micro-batch."""
+    """Return the advice for a micro-batch that does not fit into the device's memory."""
     return (
         f"out of memory with micro-batches of {request.micro_batch_tokens:,} tokens: halve "
         "per_device_train_batch_size and double gradient_accumulation_steps (the run stays the "

@@ -42,7 +42,7 @@ class LoraLayer:
     num_trained: int | None = None
     """Number of ranks that train, from the first; the others stay as they start. None: all."""
     blocks: tuple[Block, ...] = ()
-    """Where B trains; elsewhere it is 0. Empty: everywhere."""
+    """The parts of B that train; the rest of B is 0. Empty: all of B trains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

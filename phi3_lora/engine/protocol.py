@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step reports; both numbers are deferred until float() is called."""
+    """The report of one optimizer step; float() waits for the device."""
 
     loss: SupportsFloat
     """Nats per supervised token, of this rank's share divided by the step's global count."""
@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per document, each (D,)."""
+    """Scores of D documents; each array is (D,)."""
 
     nats: NDArray[np.float64]
     """Sum of the negative log-probabilities of the supervised tokens."""
@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What of the request has no effect here, for the user."""
+        """Parts of the request that have no effect here, for the user."""
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
@@ -73,7 +73,7 @@ class Engine(Protocol):
 
     @property
     def device_name(self) -> str:
-        """What the engine runs on, in words."""
+        """The name of the device, for the user."""
 
     @property
     def dtype(self) -> str:
@@ -186,4 +186,4 @@ class Backend(Protocol):
         """Describe the software and the devices of this machine."""
 
     def diagnose(self) -> list[str]:
-        """What slows this backend down here, each with the line that mends it."""
+        """List the causes that slow this backend down here, each with a line that mends it."""

@@ -41,7 +41,7 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies in its file."""
+    """The place and type of a tensor in its file."""
 
     path: Path
     dtype: str
@@ -201,7 +201,7 @@ class NewTensor(NamedTuple):
     """A tensor that is still to be written."""
 
     dtype: str
-    """As safetensors names it, for example BF16."""
+    """The name of the type in safetensors, for example BF16."""
     shape: tuple[int, ...]
     make: Callable[[], NDArray[Any]]
     """Makes the content; bfloat16 as the uint16 of its bits."""

@@ -25,7 +25,7 @@ from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_
 from phi3_lora.storage.safetensors import write_streamed
 
 TEMPLATE_NAME = "chat_template.jinja"
-"""Where training had another template than the model's; named as transformers names it."""
+"""The chat template, if training used another one than the model's; transformers uses this name."""
 
 
 def read_adapter(

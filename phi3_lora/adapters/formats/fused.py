@@ -46,7 +46,7 @@ def part_rows(config: ModelConfig) -> dict[str, int]:
 def fuse(
     adapter: Adapter, config: ModelConfig | None, row_norms: RowNorms | None = None
 ) -> Adapter:
-    """The same deltas on fused modules, each with the ranks of its parts.
+    """Fuse separate q, k, v and gate, up: equal deltas on fused modules, whose ranks add up.
 
     Unchanged if nothing is split.
 
@@ -132,7 +132,7 @@ class _Stack:
         return new, lora_alpha_of(scaling, r, use_rslora=adapter.use_rslora)
 
     def _magnitude(self, row_norms: RowNorms | None) -> Float32:
-        """Of all parts; that of a part that is not adapted is the norm of its rows in the base."""
+        """Return the magnitude of all parts; one without LoRA has the norms of the base's rows."""
         pieces, row = [], 0
         for part in self.parts:
             end = row + self.rows[part]
@@ -172,7 +172,7 @@ def _rows(
 
 
 def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
-    """The same deltas on q, k, v and gate, up; rank and scale stay."""
+    """Split fused modules into q, k, v and gate, up with equal deltas; rank and scale stay."""
     weights = adapter.saved_weights
     alphas: dict[str, float] = {}
     for module in adapter.modules:
@@ -233,5 +233,5 @@ def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def is_unfused(names: Mapping[str, object]) -> bool:
-    """Whether PEFT tensor names hold parts of fused projections."""
+    """Return whether PEFT tensor names contain parts of fused projections."""
     return any(name.endswith(f".{part}.lora_A.weight") for name in names for part in _FUSED_OF)

@@ -134,7 +134,7 @@ def _without_empty_pairs(weights: Tensors) -> Tensors:
 
 
 def scale_of(parameters: Mapping[str, Any], rank: int) -> float:
-    """What B A is multiplied by; before 2025-04 that was scale * alpha / rank."""
+    """Return the factor of B A; before 2025-04 it was scale * alpha / rank."""
     older = float(parameters["alpha"]) / rank if "alpha" in parameters else 1.0
     return float(parameters["scale"]) * older
 
@@ -171,7 +171,7 @@ def _missing(adapter: Adapter) -> list[tuple[str, str]]:
 
 
 def for_mlx(adapter: Adapter) -> Adapter:
-    """The same deltas as mlx-lm holds them: one rank, one scale, all layers of the tail filled."""
+    """Reshape an adapter for mlx-lm: one rank, one scale, equal modules in each layer."""
     plain = uniform_adapter(adapter)
     weights = dict(plain.weights)
     for module, like in _missing(adapter):

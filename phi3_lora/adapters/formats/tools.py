@@ -22,15 +22,15 @@ class Consumer(NamedTuple):
     """A tool that loads adapters."""
 
     layout: str
-    """What it reads."""
+    """The layout that the tool reads."""
     refusal: Callable[[Adapter], str | None]
     """Why it cannot hold an adapter, or None."""
     is_uniform: bool
-    """Whether it knows one rank and one alpha / r alone."""
+    """True if the tool takes one rank and one alpha / r for all modules."""
     hints: Callable[[Adapter], list[str]]
-    """What to say to the tool."""
+    """Returns the options to start the tool with."""
     peer: str | None = None
-    """Its name among peer_differences."""
+    """The tool's name in peer_differences."""
 
 
 def _vllm_refusal(adapter: Adapter) -> str | None:
@@ -78,7 +78,7 @@ def _largest_rank(adapter: Adapter) -> int:
 def adapted_for(
     name: str, adapter: Adapter, config: ModelConfig | None
 ) -> tuple[Adapter, list[str]]:
-    """The same adapter in the shape that a tool takes, and what the user should know.
+    """Return the adapter in the shape that a tool takes, and notes for the user.
 
     Raises:
         AdapterError: when the tool cannot hold it.

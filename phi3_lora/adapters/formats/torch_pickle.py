@@ -48,7 +48,7 @@ class _Storage(NamedTuple):
 def _tensor(
     storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Float32:
-    """What _rebuild_tensor_v2 makes, after checking that the storage holds it."""
+    """Make the array of a _rebuild_tensor_v2 call, after checking that the storage holds it."""
     numbers = [offset, *size, *stride]
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError("a tensor's size, stride or offset is no whole number")
@@ -131,7 +131,7 @@ def read_torch_file(path: Path) -> Tensors:
 
 
 def encode_torch_file(tensors: Mapping[str, Float32]) -> bytes:
-    """What torch.save writes for a dict of float32 tensors."""
+    """Return the bytes that torch.save writes for a dict of float32 tensors."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         calls = b"".join(
