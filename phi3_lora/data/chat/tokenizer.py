@@ -77,28 +77,19 @@ class ChatTokenizer:
         self._strings = special_token_strings(config)
         eos = self._strings.get("eos_token")
         self._eos_id = None if eos is None else self._tokenizer.token_to_id(eos)
-        self.has_own_template = False
-        """True if the chat template is another one than the model's."""
+        self.has_own_template = template_file is not None
+        """True if a file replaces the model's chat template."""
         if template_file is None:
             self._use(ChatTemplate(template_source(model_dir, config), self._strings))
-        else:
-            self.use_template_file(template_file)
-
-    def use_template_file(self, path: str | Path) -> None:
-        """Take a Jinja file in place of the template in use.
-
-        Raises:
-            ConfigError: when the file cannot be used.
-        """
-        template = read_template_file(Path(path).expanduser(), self._strings)
+            return
+        template = read_template_file(Path(template_file).expanduser(), self._strings)
         try:
             self._use(template)
         except DataError as cause:
             raise ConfigError(
-                f"data.chat_template: {path} cannot be used: {cause}. A template must "
+                f"data.chat_template: {template_file} cannot be used: {cause}. A template must "
                 "write each message's content once, in order, as it is"
             ) from None
-        self.has_own_template = True
 
     def _use(self, template: ChatTemplate) -> None:
         added = self._tokenizer.get_added_tokens_decoder()

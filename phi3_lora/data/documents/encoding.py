@@ -71,7 +71,7 @@ class Encoding:
         name = "max_length" if self.limit == self.max_length else "the model's context of"
         return f"{name} {self.limit:,}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, int | str]:
         """Return everything that documents depend on, as plain values."""
         return {"limit": self.limit, **{name: getattr(self, name) for name in _CHOICES}}
 

@@ -108,7 +108,7 @@ class Tally:
             (
                 STRIPPED_WHITESPACE,
                 kept,
-                "{} rows lose white space that markers beside a message eat",
+                "{} rows lose white space that markers beside a message strip",
                 f"{self.num_stripped:,} in all; ",
             ),
             (

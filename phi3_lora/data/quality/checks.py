@@ -18,6 +18,7 @@ from phi3_lora.data.documents.encoding import (
     encode_part,
 )
 from phi3_lora.data.documents.selection import Selection
+from phi3_lora.data.options import Outcome
 from phi3_lora.data.quality.cleaning import (
     Cleaning,
     Finding,
@@ -57,10 +58,10 @@ class Previewed(NamedTuple):
 
     document: Document
     """Shortened if training shortens it; whole if training leaves it out."""
-    training: str
-    """kept, shortened, dropped or error (training stops)."""
+    training: Outcome
+    """How training treats the row."""
     remark: str
-    """Why it is not kept as it is; else empty."""
+    """Why the row is not kept as it is; otherwise empty."""
 
 
 def check_rows(
@@ -219,7 +220,7 @@ def as_trained(rows: Rows, budget: TokenBudget) -> list[Previewed]:
     kept = set(selection.choose(np.arange(len(parts)), "rows")[0].tolist())
     found = []
     for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        training = "kept" if i in kept else "dropped"
+        training: Outcome = "kept" if i in kept else "dropped"
         remark = "" if i in kept else "no token is in the loss"
         if part.flags & (TOO_LONG | SHORTENED):
             remark = f"{part.length:,} tokens, more than {encoding.limit_name}"

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.errors import DataError
 from phi3_lora.storage.optional import optional_package
 
 T = TypeVar("T")
+
+
+class LibraryDataSet(Protocol):
+    """The part of `datasets.Dataset` that is read; `datasets.IterableDataset` has it, too."""
+
+    @property
+    def features(self) -> Mapping[str, Any] | None:
+        """Column -> its type; None when the library does not know the types."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 _DESCRIPTIONS = ("state.json", "dataset_info.json")
 
 
@@ -117,17 +129,17 @@ def _files_under(data: Any) -> Sequence[Path] | None:
     return [*rows, *(path for path in meanings if path.is_file())] or None
 
 
-def is_data_set(value: Any) -> bool:
+def is_data_set(value: object) -> TypeGuard[LibraryDataSet]:
     """Return whether a value is one split of a data set of the library, without importing it."""
     return hasattr(value, "features") and hasattr(value, "__iter__") and not isinstance(value, dict)
 
 
-def data_set_rows(name: str, data: Any) -> Iterator[RawRow]:
+def data_set_rows(name: str, data: LibraryDataSet) -> Iterator[RawRow]:
     """Read the rows of one split, with the names of classes in place of their numbers.
 
     Args:
         name: what to call the data set in messages.
-        data: a `datasets.Dataset` or `datasets.IterableDataset`.
+        data: one split.
 
     Raises:
         DataError: when the library cannot read a row.

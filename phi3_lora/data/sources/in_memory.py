@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.data.rows.conversation import RawRow
-from phi3_lora.data.sources.datasets_library import data_set_rows, is_data_set
+from phi3_lora.data.sources.datasets_library import LibraryDataSet, data_set_rows, is_data_set
 from phi3_lora.data.sources.source import ROWS_IN_MEMORY, Source
 from phi3_lora.errors import ConfigError, DataError
 
-RowsInMemory = Any
-"""A sequence of rows, or a `datasets.Dataset`; core code does not import `datasets`."""
-Data = Any
-"""A path, a hub id or `demo` (str or Path), a Source, or RowsInMemory."""
+RowsInMemory = Sequence[Mapping[str, Any]] | LibraryDataSet
+"""A list of rows, or a `datasets.Dataset`."""
+Data = str | Path | Source | RowsInMemory
+"""A path, a hub id or `demo` (str or Path), a Source, or rows in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class MemorySource(Source):
                 "data must be a path, a data set of the hub, demo, a list of rows or a "
                 f"datasets.Dataset; got {_described(self.rows)}"
             )
-        if hasattr(self.rows, "__len__") and not len(self.rows):
+        if isinstance(self.rows, Sized) and not len(self.rows):
             raise DataError(f"{self.path}: there are no rows: the list is empty")
 
     def rows_in_memory(self) -> Callable[[], Iterator[RawRow]]:
@@ -75,7 +75,7 @@ def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Sou
     )
 
 
-def with_rows(named: Source, rows: RowsInMemory) -> MemorySource:
+def with_rows(named: Source, rows: Data) -> MemorySource:
     """Return rows in memory in place of a source, with its settings.
 
     Args:
@@ -87,7 +87,7 @@ def with_rows(named: Source, rows: RowsInMemory) -> MemorySource:
         DataError: when rows is something else, or a list without rows.
     """
     settings = {f.name: getattr(named, f.name) for f in dataclasses.fields(Source)}
-    return MemorySource(**{**settings, "path": "rows"}, rows=rows)
+    return MemorySource(**{**settings, "path": "rows", "rows": rows})
 
 
 def is_named(data: Data) -> bool:

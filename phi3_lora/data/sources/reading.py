@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
 from phi3_lora.data.rows.formats import RowReader
 from phi3_lora.data.sources.bad_rows import TRAINING, BadRows
-from phi3_lora.data.sources.in_memory import Data, as_source
+from phi3_lora.data.sources.in_memory import Data, RowsInMemory, as_source
 from phi3_lora.data.sources.source import Part, Source, parts_of
 from phi3_lora.errors import DataError
 
@@ -165,7 +165,9 @@ def as_sources(named: Named) -> Sequence[Source]:
     if not isinstance(named, (list, tuple)):
         return [as_source(named)]
     sources = [one for one in named if isinstance(one, Source)]
-    return sources if len(sources) == len(named) else [as_source(named)]
+    if len(sources) == len(named):
+        return sources
+    return [as_source(cast(RowsInMemory, named))]
 
 
 def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
