@@ -10,7 +10,7 @@ from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
 from phi3_lora.data.rows.formats import RowReader
 from phi3_lora.data.sources.bad_rows import TRAINING, BadRows
-from phi3_lora.data.sources.in_memory import Data, RowsInMemory, as_source
+from phi3_lora.data.sources.in_memory import Data, as_source
 from phi3_lora.data.sources.source import Part, Source, parts_of
 from phi3_lora.errors import DataError
 
@@ -162,12 +162,12 @@ def as_sources(named: Named) -> Sequence[Source]:
     Raises:
         DataError: when named is neither a name nor rows.
     """
-    if not isinstance(named, (list, tuple)):
-        return [as_source(named)]
-    sources = [one for one in named if isinstance(one, Source)]
-    if len(sources) == len(named):
-        return sources
-    return [as_source(cast(RowsInMemory, named))]
+    if isinstance(named, (list, tuple)):
+        sources = [one for one in named if isinstance(one, Source)]
+        if len(sources) == len(named):
+            return sources
+    # Anything but a list of sources is one name, or rows in memory.
+    return [as_source(cast(Data, named))]
 
 
 def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
