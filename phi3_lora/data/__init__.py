@@ -1,1 +1,1 @@
-"""Data: rows of conversations, read and encoded as token ids with a loss mask."""
+"""Reading of conversations, and their encoding as token ids with a loss mask."""

@@ -1,4 +1,4 @@
-"""Rows to score: documents and, where the model answers them, their conversations."""
+"""Reading of rows to score: documents and, on request, their conversations."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ def load_to_score(
     with_conversations: bool = False,
     note: Note,
 ) -> ToScore:
-    """Read the rows to score; large data goes through the cache of tokens.
+    """Read the rows to score; large data is read through the cache of tokens.
 
     Args:
-        data: as resolve_scoring_file.
-        tokenizer: the base model's.
-        encoding: how rows become documents.
-        limit: score the first rows only, which are then kept in memory.
-        with_conversations: keep the conversations in memory, too.
-        note: gets what was left out, and the place of the tokens of large data.
+        data: rows to score; a folder, a data set and `demo` give one split, as in
+            resolve_scoring_file.
+        tokenizer: the base model's tokenizer.
+        encoding: settings of the encoding.
+        limit: number of first rows to score; they are kept in memory.
+        with_conversations: True to keep the conversations in memory, too.
+        note: receives notes on rows that were left out, and the cache folder of large data.
 
     Raises:
         DataError: when data cannot be used.
@@ -61,7 +62,7 @@ def load_to_score(
         return ToScore(dataset, [])
     read = Rows()
     rows = usable_rows(sources, read, on_bad_row=encoding.on_bad_row)
-    # All rows are read, so that every bad one is reported; only those to score are kept.
+    # All rows are read, so that every bad row is reported; only the first rows are kept.
     first = [row for i, row in enumerate(rows) if limit is None or i < limit]
     dataset = build_dataset(first, tokenizer, encoding, name)
     for text in [*read.notes, *dataset.notes]:

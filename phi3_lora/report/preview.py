@@ -8,12 +8,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from phi3_lora.data.chat.tokenizer import ChatTokenizer, Document
+from phi3_lora.data.options import Outcome
 from phi3_lora.data.quality.checks import Previewed
 from phi3_lora.report.pages import render_page
 from phi3_lora.storage.atomic import replace_file
@@ -69,7 +70,7 @@ class PreviewRow:
     """File and line."""
     token_ids: list[int]
     loss_mask: list[bool]
-    training: Literal["kept", "shortened", "dropped", "error"]
+    training: Outcome
     """How training treats the row; error stops it."""
     remark: str
     """Why the row is not kept as it is; otherwise empty."""
@@ -86,7 +87,7 @@ def preview_rows(rows: Sequence[Previewed]) -> list[PreviewRow]:
             source=row.document.source,
             token_ids=row.document.tokens.tolist(),
             loss_mask=loss_mask(row.document),
-            training=cast(Literal["kept", "shortened", "dropped", "error"], row.training),
+            training=row.training,
             remark=row.remark,
         )
         for row in rows

@@ -281,7 +281,7 @@ def test_preview_writes_a_page(capsys: Capture, tmp_path: Path, model: Path) -> 
     [
         (["check"], "no data: name DATA"),
         (["check", "/nowhere/d.jsonl"], "no such data file"),
-        (["check", "demo", "--pattern", "("], "is no regular expression"),
+        (["check", "demo", "--pattern", "("], "is not a regular expression"),
         (["check", "demo", "--language", "english"], "got 'english'"),
         (["check", "demo", "--min-chars", "5", "--max-chars", "2"], "min_chars 5 is above"),
         (["check", "demo", "--set", "data.colums=1"], "did you mean columns?"),

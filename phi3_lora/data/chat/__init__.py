@@ -1,1 +1,1 @@
-"""Chat templates and tokenizers: conversations as token ids with a loss mask."""
+"""Chat templates and tokenizers: encoding of conversations as token ids with a loss mask."""

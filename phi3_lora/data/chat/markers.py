@@ -1,6 +1,6 @@
-"""The special tokens of a tokenizer in rendered text, and the white space that they strip.
+"""Search for special tokens in rendered text, and for the white space that they strip.
 
-A marker counts only where the template itself wrote it: in a message's content it is text.
+A marker counts only if the template wrote it: in a message's content it is text.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 Span = tuple[int, int]
 """Characters [start, end) of a text."""
 _NOT_SPACES = "\x1c\x1d\x1e\x1f"
-"""White space to Python, not to Unicode, nor to the tokenizers library."""
+"""White space for Python, but not for Unicode and the tokenizers library."""
 _SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in _NOT_SPACES)
 
 
 class _Flags(Protocol):
-    """The fields of tokenizers.AddedToken that are read."""
+    """The fields of tokenizers.AddedToken that Markers reads."""
 
     @property
     def lstrip(self) -> bool: ...
@@ -28,7 +28,7 @@ class _Flags(Protocol):
 
 
 class Marker(NamedTuple):
-    """A special token."""
+    """One special token, and the white space that it strips."""
 
     text: str
     id: int
@@ -37,7 +37,7 @@ class Marker(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Characters [start, end) of a text: a marker of the template, or text to encode."""
+    """Characters [start, end) of a text: a marker that the template wrote, or text to encode."""
 
     start: int
     end: int
@@ -45,13 +45,13 @@ class Segment(NamedTuple):
 
 
 class Markers:
-    """The special tokens of a tokenizer, and what they do to the text around them."""
+    """The special tokens of a tokenizer, with methods to find them in a text."""
 
     def __init__(self, tokens: Mapping[int, tuple[str, _Flags]]) -> None:
         """Index the tokens.
 
         Args:
-            tokens: id -> the token's text and whether it strips white space.
+            tokens: id -> the token's text and its flags.
         """
         self._known = {
             text: Marker(text, i, flags.lstrip, flags.rstrip)
@@ -60,13 +60,13 @@ class Markers:
         }
         self.ids = sorted(marker.id for marker in self._known.values())
         self.texts = sorted(self._known)
-        # The longest wins where several begin at one character, as in the tokenizers library.
+        # If several markers begin at one character, the longest wins, as in tokenizers.
         longest_first = sorted(self._known, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._closes: dict[str, bool] = {}
 
     def at(self, text: str, at: int) -> Span | None:
-        """Find the marker that begins at a character, after white space."""
+        """Find the marker that begins at a position or after white space there."""
         match = self._pattern.match(text, _after_spaces(text, at))
         return None if match is None else match.span()
 
@@ -75,7 +75,7 @@ class Markers:
         return self._pattern.search(text) is not None
 
     def touch(self, text: str, contents: Sequence[Span]) -> bool:
-        """Return whether what looks like a marker has a character in one of the contents."""
+        """Return whether the text of a marker overlaps one of the contents."""
         filled = [span for span in contents if span[0] < span[1]]
         at = 0
         for match in self._pattern.finditer(text):
@@ -86,7 +86,7 @@ class Markers:
         return False
 
     def closes(self, literal: str) -> bool:
-        """Return whether nothing that follows the template's text can be joined to its last token.
+        """Return whether no token can reach over the end of the template's text.
 
         This is true after a marker, and after white space that a marker strips.
         """
@@ -99,13 +99,13 @@ class Markers:
         return known
 
     def may_begin_at_end(self, literal: str) -> bool:
-        """Return whether the end of a text may be the beginning of a marker."""
+        """Return whether a text ends with the first characters of a marker."""
         return any(
             literal.endswith(text[:size]) for text in self.texts for size in range(1, len(text))
         )
 
     def stripped_whitespace(self, text: str, contents: Sequence[Span]) -> int:
-        """Count the white space at the edges of contents that the markers beside them strip."""
+        """Count the white space at the edges of contents that neighbouring markers strip."""
         total, floor = 0, 0
         for start, end in contents:
             if start < end:
@@ -128,7 +128,7 @@ class Markers:
         return min(count, len(content))
 
     def _last(self, literal: str) -> tuple[int, Marker] | None:
-        """The marker at the end of a text, white space after it apart, and where it ends."""
+        """Return the marker at the end of a text, apart from white space, and its end position."""
         stripped = literal.rstrip(_SPACES)
         last = None
         for match in self._pattern.finditer(stripped):
@@ -140,12 +140,12 @@ class Markers:
     def segments(
         self, text: str, contents: Sequence[Span], borders: Sequence[int] = ()
     ) -> list[Segment]:
-        """A text in parts to encode one by one; white space that markers strip is left out.
+        """Split a text into segments to encode one by one, without stripped white space.
 
         Args:
-            text: as the template rendered it.
-            contents: where no marker counts, in order.
-            borders: characters at which a part must begin.
+            text: the rendered text.
+            contents: spans of the contents, in order; no marker counts there.
+            borders: positions at which a segment must begin.
         """
         found: list[Segment] = []
         begin = 0
@@ -159,7 +159,7 @@ class Markers:
         return [segment for segment in cut if segment.start < segment.end]
 
     def written(self, text: str, contents: Sequence[Span]) -> Iterator[tuple[int, int, Marker]]:
-        """The markers between the contents, with the characters of each."""
+        """Find the markers between the contents: start, end and marker of each."""
         edges = [0, *(at for span in contents for at in span), len(text)]
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             for match in self._pattern.finditer(text, start, end):
@@ -175,7 +175,7 @@ def _cut(segment: Segment, borders: Sequence[int]) -> list[Segment]:
 
 
 def _after_spaces(text: str, at: int) -> int:
-    """The first character from a place on that no marker strips."""
+    """Return the position of the first character from `at` on that is not white space."""
     while at < len(text) and text[at] in _SPACES:
         at += 1
     return at

@@ -1,4 +1,4 @@
-"""The loss mask: the tokens of a conversation that are in the loss."""
+"""Loss masks: the choice of the tokens of a conversation that are in the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from phi3_lora.data.rows.conversation import Conversation
 
 
 class LossSpans(NamedTuple):
-    """The loss in the characters of a rendered conversation."""
+    """The loss of a rendered conversation, as spans of characters."""
 
     everywhere: bool
     """True if every token outside the spans counts; False if only tokens in the spans count."""
@@ -23,20 +23,20 @@ class LossSpans(NamedTuple):
 
 
 class Between(NamedTuple):
-    """The loss of a rendered conversation in the markers that its template wrote."""
+    """The loss of a rendered conversation, as ranges between markers of its template."""
 
     everywhere: bool
-    """True if every token outside the ranges counts; False if only tokens in them count."""
+    """True if every token outside the ranges counts; False if only tokens in the ranges count."""
     marker_ids: Int32
-    """(M,) all markers, in order."""
+    """(M,) ids of all markers, in order."""
     opening: Int32
-    """(R,) the marker after which each range begins."""
+    """(R,) index of the marker before each range."""
     closing: Int32
-    """(R,) the marker with which it ends."""
+    """(R,) index of the last marker of each range."""
 
 
 def messages_in_loss(row: Conversation, loss_on: LossOn = "assistant") -> tuple[bool, ...]:
-    """Return whether the loss counts on each message of a row; the row's own weights win.
+    """Return for each message of a row whether it is in the loss; the row's weights win.
 
     Args:
         row: a conversation.
@@ -63,13 +63,13 @@ _DEFAULTS: Mapping[str, Callable[[list[bool]], list[bool]]] = {
 def loss_spans(
     in_loss: Sequence[bool], turns: Sequence[Span | None], *, everywhere: bool
 ) -> LossSpans:
-    """The loss of a rendered conversation.
+    """Choose the spans of the loss.
 
     Args:
         in_loss: True for each message that is in the loss.
-        turns: each message's content with the token that ends it; None where the template leaves
-            the message out.
-        everywhere: whether what is no message's content, such as a header, counts too.
+        turns: span of each message's content with its end token; None if the template leaves the
+            message out.
+        everywhere: True if text outside of messages, such as a header, counts too.
     """
     chosen = [
         turn
@@ -84,19 +84,19 @@ def supervised_tokens(
 ) -> Bool:
     """Return the loss mask: (N,) bool, True for ids to be learnt.
 
-    A token belongs to a span when it has a character in it. The first id has nothing before it,
-    so that it never counts where everything does.
+    A token belongs to a span if it shares a character with the span. If everything counts, the
+    first id still does not, since no id comes before it.
 
     Args:
         tokens: (N,) ids.
-        offsets: characters of each id in the rendered text.
+        offsets: (N,) span of each id in the rendered text.
         loss: the spans of the loss.
         marker_ids: ids of the special tokens.
     """
     supervised = np.full(len(tokens), loss.everywhere, dtype=bool)
     supervised[:1] = False
     places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    # A marker's characters reach over the white space it eats, even an answer's own.
+    # A marker's span covers the white space that it strips, even white space of an answer.
     marker = np.isin(tokens, marker_ids)
     for start, end in loss.spans:
         touches = (places[:, 1] > start) & (places[:, 0] < end)
@@ -107,17 +107,17 @@ def supervised_tokens(
 def supervised_between(
     tokens: Int32, ends: NDArray[np.int64], losses: Sequence[Between], is_marker: Bool
 ) -> tuple[Bool, list[int]]:
-    """Return the loss masks of many documents at once, without the characters of their tokens.
+    """Return the loss masks of many documents at once, without offsets of tokens.
 
     Args:
         tokens: (T,) ids of all documents, end to end.
-        ends: (D,) the place after each document's last id.
-        losses: of each document.
-        is_marker: (vocabulary,) whether an id is a special token's.
+        ends: (D,) index after each document's last id.
+        losses: (D,) loss of each document.
+        is_marker: (vocabulary,) True for ids of special tokens.
 
     Returns:
-        (T,) loss masks; and the documents that hold other markers than their template wrote, whose
-        masks are not valid.
+        (T,) loss masks; and the indices of documents whose markers differ from the template's.
+        Masks of these documents are not valid.
     """
     starts = np.concatenate([np.zeros(1, dtype=np.int64), ends])[:-1]
     places = np.flatnonzero(is_marker[tokens])

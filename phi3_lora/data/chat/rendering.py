@@ -1,4 +1,4 @@
-"""Conversations as text: what the template writes, where each turn lies, where the loss counts."""
+"""Rendering of conversations: the text, the spans of turns, and the spans of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phi3_lora.data.rows.conversation import Conversation, Message
 from phi3_lora.errors import DataError
 
 _CARRIED = ("tools", "tool_calls")
-"""Keys of a message, beside its content, that a template must not leave out."""
+"""Keys of a message that a template must write, besides the content."""
 _PROBE = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -22,38 +22,38 @@ _PROBE = (
 
 
 class Remarks(NamedTuple):
-    """Facts about a rendered row that the user should know."""
+    """Facts about a rendered row for notes to the user."""
 
     has_marker_text: bool = False
-    """A message holds the text of a special token, which is encoded as text."""
+    """True if a message holds the text of a special token; it is encoded as text."""
     num_stripped: int = 0
-    """White-space characters at the edges of messages that the model never sees."""
+    """White-space characters at the edges of messages that are not encoded."""
     system_dropped: bool = False
-    """The template has no place for the row's system message."""
+    """True if the template leaves out the row's system message."""
 
 
 class Rendered(NamedTuple):
-    """A conversation as text with its structure."""
+    """A conversation as text, with the spans of its parts."""
 
     text: str
     contents: list[Span]
-    """The content of each message, in order."""
+    """Span of each message's content, in order."""
     loss: LossSpans
     borders: list[int] = []  # noqa: RUF012 - never changed in place
-    """Characters at which a token must begin."""
+    """Character positions at which a token must begin."""
     remarks: Remarks = Remarks()
     is_plain: bool = False
-    """Text without a template."""
+    """True for plain text, which no template wrote."""
 
 
 class Renderer:
-    """A chat template with the markers of its tokenizer."""
+    """Renderer of conversations by a chat template and the markers of its tokenizer."""
 
     def __init__(self, template: ChatTemplate, markers: Markers) -> None:
         """Find the token that ends an answer.
 
         Raises:
-            DataError: when the template cannot write a conversation that can be followed.
+            DataError: when the contents of a short conversation cannot be found in its text.
         """
         self.template = template
         self.markers = markers
@@ -62,7 +62,7 @@ class Renderer:
         self.end_of_turn = None if closing is None else text[slice(*closing)]
 
     def notes(self) -> list[str]:
-        """Return what the user should know of the template."""
+        """Return notes for the user on the template."""
         found = []
         if self.end_of_turn is None:
             found.append(
@@ -80,10 +80,10 @@ class Renderer:
         return found
 
     def prompt(self, messages: Sequence[Message]) -> Rendered:
-        """A conversation up to where the assistant's next answer begins.
+        """Render a conversation up to the start of the assistant's next answer.
 
         Raises:
-            DataError: when the template cannot write it.
+            DataError: when the template cannot write the conversation.
         """
         messages = [m for m in messages if not _is_empty_system(m)]
         _check_text(messages)
@@ -95,14 +95,15 @@ class Renderer:
         return Rendered(text, contents, LossSpans(False, []), borders, remarks)
 
     def conversation(self, row: Conversation, loss_on: LossOn = "assistant") -> Rendered:
-        """A row as text.
+        """Render a row.
 
         Args:
-            row: a conversation, or plain text, of which every token counts.
+            row: a conversation, or plain text, which is in the loss as a whole.
             loss_on: assistant, last or all.
 
         Raises:
-            DataError: when the row cannot be trained on, or the template cannot write it.
+            DataError: when a text is damaged, an answer is empty, or the template cannot write
+                the row.
         """
         _check_text(row.messages)
         if row.whole:
@@ -144,7 +145,7 @@ class Renderer:
     def _turns(
         self, messages: Sequence[Message], text: str, contents: Sequence[Span]
     ) -> list[Span | None]:
-        """Each message's content with the token that ends it; None where there is no content."""
+        """Return the span of each content with its end token; None if the content is empty."""
         turns: list[Span | None] = []
         for i, (message, (start, end)) in enumerate(zip(messages, contents, strict=True)):
             if message.get("tool_calls"):
@@ -155,11 +156,11 @@ class Renderer:
         return turns
 
     def _call_turn(self, messages: Sequence[Message], i: int, text: str, at: int) -> Span:
-        """An answer that calls tools: from where a prompt ends to the token that ends the turn."""
+        """Return the span of an answer with tool calls: from the prompt's end to the end token."""
         opening = self.template.render(messages[:i], add_generation_prompt=True)
         closing = None
         if text.startswith(opening) and self.end_of_turn is not None:
-            # No call holds a marker's text, so that the first one is the turn's own.
+            # Calls hold no marker's text, so the first end token is the turn's own.
             closing = text.find(self.end_of_turn, max(at, len(opening)))
         if closing is None or closing < 0:
             raise DataError(
@@ -175,9 +176,9 @@ class Renderer:
         contents: Sequence[Span],
         turns: Sequence[Span | None],
     ) -> list[int]:
-        """Return the starts of answers that could share a token with the template's text.
+        """Return the starts of answers whose first token could also cover the template's text.
 
-        A prompt ends there, so that the model never sees such a token before its own answer.
+        A prompt ends at such a start, so no token may cross it.
         """
         found, floor = [], 0
         for message, turn, (_, end) in zip(messages, turns, contents, strict=True):
@@ -190,7 +191,7 @@ class Renderer:
     def _check_carried(
         self, messages: Sequence[Message], text: str, *, add_generation_prompt: bool = False
     ) -> None:
-        """Check that tools and calls of them are in the text, and hold no marker's text."""
+        """Check that the text has all tools and tool calls, and that they hold no marker's text."""
         for i, message in enumerate(messages):
             if len(message) == 2:
                 continue
@@ -209,7 +210,7 @@ class Renderer:
     def _without(
         self, messages: Sequence[Message], i: int, name: str, add_generation_prompt: bool
     ) -> str | None:
-        """The text without what a message carries; None when the template refuses that."""
+        """Render without one key of one message; return None if the template refuses."""
         bare: list[Message] = [dict(m) for m in messages]
         del bare[i][name]
         try:
@@ -219,7 +220,7 @@ class Renderer:
 
 
 def _is_empty_system(message: Message) -> bool:
-    """Return whether a system message is empty, so that it is left out."""
+    """Return whether a message is a system message without text and tools; it is left out."""
     return (
         message["role"] == "system" and not message["content"].strip() and not message.get("tools")
     )

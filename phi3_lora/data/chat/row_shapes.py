@@ -1,8 +1,8 @@
-"""Rows written as their template writes them, without running it for each.
+"""Fast rendering of rows: the template runs once for all rows of one shape.
 
-Rows of the same roles have the same text around their contents, if the template provably only
-places contents (template_proof.py). The loss of such rows lies between known markers, so that the
-mask needs the ids alone, not the characters of each token.
+Rows with equal roles have the same text around their contents, if the template provably only
+places contents (template_proof.py). The loss of such rows is between known markers: the mask then
+needs the ids alone, not the offsets of tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Key = tuple[object, ...]
 
 
 class CachedRendering(NamedTuple):
-    """The text of a row, rendered from its shape."""
+    """The text of a row and its loss, both derived from the row's shape."""
 
     text: str
     loss: Between
     num_stripped: int
-    """White-space characters at the edges of messages that the model never sees."""
+    """White-space characters at the edges of messages that are not encoded."""
 
 
 class _Shape(NamedTuple):
@@ -39,18 +39,18 @@ class _Shape(NamedTuple):
 
 
 class Shapes:
-    """The template's text and the loss of rows, by their roles, weights and loss_on."""
+    """Cache of the template's text and the loss, by roles, weights and loss_on."""
 
     def __init__(self, renderer: Renderer) -> None:
-        """Start without shapes; rows that the renderer writes in full add them."""
+        """Start without shapes; learn adds them."""
         self._renderer = renderer
         self._markers = renderer.markers
         self._known: dict[_Key, _Shape | None] = {}
         self._begin_markers = sorted({text[0] for text in self._markers.texts})
-        """Characters; no marker lies in, or begins in, a content without them."""
+        """First characters of markers; in a content without them no marker begins."""
 
     def cached(self, row: Conversation, loss_on: LossOn) -> CachedRendering | None:
-        """Return the text that the template writes for a row; None where it is not known."""
+        """Return the text that the template writes for a row; None if its shape is not known."""
         shape = self._known.get(_key(row, loss_on))
         if shape is None:
             return None
@@ -58,7 +58,7 @@ class Shapes:
         text = _joined(shape.literals, contents)
         is_bare = all(c and not c[0].isspace() and not c[-1].isspace() for c in contents)
         may_hold_marker = any(c in content for content in contents for c in self._begin_markers)
-        # An empty turn, half a surrogate and a marker's text are for the renderer to judge.
+        # The renderer decides on empty turns, half surrogates and the text of markers.
         if not (is_bare or all(map(str.strip, contents))) or not _is_unicode(text):
             return None
         if is_bare and not may_hold_marker:
@@ -71,7 +71,7 @@ class Shapes:
         )
 
     def learn(self, row: Conversation, loss_on: LossOn, rendered: Rendered) -> None:
-        """Take a row that was rendered in full as the pattern of those like it, if it can be."""
+        """Store the shape of a row that was rendered in full, if other rows can use it."""
         key = _key(row, loss_on)
         contents = [message["content"] for message in row.messages]
         is_usual = not rendered.remarks.has_marker_text and all(map(str.strip, contents))
@@ -84,7 +84,7 @@ class Shapes:
         literals = self._renderer.template.literals([message["role"] for message in row.messages])
         if literals is None or rendered.borders or rendered.remarks.system_dropped:
             return None
-        # Where the template's text may begin a marker, a content may finish it.
+        # A content could complete a marker that the template's text begins.
         if rendered.text != _joined(literals, contents) or any(
             map(self._markers.may_begin_at_end, literals)
         ):
@@ -93,7 +93,7 @@ class Shapes:
         return None if loss is None else _Shape(literals, loss)
 
     def _between(self, text: str, contents: Sequence[Span], loss: LossSpans) -> Between | None:
-        """Return the loss as markers; None where it begins or ends elsewhere."""
+        """Return the loss as ranges between markers; None if a span has other ends."""
         written = list(self._markers.written(text, contents))
         ends = [end for _, end, _ in written]
         opening: list[int] = []
@@ -126,7 +126,7 @@ def _joined(literals: Sequence[str], contents: Sequence[str]) -> str:
 
 
 def _spans(literals: Sequence[str], contents: Sequence[str]) -> list[Span]:
-    """Characters of each content in the joined text."""
+    """Return the span of each content in the joined text."""
     lengths = itertools.chain.from_iterable(
         (len(literal), len(content)) for literal, content in zip(literals, contents, strict=False)
     )

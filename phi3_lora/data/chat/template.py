@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template, rendered in jinja2's sandbox, and where each turn lies in it.
+"""Chat templates: rendering in jinja2's sandbox, and the span of each content in the text.
 
 Source: transformers, utils/chat_template_utils.py (environment, tojson, generation tag).
 """
@@ -26,17 +26,17 @@ from phi3_lora.errors import ConfigError, DataError, ModelError
 _REFUSALS = (TypeError, ValueError, ArithmeticError, RecursionError, LookupError)
 """Exceptions that a template's own code can raise."""
 _PRIVATE_USE = range(0xE000, 0xF900)
-"""Characters that no standard gives a meaning."""
+"""Code points of characters to which no standard gives a meaning."""
 _FRAMES_KEPT = 1000
 
 
 class _GenerationTag(Extension):
-    """Accepts {% generation %} blocks, which mark answers for other trainers, as plain text."""
+    """Jinja extension that ignores {% generation %} tags, which mark answers for other trainers."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads this class attribute
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The block's own content."""
+        """Return the content of the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -52,24 +52,24 @@ def _raise(message: str) -> None:
 def _tools_of(messages: Sequence[Message]) -> Any:
     """Return the tools of a system message, as transformers passes them.
 
-    The templates of Phi-4 read the message; most others read `tools`.
+    The templates of Phi-4 read them from the message; most others read the variable `tools`.
     """
     tools = messages[0].get("tools") if messages else None
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
 class ChatTemplate:
-    """Renders conversations and locates each message's content in the text."""
+    """A compiled chat template that also locates each message's content in its text."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile a template.
 
         Args:
             source: jinja2 text.
-            special_tokens: names the template may use, for example bos_token.
+            special_tokens: name -> text of tokens that the template may use, such as bos_token.
 
         Raises:
-            ModelError: when the template is no valid jinja2.
+            ModelError: when the template is not valid jinja2.
         """
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
@@ -87,7 +87,7 @@ class ChatTemplate:
         self._frames: dict[tuple[object, ...], _Frame] = {}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it.
+        """Render a conversation as the model reads it.
 
         Raises:
             DataError: when the template refuses the conversation.
@@ -103,10 +103,11 @@ class ChatTemplate:
             raise DataError(f"the chat template refuses the conversation: {cause}") from None
 
     def literals(self, roles: Sequence[str]) -> list[str] | None:
-        """The text around the contents of messages of these roles, if it is always the same.
+        """Return the text around contents, if it is the same for all contents of these roles.
 
         Returns:
-            One more text than there are messages; None where a content might have a say in it.
+            The text before, between and after the contents, one more than there are roles; None
+            if the text could depend on a content.
         """
         held = self.source + "".join(self._special_tokens.values())
         mark = next((c for c in map(chr, _PRIVATE_USE) if c not in held), None)
@@ -120,11 +121,14 @@ class ChatTemplate:
     def content_spans(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The rendered text, and the characters [start, end) of each message's content in it.
+        """Render a conversation and locate the content of each message in the text.
 
         The conversation is rendered a second time with a mark in place of each content; the text
-        between the marks is the template's own. No marker string is searched for. A content that
-        is empty, or a system message that the template leaves out, has a span of no characters.
+        between the marks is the template's own. No marker string is searched for.
+
+        Returns:
+            The text, and the span [start, end) of each content. The span is empty for an empty
+            content, and for a system message that the template leaves out.
 
         Raises:
             DataError: when the template leaves out, repeats, moves or rewrites a content.
@@ -139,9 +143,9 @@ class ChatTemplate:
         return text, spans
 
     def _frame(self, messages: Sequence[Message], text: str, add_generation_prompt: bool) -> _Frame:
-        """The template's own text around the contents, and which messages they are of."""
+        """Find the template's own text around the contents, and the order of the contents."""
         mark = _unused_character(text)
-        # An empty content stays empty: templates test for it.
+        # An empty content stays empty: a template may test for that.
         marked = [
             {**m, "content": f"{mark}{i}{mark}" if m["content"] else ""}
             for i, m in enumerate(messages)
@@ -160,12 +164,12 @@ class ChatTemplate:
 
 
 class _Frame(NamedTuple):
-    """The text that a template writes around contents."""
+    """The text around contents, and the order of the contents."""
 
     literals: list[str]
     """The text before, between and after the contents."""
     order: list[int]
-    """The messages whose contents stand between."""
+    """Index of the message whose content follows each text but the last."""
 
 
 def _unused_character(text: str) -> str:
@@ -180,7 +184,7 @@ def _check_order(messages: Sequence[Message], order: Sequence[int]) -> None:
         times = order.count(i)
         if times > 1:
             raise DataError(f"the chat template writes message {i + 1} {times} times")
-        # Some releases have no system turn; such rows are counted and noted, not refused.
+        # Some releases have no system turn; their rows are counted and noted, not refused.
         if times == 0 and message["content"] and message["role"] != "system":
             raise DataError(f"the chat template leaves out message {i + 1} ({message['role']})")
     if list(order) != sorted(order):
@@ -190,7 +194,7 @@ def _check_order(messages: Sequence[Message], order: Sequence[int]) -> None:
 def _place(
     text: str, literals: Sequence[str], contents: Sequence[str], order: Sequence[int]
 ) -> dict[int, Span]:
-    """Message -> its span: whole, or without the white space around it."""
+    """Return the span of each message, which may lack the white space around its content."""
     spans, at = {}, 0
     for i, content, before, after in zip(order, contents, literals, literals[1:], strict=False):
         start = at + len(before)
@@ -211,10 +215,10 @@ def _place(
 
 
 def read_template_file(path: Path, special_tokens: Mapping[str, str]) -> ChatTemplate:
-    """The chat template of a Jinja file.
+    """Read the chat template in a Jinja file.
 
     Raises:
-        ConfigError: when it is missing or is no template.
+        ConfigError: when the file is missing or is not a template.
     """
     try:
         source = path.read_text(encoding="utf-8")
@@ -229,11 +233,11 @@ def read_template_file(path: Path, special_tokens: Mapping[str, str]) -> ChatTem
 
 
 def template_source(model_dir: Path, config: Mapping[str, Any]) -> str:
-    """The chat template of a model folder.
+    """Return the chat template of a model folder.
 
     Args:
-        model_dir: whose chat_template.jinja wins.
-        config: of its tokenizer_config.json.
+        model_dir: the folder; its chat_template.jinja takes precedence.
+        config: values of its tokenizer_config.json.
 
     Raises:
         ModelError: when the folder has no chat template.
@@ -257,7 +261,7 @@ def template_source(model_dir: Path, config: Mapping[str, Any]) -> str:
 
 
 def special_token_strings(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token ... as strings; some releases store them as objects."""
+    """Return bos_token, eos_token and others as strings; some releases store them as objects."""
     strings = {}
     for name, value in config.items():
         if not name.endswith("_token") or name.startswith("add_"):

@@ -1,8 +1,7 @@
 """Proof that a chat template's text around contents depends on the roles alone.
 
-A template is run once on contents that it can do nothing with but place them. If it asks anything
-else of one (its length, its words, whether it equals another), there is no proof, and none of the
-rows is taken as alike.
+The template runs once on contents that it can only join and write out. If the template reads
+anything else (a length, a word, an equality), there is no proof, and every row is rendered in full.
 """
 
 from __future__ import annotations
@@ -43,16 +42,17 @@ _PLAIN_NODES = (
     nodes.Continue,
     nodes.Break,
 )
-"""Nodes that cannot turn a content into text except to write it out."""
+"""Nodes that cannot turn a content into a string, except to write it out."""
 _PLAIN_CALLS = ("raise_exception", "namespace", "range")
 _PLAIN_FILTERS = ("length", "count")
 _PLAIN_TESTS = ("defined", "undefined", "none")
 
 
 def only_places(parsed: nodes.Template) -> bool:
-    """Return whether a template holds nothing that could read a content without its notice.
+    """Return whether a template has only nodes whose reading of a content can be detected.
 
-    Most filters, the operator ~ and methods of strings make ordinary text of a content first.
+    Most filters, the operator ~ and methods of strings first convert a content to a plain string,
+    whose later use cannot be detected.
     """
     return all(_is_plain(node) for node in parsed.find_all(nodes.Node))
 
@@ -65,7 +65,7 @@ def _is_plain(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Filter):
         return node.name in _PLAIN_FILTERS
     if isinstance(node, nodes.Mod):
-        # Of a text, % would fill a content in; of a number it is a remainder.
+        # On a string, % inserts a content; on a number it is a remainder.
         return isinstance(node.right, nodes.Const) and isinstance(node.right.value, int)
     return isinstance(node, _PLAIN_NODES)
 
@@ -73,15 +73,16 @@ def _is_plain(node: nodes.Node) -> bool:
 def literals_around(
     render: Callable[[Sequence[Message]], str], roles: Sequence[str], mark: str
 ) -> list[str] | None:
-    """The text before, between and after the contents of messages, whatever these are.
+    """Return the text around contents, if it is the same for all contents of these roles.
 
     Args:
-        render: runs a template of which only_places holds.
-        roles: of the messages; each holds a content and nothing else.
+        render: runs a template for which only_places is true.
+        roles: roles of the messages; each message has a role and a content only.
         mark: a character that the template does not hold.
 
     Returns:
-        One more text than there are messages; None where there is no proof.
+        The text before, between and after the contents, one more than there are messages; None
+        without a proof.
     """
     messages: list[Message] = [
         {"role": role, "content": _Opaque([f"{mark}{i}{mark}"])} for i, role in enumerate(roles)
@@ -97,11 +98,11 @@ def literals_around(
 
 
 class _ObservedError(Exception):
-    """A template asked something of a content."""
+    """A template read a content."""
 
 
 class _Opaque:
-    """A content that can be joined to text, written out, and is not empty; nothing else."""
+    """A content that is not empty and can only be joined to text or written out."""
 
     def __init__(self, parts: list[str]) -> None:
         self._parts = parts

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer: text to ids and back, and conversations to documents."""
+"""Tokenizer of a model folder: text to ids and back, and conversations to documents."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from phi3_lora.storage.json_file import read_json
 _ROWS_AT_ONCE = 1000
 _NO_REMARKS = Remarks()
 Ids = tuple[Sequence[int], Sequence[Span]]
-"""The ids of a text, and the characters of each id."""
+"""Ids of a text, and the span of characters of each id."""
 
 
 class Document(NamedTuple):
-    """One conversation as the model sees it."""
+    """One conversation as token ids with a loss mask."""
 
     tokens: Int32
     """(N,) ids."""
     supervised: Bool
-    """(N,) True where the id itself is to be learnt."""
+    """(N,) True for each id to learn."""
     source: str
     """file:line."""
     remarks: Remarks = Remarks()
 
     @property
     def loss_tokens(self) -> int:
-        """Ids that are learnt; the first id has nothing before it and never counts."""
+        """Number of ids in the loss; the first id never counts, since no id comes before it."""
         return int(self.supervised[1:].sum())
 
 
@@ -62,9 +62,9 @@ class ChatTokenizer:
         """Read tokenizer.json and the chat template.
 
         Args:
-            model_dir: the folder.
-            vocab_size: ids that the model has.
-            template_file: a Jinja file in place of the folder's own template.
+            model_dir: the model folder.
+            vocab_size: number of ids of the model.
+            template_file: a Jinja file that replaces the folder's template.
 
         Raises:
             ModelError: when a file is missing or damaged, there is no chat template, or the
@@ -77,33 +77,24 @@ class ChatTokenizer:
         self._strings = special_token_strings(config)
         eos = self._strings.get("eos_token")
         self._eos_id = None if eos is None else self._tokenizer.token_to_id(eos)
-        self.has_own_template = False
-        """True if the chat template is another one than the model's."""
+        self.has_own_template = template_file is not None
+        """True if a file replaces the model's chat template."""
         if template_file is None:
             self._use(ChatTemplate(template_source(model_dir, config), self._strings))
-        else:
-            self.use_template_file(template_file)
-
-    def use_template_file(self, path: str | Path) -> None:
-        """Take a Jinja file in place of the template in use.
-
-        Raises:
-            ConfigError: when the file cannot be used.
-        """
-        template = read_template_file(Path(path).expanduser(), self._strings)
+            return
+        template = read_template_file(Path(template_file).expanduser(), self._strings)
         try:
             self._use(template)
         except DataError as cause:
             raise ConfigError(
-                f"data.chat_template: {path} cannot be used: {cause}. A template must "
+                f"data.chat_template: {template_file} cannot be used: {cause}. A template must "
                 "write each message's content once, in order, as it is"
             ) from None
-        self.has_own_template = True
 
     def _use(self, template: ChatTemplate) -> None:
         added = self._tokenizer.get_added_tokens_decoder()
-        # What the template writes as a token is one, whatever the tokenizer calls it: a user's
-        # message must not be able to write it.
+        # Added tokens that the template writes count as special, whatever the tokenizer says: a
+        # user's message must not be able to write them.
         markers = {i: t for i, t in added.items() if t.special or t.content in template.source}
         self._plain = _reading_as_text(self._tokenizer, markers)
         self._renderer = Renderer(
@@ -125,36 +116,36 @@ class ChatTokenizer:
 
     @property
     def identity(self) -> str:
-        """sha256 over all that tokens depend on: tokenizer.json, the template and the library."""
+        """sha256 of everything that ids depend on: tokenizer.json, the template, the library."""
         parts = [self._tokenizer.to_str(), self.template.source, version("tokenizers")]
         held = json.dumps([*parts, self._strings], sort_keys=True)
         return hashlib.sha256(held.encode()).hexdigest()
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; special tokens in it are ordinary text."""
+        """Encode plain text; the text of a special token is encoded as text."""
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the assistant's next answer begins."""
+        """Encode a conversation up to the start of the assistant's next answer."""
         return list(self._encode(self._renderer.prompt(messages))[0])
 
     def encode_conversations(
         self, rows: Sequence[Conversation], *, loss_on: LossOn = "assistant"
     ) -> list[Document]:
-        """Each conversation as a document.
+        """Encode conversations as documents.
 
         Args:
             rows: conversations.
-            loss_on: what is supervised: assistant (every answer with its end token), last (the
-                last one) or all; a row's own weights win.
+            loss_on: the tokens in the loss: assistant (every answer with its end token), last
+                (the last answer) or all; weights of a row take precedence.
 
         Raises:
-            DataError: when rows cannot be rendered; all are counted, the first ones are listed
-                with file:line.
+            DataError: when rows cannot be rendered; the message counts them all and lists the
+                first with file:line.
         """
         documents, problems = self.encode_rows(rows, loss_on=loss_on)
         if problems:
@@ -167,13 +158,13 @@ class ChatTokenizer:
         """Encode conversations, and return the problems of rows that cannot be rendered.
 
         Returns:
-            A document of each row, or None; `file:line: why` of each row without one.
+            One document per row, or None; `file:line: reason` of each row without a document.
         """
         documents: list[Document | None] = []
         problems: list[str] = []
         waiting: _Part | None = None
-        # The library encodes one part on all cores while Python works on those beside it. In
-        # parts: ids and offsets as Python objects take 50 times a document's arrays.
+        # The library encodes one part on all cores while Python works on the parts next to it.
+        # Parts are small: ids and offsets as Python objects take 50 times the memory of arrays.
         with ThreadPoolExecutor(max_workers=1) as pool:
             for first in range(0, len(rows), _ROWS_AT_ONCE):
                 part = self._begin(rows[first : first + _ROWS_AT_ONCE], loss_on, problems, pool)
@@ -234,7 +225,7 @@ class ChatTokenizer:
         return encoding.ids, encoding.offsets
 
     def _encode_in_parts(self, rendered: Rendered) -> Ids:
-        """Encode between the template's own special tokens, so that none in a message counts."""
+        """Encode the text between the template's special tokens; markers in messages are text."""
         ids: list[int] = []
         offsets: list[Span] = []
         segments = self._renderer.markers.segments(
@@ -251,7 +242,7 @@ class ChatTokenizer:
         return ids, offsets
 
     def _encode_plain_text(self, text: str) -> Ids:
-        """Text with what the tokenizer itself puts around it, and the token that ends a text."""
+        """Encode plain text with the tokenizer's own special tokens, and with the end token."""
         piece = self._plain.encode(text, add_special_tokens=True)
         ids, offsets = list(piece.ids), list(piece.offsets)
         if self._eos_id is not None and ids[-1:] != [self._eos_id]:
@@ -267,15 +258,15 @@ class ChatTokenizer:
 
 
 class _Part(NamedTuple):
-    """Rows that are being encoded."""
+    """Rows whose encoding is under way."""
 
     rows: Sequence[Conversation]
     known: dict[int, CachedRendering]
-    """Place in rows -> its text, where that is known without running the template."""
+    """Index in rows -> text, if it is known without running the template."""
     rendered: dict[int, Rendered]
-    """Place in rows -> its text, where the template was run."""
+    """Index in rows -> text that the template wrote."""
     encoding: Future[list[Encoding]]
-    """The encoded texts of known."""
+    """Encodings of the texts in known."""
 
 
 def _known_documents(
@@ -284,7 +275,7 @@ def _known_documents(
     encoded: Sequence[Encoding],
     is_marker: Bool,
 ) -> dict[int, Document]:
-    """Return documents of rows whose loss lies between the markers that the template wrote."""
+    """Return the documents of rows that hold exactly the markers that the template wrote."""
     ids = [encoding.ids for encoding in encoded]
     tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32)
     ends = np.cumsum([len(some) for some in ids], dtype=np.int64)
@@ -297,7 +288,7 @@ def _known_documents(
             remarks = (
                 Remarks(num_stripped=cached.num_stripped) if cached.num_stripped else _NO_REMARKS
             )
-            # Copies: a document that is dropped must not be held by those beside it.
+            # Copies: a view would keep the arrays of dropped documents in memory.
             mine = tokens[start:end].copy(), supervised[start:end].copy()
             found[i] = Document(*mine, rows[i].source, remarks)
         start = end
@@ -305,7 +296,7 @@ def _known_documents(
 
 
 def _needs_parts(rendered: Rendered) -> bool:
-    """Return whether a text cannot be encoded at once, as the tokenizer itself would."""
+    """Return whether a text must be encoded in parts, not in one call of the tokenizer."""
     return rendered.is_plain or rendered.remarks.has_marker_text or bool(rendered.borders)
 
 
@@ -332,7 +323,7 @@ def _num_ids(tokenizer: Tokenizer) -> int:
 
 
 def _reading_as_text(tokenizer: Tokenizer, markers: Collection[int]) -> Tokenizer:
-    """A copy that reads markers as plain text, for what users write."""
+    """Copy a tokenizer; the copy reads markers as plain text, for text that users write."""
     raw: dict[str, Any] = json.loads(tokenizer.to_str())
     for entry in raw["added_tokens"]:
         entry["special"] = entry["id"] in markers

@@ -1,1 +1,1 @@
-"""Rows encoded as documents: kept, counted, cached, streamed."""
+"""Encoded rows: selection, counts, cache and stream of documents."""

@@ -1,4 +1,4 @@
-"""Documents as a batch for an engine, and their digest."""
+"""Conversion of documents to a batch for an engine, and the digest of documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phi3_lora.engine.protocol import Batch
 
 
 def make_batch(documents: Sequence[Document]) -> Batch:
-    """Documents laid end to end, with each token's target and whether it counts."""
+    """Join documents end to end, with each token's target and loss mask."""
     lengths = [len(d.tokens) for d in documents]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens = np.concatenate([d.tokens for d in documents]).astype(np.int32)
@@ -27,7 +27,7 @@ def make_batch(documents: Sequence[Document]) -> Batch:
 
 
 def documents_digest(documents: Sequence[Document]) -> str:
-    """sha256 over all token ids and masks, in order."""
+    """Return the sha256 of all token ids and masks, in order."""
     digest = hashlib.sha256()
     for tokens, supervised in _arrays(documents):
         digest.update(len(tokens).to_bytes(8, "little"))

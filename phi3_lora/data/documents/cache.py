@@ -1,4 +1,4 @@
-"""Large data is tokenised once, into the cache, and read from there by every run that fits it."""
+"""Cache of tokens: large data is tokenised once, and later runs with equal settings read it."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from phi3_lora.storage.atomic import replace_folder
 from phi3_lora.storage.cache import Note, cache_root, found_or_made
 
 CACHE_FROM_BYTES = 64 * 2**20
-"""Data in smaller files, all together, is tokenised in memory each time."""
+"""Total size of files from which the cache is used; smaller data is tokenised in memory."""
 
 
 def encoded_sources(
     sources: Sequence[Source], tokenizer: ChatTokenizer, encoding: Encoding, note: Note
 ) -> EncodedRows:
-    """Encode the rows of sources: in memory, or through the cache where the files are large.
+    """Encode the rows of sources in memory, or through the cache if the files are large.
 
     Args:
-        sources: what to read.
-        tokenizer: the base model's.
-        encoding: how rows become documents.
-        note: gets the place of the tokens.
+        sources: sources to read.
+        tokenizer: the base model's tokenizer.
+        encoding: settings of the encoding.
+        note: receives the cache folder.
 
     Raises:
-        DataError: as read_rows; when a file changes while it is read.
+        DataError: as in read_rows, and when a file changes while it is read.
         StorageError: when the cache cannot be written.
     """
     files = _files(sources)
-    # A template that asks for the time writes other tokens tomorrow.
+    # A template that writes the date gives other tokens tomorrow.
     is_stable = "strftime_now" not in tokenizer.template.source
     if files is None or not is_stable or _size(files) < CACHE_FROM_BYTES:
         rows = read_rows(sources, on_bad_row=encoding.on_bad_row)
@@ -56,7 +56,7 @@ def encoded_sources(
             read = Rows()
             rows = usable_rows(sources, read, on_bad_row=encoding.on_bad_row)
             write_store(folder, encode_in_parts(rows, tokenizer, encoding), read)
-            # Files may have come and gone, too.
+            # Files may also have been added or removed.
             if _key(sources, _files(sources) or (), tokenizer, encoding) != key:
                 raise DataError(f"{names} changed while being read: run again when it is whole")
 
@@ -74,7 +74,7 @@ def encoded_sources(
 
 
 def _files(sources: Sequence[Source]) -> list[tuple[int, Path]] | None:
-    """Return each file with the place of its source; None if rows of a source are not in files."""
+    """Return each file with the index of its source; None if a source has rows outside of files."""
     found: list[tuple[int, Path]] = []
     for i, source in enumerate(sources):
         for part in parts_of(source):
@@ -95,7 +95,7 @@ def _key(
     tokenizer: ChatTokenizer,
     encoding: Encoding,
 ) -> str:
-    """Hash everything that documents, their names and the notes on them depend on."""
+    """Hash everything that the documents, their sources and the notes depend on."""
     listed: list[Any] = []
     for i, path in files:
         status = path.resolve().stat()

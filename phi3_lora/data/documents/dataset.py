@@ -1,4 +1,4 @@
-"""A data source as documents ready for training or scoring, with what was left out counted."""
+"""Data sources as documents for training or scoring, with notes on rows that are left out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VALID = "validation data"
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """The sources that a run's data settings name."""
+    """The training and validation sources of a run."""
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...]
@@ -40,17 +40,17 @@ def resolve_data(
     *,
     more: Sequence[Source] = (),
 ) -> DataFiles:
-    """Return the sources to train and to validate on.
+    """Return the sources to train on and to validate on.
 
     Args:
         data: `demo`, a file, a folder, a pattern, a data set of the hub, a Source, rows in memory
-            (a list, or a `datasets.Dataset`), or an empty text for none.
-        valid: the rows to validate on, named as data; the default is the validation split beside
-            data, if any. Its rows have the format and the columns of data.
+            (a list, or a `datasets.Dataset`), or an empty text for no data.
+        valid: the rows to validate on, in any form of data; they have the format and columns of
+            data. The default is the validation split of data, if it has one.
         more: other sources to train on.
 
     Raises:
-        DataError: when one of them does not exist or has no rows.
+        DataError: when a source does not exist or has no rows.
     """
     is_nothing = isinstance(data, str) and not data
     first = None if is_nothing else as_source(data)
@@ -66,10 +66,12 @@ def resolve_data(
 
 
 def resolve_scoring_file(data: Data) -> tuple[Source, ...]:
-    """Return what to score: of a folder, a data set or `demo` the validation or test split.
+    """Return the sources to score.
+
+    A folder, a data set or `demo` gives its validation split, or else its test split, if any.
 
     Raises:
-        DataError: when it does not exist or has no rows.
+        DataError: when the source does not exist or has no rows.
     """
     source = as_source(data)
     check_exists(source)
@@ -79,17 +81,17 @@ def resolve_scoring_file(data: Data) -> tuple[Source, ...]:
 def build_dataset(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding, name: str
 ) -> Dataset:
-    """Encode rows as documents; rows that are left out, shortened or changed are noted.
+    """Encode rows as documents, with notes on rows that are left out, shortened or changed.
 
     Args:
         rows: conversations.
-        tokenizer: the base model's.
-        encoding: how rows become documents.
-        name: what to call this data in notes.
+        tokenizer: the base model's tokenizer.
+        encoding: settings of the encoding.
+        name: name of the rows in notes.
 
     Raises:
-        DataError: when nothing is left to learn from; when rows are too long or cannot be
-            rendered, and that is to be an error.
+        DataError: when no trainable row is left, or when rows are too long or cannot be rendered
+            and the encoding makes that an error.
     """
     parts = encode_in_parts(rows, tokenizer, encoding)
     encoded = InMemory([*itertools.chain.from_iterable(parts)])
@@ -108,19 +110,20 @@ def load_splits(
 ) -> tuple[Dataset, Dataset | None]:
     """Read the training and validation documents.
 
-    Validation sources win over valid_fraction. The weights of sources say how often an epoch
-    takes each of their training rows. Large files are tokenised once, into a cache.
+    Validation sources take precedence over valid_fraction. The weight of a source is the number of
+    times that an epoch takes each of its training rows. Large files are tokenised once, into a
+    cache.
 
     Args:
         files: the sources.
-        tokenizer: the base model's.
-        encoding: how rows become documents.
+        tokenizer: the base model's tokenizer.
+        encoding: settings of the encoding.
         valid_fraction: share of the training rows to validate on, without validation sources.
-        seed: of the choice of that share.
-        note: gets the place of the tokens of large files.
+        seed: seed of the choice of that share.
+        note: receives the cache folder of large files.
 
     Raises:
-        DataError: as build_dataset and read_rows.
+        DataError: as in build_dataset and read_rows.
         StorageError: when the cache cannot be written.
     """
     rows = encoded_sources(files.train, tokenizer, encoding, note)
@@ -149,14 +152,14 @@ def load_split(
     """Read all documents of sources.
 
     Args:
-        sources: what to read; weights do not count.
-        tokenizer: the base model's.
-        encoding: how rows become documents.
-        name: what to call the rows in notes.
-        note: gets the place of the tokens of large files.
+        sources: sources to read; their weights are ignored.
+        tokenizer: the base model's tokenizer.
+        encoding: settings of the encoding.
+        name: name of the rows in notes.
+        note: receives the cache folder of large files.
 
     Raises:
-        DataError: as load_splits.
+        DataError: as in load_splits.
         StorageError: when the cache cannot be written.
     """
     rows = encoded_sources(sources, tokenizer, encoding, note)
@@ -169,7 +172,7 @@ def _with_notes(dataset: Dataset, notes: Sequence[str]) -> Dataset:
 
 
 def _chosen_share(count: int, fraction: float, seed: int) -> Bool:
-    """Choose the rows to set aside: (count,) bool."""
+    """Choose the validation rows: (count,) bool."""
     num_chosen = round(count * fraction)
     if not 0 < num_chosen < count:
         raise DataError(

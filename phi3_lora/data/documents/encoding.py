@@ -1,6 +1,6 @@
-"""Rows encoded as documents, part by part, with flags for what happened to each row.
+"""Encoding of rows as documents, part by part, with flags for the outcome of each row.
 
-The result is in memory here; store.py has the same on the disk.
+This module keeps the documents in memory; store.py keeps them on the disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from phi3_lora.data.rows.conversation import Conversation
 from phi3_lora.errors import ConfigError
 
 UNRENDERED, TOO_LONG, SHORTENED, HAS_MARKER_TEXT, SYSTEM_DROPPED = (1 << i for i in range(5))
-"""Flags of a row: it could not be rendered; it does not fit; it fits without some turns; ..."""
+"""Flags of a row: it cannot be rendered, is too long, was shortened to fit, holds the text of a
+marker, lost its system message."""
 ROW = np.dtype(
     [
         ("length", "<i4"),
@@ -31,8 +32,8 @@ ROW = np.dtype(
         ("flags", "<u4"),
     ]
 )
-"""Facts of a row: its tokens before it was shortened, the tokens of its document (0 without one),
-its tokens in the loss, white-space characters that markers strip, flags."""
+"""Facts of a row: tokens before shortening, tokens of its document (0 without one), tokens in the
+loss, white-space characters that markers strip, flags."""
 _ROWS_AT_ONCE = 8_000
 _CHARACTERS_AT_ONCE = 1 << 24
 _CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BAD_ROW}
@@ -41,14 +42,14 @@ _CHOICES = {"loss_on": LOSS_ON, "too_long": TOO_LONG_VALUES, "on_bad_row": ON_BA
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoding:
-    """The settings by which rows become documents."""
+    """Settings of the encoding of rows as documents."""
 
     max_length: int
-    """Tokens that the settings give a document."""
+    """Tokens that a document may have by the settings."""
     context: int | None = None
-    """Tokens that the model takes (max_position_embeddings); None sets no limit."""
+    """Tokens that the model can process (max_position_embeddings); None sets no limit."""
     loss_on: LossOn = "assistant"
-    """The messages in the loss; a row's own weights win."""
+    """The messages in the loss; weights of a row take precedence."""
     too_long: TooLong = "drop"
     """The treatment of rows that are longer than the limit."""
     on_bad_row: OnBadRow = "error"
@@ -67,31 +68,31 @@ class Encoding:
 
     @property
     def limit_name(self) -> str:
-        """The limit as messages call it, for example `max_length 2,048`."""
+        """The name of the limit in messages, for example `max_length 2,048`."""
         name = "max_length" if self.limit == self.max_length else "the model's context of"
         return f"{name} {self.limit:,}"
 
-    def identity(self) -> dict[str, Any]:
-        """Return everything that documents depend on, as plain values."""
+    def identity(self) -> dict[str, int | str]:
+        """Return the settings that documents depend on, for a hash."""
         return {"limit": self.limit, **{name: getattr(self, name) for name in _CHOICES}}
 
 
 class EncodedRow(NamedTuple):
-    """A row, its document and what happened to it."""
+    """A row with its document and its outcome."""
 
     document: Document | None
-    """None when the row cannot be rendered, or does not fit."""
+    """None if the row cannot be rendered or does not fit."""
     source: str
     """file:line."""
     length: int
-    """Tokens before it was shortened."""
+    """Number of tokens before shortening."""
     flags: int
     problem: str = ""
-    """`file:line: why`, when it cannot be rendered."""
+    """`file:line: reason` if the row cannot be rendered; otherwise empty."""
 
     @property
     def facts(self) -> tuple[int, ...]:
-        """The row as an entry of dtype ROW."""
+        """The facts of the row, in the order of ROW."""
         document = self.document
         if document is None:
             return self.length, 0, 0, 0, self.flags
@@ -103,52 +104,52 @@ class EncodedRow(NamedTuple):
 
 
 class EncodedRows(Protocol):
-    """Rows of sources, encoded."""
+    """Encoded rows of sources, in memory or on the disk."""
 
     @property
     def rows(self) -> NDArray[Any]:
-        """(N,) of ROW."""
+        """(N,) facts of each row, of dtype ROW."""
 
     @property
     def counts(self) -> Sequence[int]:
-        """Rows of each source, in order."""
+        """Number of rows of each source, in order."""
 
     @property
     def notes(self) -> Sequence[str]:
         """Notes for the user on reading the rows."""
 
     def source(self, row: int) -> str:
-        """file:line of a row."""
+        """Return the file:line of a row."""
 
     def problem(self, row: int) -> str:
-        """Why a row cannot be rendered, with its file:line."""
+        """Return `file:line: reason` of a row that cannot be rendered."""
 
     def documents(self, rows: NDArray[np.int64]) -> Sequence[Document]:
-        """The documents of rows that have one, in the order given."""
+        """Return the documents of rows in the given order; each row must have one."""
 
 
 class InMemory:
-    """Rows encoded in memory."""
+    """Encoded rows in memory."""
 
     def __init__(
         self, encoded: Sequence[EncodedRow], counts: Sequence[int] = (), notes: Sequence[str] = ()
     ) -> None:
-        """Hold encoded rows."""
+        """Store encoded rows, and collect their facts."""
         self._encoded = encoded
         self.rows = np.array([row.facts for row in encoded], dtype=ROW)
         self.counts = counts
         self.notes = notes
 
     def source(self, row: int) -> str:
-        """file:line of a row."""
+        """Return the file:line of a row."""
         return self._encoded[row].source
 
     def problem(self, row: int) -> str:
-        """Why a row cannot be rendered, with its file:line."""
+        """Return `file:line: reason` of a row that cannot be rendered."""
         return self._encoded[row].problem
 
     def documents(self, rows: NDArray[np.int64]) -> list[Document]:
-        """The documents of rows that have one, in the order given."""
+        """Return the documents of rows in the given order; each row must have one."""
         found = [self._encoded[row].document for row in rows.tolist()]
         return [document for document in found if document is not None]
 
@@ -156,10 +157,10 @@ class InMemory:
 def encode_in_parts(
     rows: Iterable[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
 ) -> Iterator[list[EncodedRow]]:
-    """Encode rows without keeping more than a part of them.
+    """Encode rows part by part, with only one part in memory.
 
     Raises:
-        DataError: when a row without some of its turns cannot be rendered.
+        DataError: when a shortened row cannot be rendered.
     """
     for part in _parts(rows):
         yield encode_part(part, tokenizer, encoding)
@@ -181,10 +182,10 @@ def _parts(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
 def encode_part(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, encoding: Encoding
 ) -> list[EncodedRow]:
-    """Encode rows at once, and shorten those that are too long if the encoding says so.
+    """Encode rows, and shorten rows that are too long if the settings ask for it.
 
     Raises:
-        DataError: when a row without some of its turns cannot be rendered.
+        DataError: when a shortened row cannot be rendered.
     """
     documents, problems = tokenizer.encode_rows(rows, loss_on=encoding.loss_on)
     why = iter(problems)

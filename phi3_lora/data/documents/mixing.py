@@ -1,4 +1,4 @@
-"""The number of times that an epoch takes each row of several weighted sources."""
+"""Mixing of weighted sources: the number of times that an epoch takes each row."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def copies(
 ) -> NDArray[np.int64]:
     """Count how often an epoch takes each row: (N,), source after source.
 
-    A weight's whole part is how often every row of the source is taken; its fraction is the share
-    of them, chosen by the seed, that is taken once more.
+    The whole part of a weight is the number of times that every row of the source is taken. The
+    fraction is the share of rows that are taken once more; the seed chooses them.
 
     Args:
-        weights: of each source; positive.
-        counts: rows of each source.
-        left_out: (N,) rows that are not there to take.
-        seed: of the choice.
+        weights: weight of each source; positive.
+        counts: number of rows of each source.
+        left_out: (N,) True for rows that must not be taken.
+        seed: seed of the choice.
 
     Raises:
-        DataError: when a weight takes no row of a source that has some.
+        DataError: when a weight takes no row of a source that has rows.
     """
     taken = np.zeros(len(left_out), dtype=np.int64)
     ends = np.cumsum(counts)

@@ -1,4 +1,4 @@
-"""Documents that are in the training and in the validation data."""
+"""Search for documents that are in both the training and the validation data."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from phi3_lora.data.documents.store import document_lengths
 
 
 class DocumentIndex:
-    """Documents, looked up by their tokens alone."""
+    """An index of documents by their tokens; the loss masks are ignored."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        """Remember documents: 60 bytes of each and where it comes from."""
+        """Index documents; each takes 60 bytes and its source."""
         self._sources = {_key(document): document.source for document in documents}
         self._lengths = np.unique(document_lengths(documents))
 
     def __len__(self) -> int:
-        """Documents that differ."""
+        """Return the number of different documents."""
         return len(self._sources)
 
     def among(self, documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
-        """Find documents that are in the index, each with the source of its twin there."""
-        # Reading a document takes longer than asking for its length.
+        """Find documents that are in the index, each with the source of its equal there."""
+        # The length is a cheap first test: it is known without reading the document.
         for i in np.flatnonzero(np.isin(document_lengths(documents), self._lengths)).tolist():
             source = self._sources.get(_key(documents[i]))
             if source is not None:
@@ -33,7 +33,7 @@ class DocumentIndex:
 
 
 def overlap_note(train: Sequence[Document], valid: Sequence[Document]) -> str | None:
-    """Return a note on validation documents that are trained on, too; None without any."""
+    """Return a note on validation documents that are also trained on; None if there are none."""
     known = DocumentIndex(valid)
     first: tuple[Document, str] | None = None
     shared: set[str] = set()
@@ -44,8 +44,8 @@ def overlap_note(train: Sequence[Document], valid: Sequence[Document]) -> str | 
         return None
     return (
         f"validation data: {len(shared):,} of {len(known):,} different rows are in the training "
-        f"data, too, so that its loss comes out too low (first {first[1]}, trained on as "
-        f"{first[0].source}); phi3-lora data split sets rows aside without that"
+        f"data, too, so its loss is too low (first {first[1]}, trained on as "
+        f"{first[0].source}); phi3-lora data split splits without such rows"
     )
 
 

@@ -1,4 +1,4 @@
-"""Encoded rows as a data set, with what was left out, shortened or changed counted and named."""
+"""Selection of encoded rows as a data set, with counts of rows left out, shortened or changed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
 NOTHING_LEFT = (
     "no row is left to learn from; shorten rows, raise --max-length or set data.too_long, and look "
-    "at data.loss_on and weights of 0 (phi3-lora data check says what is wrong with each row)"
+    "at data.loss_on and weights of 0 (phi3-lora data check lists the problems of each row)"
 )
 Index = NDArray[np.int64]
-"""Numbers of rows."""
+"""Indices of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class Dataset:
 
     documents: Sequence[Document]
     notes: list[str] = field(default_factory=list)
-    """Notes for the user on what was left out, and why."""
+    """Notes for the user on rows that are left out, shortened or changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Encoded rows of which some become a data set."""
+    """Encoded rows, with methods that choose the trainable ones."""
 
     encoded: EncodedRows
     encoding: Encoding
@@ -49,14 +49,14 @@ class Selection:
     """Notes on the chat template."""
 
     def dataset(self, index: Index, name: str) -> Dataset:
-        """Return the documents of rows, in the order given, with notes on rows that are left out.
+        """Return the documents of rows in the given order, with notes on rows that are left out.
 
         Args:
-            index: the rows; one may come more than once.
-            name: what to call them in notes.
+            index: indices of the rows; a row may occur more than once.
+            name: name of the rows in notes.
 
         Raises:
-            DataError: when nothing is left to learn from; as choose.
+            DataError: when no trainable row is left; and as in choose.
         """
         index, tally = self.choose(index, name)
         notes = [*self.notes, *notes_on(tally, name, self.encoding)]
@@ -68,11 +68,12 @@ class Selection:
         """Return the trainable rows and a tally of every outcome.
 
         Args:
-            index: the rows; one may come more than once.
-            name: what to call them in messages.
+            index: indices of the rows; a row may occur more than once.
+            name: name of the rows in messages.
 
         Raises:
-            DataError: when rows are too long or cannot be rendered, and that is to be an error.
+            DataError: when rows are too long or cannot be rendered, and the encoding makes that an
+                error.
         """
         num_rows = len(index)
         unrendered, index = self._split(index, UNRENDERED)
@@ -108,7 +109,7 @@ class Selection:
         return index, tally
 
     def _split(self, index: Index, flag: int) -> tuple[Index, Index]:
-        """Split rows into those with a flag and the others."""
+        """Split rows into rows with a flag and rows without it."""
         has = (self.encoded.rows["flags"][index] & flag) != 0
         return index[has], index[~has]
 
@@ -135,8 +136,8 @@ def notes_on(tally: Tally, name: str, encoding: Encoding) -> list[str]:
     """Return a note for the user on each outcome in a tally.
 
     Args:
-        tally: of the rows.
-        name: what to call the rows.
-        encoding: the rows were encoded with it.
+        tally: the outcomes of the rows.
+        name: name of the rows in notes.
+        encoding: settings of their encoding.
     """
     return tally.notes(name, limit=f"{encoding.limit_name} tokens", too_long=encoding.too_long)

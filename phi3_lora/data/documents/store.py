@@ -1,4 +1,4 @@
-"""Encoded rows on the disk, read through memory maps: what is not looked at takes no memory."""
+"""Encoded rows on the disk, read through memory maps: unread rows take no memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,21 @@ _DTYPES: dict[str, Any] = {
     "texts": "u1",
     "text_ends": "<i8",
 }
-"""File -> what it is an array of: all ids, and masks, end to end; ROW of each row; the place after
-each row's last id; the sources (or problems) of rows end to end, and the place after each."""
+"""File -> dtype of its array.
+
+tokens and supervised hold the ids and masks of all rows, end to end; rows holds a ROW per row; ends
+holds the index after each row's last id. texts holds the sources (or problems) of all rows, end to
+end; text_ends holds the index after each row's text.
+"""
 
 
 def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], read: Rows) -> None:
-    """Write rows as they come, in the memory of one part.
+    """Write encoded rows to a folder, part by part.
 
     Args:
-        folder: empty.
-        parts: rows.
-        read: has the counts of sources and the notes, once the last row came.
+        folder: an empty folder.
+        parts: the rows; only one part is in memory at a time.
+        read: the counts of sources and the notes; complete after the last part.
 
     Raises:
         OSError: when the disk is full.
@@ -48,7 +52,7 @@ def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], read: Rows)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in _DTYPES}
         for part in parts:
-            # Names of files need not be UTF-8.
+            # Names of files are not always valid UTF-8.
             texts = [(row.problem or row.source).encode(errors="surrogatepass") for row in part]
             documents = [row.document for row in part if row.document is not None]
             rows = np.array([row.facts for row in part], dtype=ROW)
@@ -77,7 +81,7 @@ def write_store(folder: Path, parts: Iterable[Sequence[EncodedRow]], read: Rows)
 
 
 def open_store(folder: Path) -> Store | None:
-    """Open a store; None when the folder holds no whole one."""
+    """Open a store; return None if the folder has no complete store."""
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in _DTYPES}
@@ -95,7 +99,7 @@ class Store:
         """Map the files of a folder.
 
         Raises:
-            ValueError: when the files do not fit each other.
+            ValueError: when the sizes of the files do not match.
         """
         mapped = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
         self._tokens, self._supervised = mapped["tokens"], mapped["supervised"]
@@ -111,36 +115,36 @@ class Store:
             and self._text_ends[-1] == len(self._texts)
         )
         if not fits:
-            raise ValueError("the files are of different stores")
+            raise ValueError("the files belong to different stores")
 
     def source(self, row: int) -> str:
-        """file:line of a row that can be rendered."""
+        """Return the file:line of a row that can be rendered."""
         start = self._text_ends[row - 1] if row else 0
         text = self._texts[start : self._text_ends[row]].tobytes()
         return text.decode(errors="surrogatepass")
 
     problem = source
-    """`file:line: why` of a row that cannot."""
+    """Return `file:line: reason` of a row that cannot be rendered."""
 
     def arrays(self, row: int) -> tuple[Int32, Bool]:
-        """(N,) ids of a row's document, and what of them is to be learnt; read-only."""
+        """Return the (N,) ids of a row's document and their (N,) loss mask; both are read-only."""
         start, end = (self._ends[row - 1] if row else 0), self._ends[row]
         return self._tokens[start:end], self._supervised[start:end]
 
     def documents(self, rows: NDArray[np.int64]) -> DocumentStore:
-        """The documents of rows that have one, in the order given."""
+        """Return the documents of rows in the given order; each row must have one."""
         return DocumentStore(self, rows)
 
 
 class DocumentStore(Sequence[Document]):
-    """Documents that are read from the disk when they are asked for."""
+    """A sequence of documents; each is read from the disk on access."""
 
     def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
         """Choose documents.
 
         Args:
-            store: where they are.
-            rows: (D,) the rows of the documents.
+            store: the store of the documents.
+            rows: (D,) rows of the documents.
         """
         self.store = store
         self.rows = rows
@@ -166,14 +170,14 @@ class DocumentStore(Sequence[Document]):
 
 
 def document_lengths(documents: Sequence[Document]) -> NDArray[np.int64]:
-    """(D,) ids of each document, without reading documents on the disk."""
+    """Return the (D,) lengths of documents, without reading documents on the disk."""
     if isinstance(documents, DocumentStore):
         return documents.store.rows["num_tokens"][documents.rows].astype(np.int64)
     return np.array([len(d.tokens) for d in documents], dtype=np.int64)
 
 
 def num_loss_tokens(documents: Sequence[Document]) -> int:
-    """Supervised tokens of all documents, without reading documents on the disk."""
+    """Count the supervised tokens of documents, without reading documents on the disk."""
     if isinstance(documents, DocumentStore):
         return int(documents.store.rows["loss_tokens"][documents.rows].sum(dtype=np.int64))
     return sum(d.loss_tokens for d in documents)

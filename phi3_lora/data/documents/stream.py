@@ -1,4 +1,4 @@
-"""Rows of sources read block by block, for data that no run passes over as a whole."""
+"""Reading of sources block by block, for data that is too large to read before a run."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ NAME = "training data"
 
 
 class Block(NamedTuple):
-    """Consecutive rows."""
+    """Encoded rows that follow each other in the stream."""
 
     number: int
     """Counts from 0."""
     documents: Sequence[Document]
-    """Documents of trainable rows, in the order of the rows."""
+    """Documents of the trainable rows, in the order of the rows."""
     tally: Tally
     """The outcomes of the block's rows."""
     rows_hash: str
-    """sha256 of all rows of the pass up to the block's last one."""
+    """sha256 of all rows of the pass up to the end of the block."""
 
 
 class Stopped(Exception):
-    """Reading stopped because it was asked to."""
+    """Reading stopped on request, through StreamPass.is_stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedRows:
-    """Rows that can be read in several passes."""
+    """Rows to read in one or more passes."""
 
     sources: Sequence[Source]
     tokenizer: ChatTokenizer
@@ -53,37 +53,37 @@ class StreamedRows:
     buffer_size: int
     """Rows in a block."""
     held_out: DocumentIndex = field(default_factory=lambda: DocumentIndex(()))
-    """The validation documents; training rows among them are counted."""
+    """The validation documents; training rows that are among them are counted."""
 
     def __str__(self) -> str:
         """Return the name of the rows in messages."""
         return ", ".join(map(str, self.sources))
 
     def notes_on(self, tally: Tally) -> list[str]:
-        """Return a note for the user on each outcome of the rows that were read."""
+        """Return a note for the user on each outcome of rows that were read."""
         return notes_on(tally, f"{NAME}, of {tally.num_rows:,} rows read", self.encoding)
 
 
 class StreamPass:
-    """One pass over the rows, from the first one on."""
+    """One pass over the rows, from the first row on."""
 
     def __init__(self, rows: StreamedRows) -> None:
         """Begin at the first row."""
         self._of = rows
         self.is_stopped: Callable[[], bool] = lambda: False
-        """Called at each row; reading stops when it returns True."""
+        """Function that is called at each row; reading stops when it returns True."""
         self._notes: list[str] = []
         self._rows = mixed_rows(rows.sources, self._notes)
         self._digest = hashlib.sha256()
         self.number = 0
-        """The number of the next block."""
+        """Number of the next block."""
 
     def read(self) -> Block | None:
         """Read the next block; return None after the last one.
 
         Raises:
-            DataError: when a source does not exist or is damaged; when a row is bad or too long,
-                and that is to be an error.
+            DataError: when a source does not exist or is damaged, or when a row is bad or too long
+                and the encoding makes that an error.
             Stopped: when is_stopped returned True.
         """
         rows = self._next()
@@ -95,7 +95,7 @@ class StreamPass:
         for row in rows:
             if isinstance(row, BadRow):
                 bad.add(row)
-        # Noted when they are met: the end of their file may never be read.
+        # Plain text is noted at once: the end of its file may never be read.
         plain = dict.fromkeys(row.source.rpartition(":")[0] for row in good if row.whole)
         self._notes += [f"{name}: rows of plain text: every token is in the loss" for name in plain]
         first = (self.number - 1) * of.buffer_size + 1
@@ -122,7 +122,7 @@ class StreamPass:
         return bool(self._next())
 
     def notes(self) -> list[str]:
-        """Return the notes on formats since the last call."""
+        """Return the notes on formats that came since the last call."""
         notes, self._notes[:] = [*self._notes], []
         return notes
 
@@ -140,11 +140,11 @@ class StreamPass:
 def mixed_rows(
     sources: Sequence[Source], notes: list[str] | None = None
 ) -> Iterator[Conversation | BadRow]:
-    """Read rows of sources in turn, each source as often as its weight says, until all have ended.
+    """Read rows from several sources in turn, in proportion to the weights of the sources.
 
     Args:
-        sources: what to read; one that ends drops out.
-        notes: gets what the user should know of a file's format.
+        sources: sources to read; reading ends after the last row of all.
+        notes: receives notes for the user on the formats of files.
 
     Raises:
         DataError: when a source does not exist or is damaged.
@@ -152,7 +152,7 @@ def mixed_rows(
     Source: stride scheduling, Waldspurger and Weihl (1995), MIT/LCS/TM-528.
     """
     rows = [iterate_rows(source, notes) for source in sources]
-    # When each source is due next; the first of those that are due at once goes first.
+    # The time at which each source is due; at equal times the earlier source comes first.
     due = [(1 / source.weight, i) for i, source in enumerate(sources)]
     heapq.heapify(due)
     while due:
@@ -164,7 +164,7 @@ def mixed_rows(
 
 
 def _content(row: Conversation | BadRow) -> bytes:
-    """Return the content of a row as bytes, without its place."""
+    """Return the content of a row, without its place, as bytes to hash."""
     if isinstance(row, BadRow):
         return b"bad row\n"
     return (json.dumps([row.messages, row.weights, row.whole]) + "\n").encode()

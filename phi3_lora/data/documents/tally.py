@@ -14,12 +14,12 @@ BAD, UNRENDERED = "bad", "unrendered"
 SHORTENED, DROPPED, NO_LOSS_TOKENS = "shortened", "dropped", "silent"
 HAS_MARKER_TEXT, STRIPPED_WHITESPACE = "marked", "eaten"
 SYSTEM_DROPPED, LEAKED = "systemless", "leaked"
-"""Kinds of rows. Checkpoints store these strings."""
+"""Outcomes of rows. Checkpoints store these strings."""
 _KEY_OF = {"num_stripped": "num_eaten"}
 """Field -> its key in a checkpoint, where they differ."""
 _FIELD_OF = {key: name for name, key in _KEY_OF.items()}
 _LISTED = (BAD, UNRENDERED)
-"""Kinds of which the first MAX_SHOWN are named; of the others, the first one."""
+"""Outcomes with a list of the first MAX_SHOWN rows; other outcomes list the first row only."""
 _LEFT_OUT = {BAD: "bad row(s)", UNRENDERED: "row(s) that cannot be rendered"}
 
 
@@ -32,11 +32,11 @@ class Tally:
     longest: int = 0
     """Tokens of the longest row that does not fit."""
     num_stripped: int = 0
-    """White-space characters that markers beside a message strip, in rows that are kept."""
+    """White-space characters in kept rows that neighbouring markers strip."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Kind -> rows of it."""
+    """Outcome -> number of rows."""
     first: dict[str, list[str]] = field(default_factory=dict)
-    """Kind -> file:line of the first row; of unusable rows `file:line: why` of several."""
+    """Outcome -> file:line of the first row; for unusable rows `file:line: reason` of several."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as a checkpoint stores them."""
@@ -45,10 +45,10 @@ class Tally:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tally:
-        """Read what to_dict wrote.
+        """Restore a tally from the values that to_dict returned.
 
         Raises:
-            ValueError: when the values are not those of a tally.
+            ValueError: when the values are not the values of a tally.
         """
         try:
             renamed = {_FIELD_OF.get(key, key): value for key, value in values.items()}
@@ -56,10 +56,10 @@ class Tally:
             numbers = [tally.num_rows, tally.longest, tally.num_stripped, *tally.counts.values()]
             named = [tally.first[kind] for kind in tally.counts]
         except (TypeError, AttributeError, KeyError) as cause:
-            raise ValueError(f"no counts of rows: {cause}") from None
+            raise ValueError(f"not counts of rows: {cause}") from None
         are_numbers = all(type(number) is int and number >= 0 for number in numbers)
         if not are_numbers or not all(isinstance(n, list) and n for n in named):
-            raise ValueError(f"no counts of rows: {values}")
+            raise ValueError(f"not counts of rows: {values}")
         return tally
 
     def __add__(self, later: Tally) -> Tally:
@@ -77,16 +77,16 @@ class Tally:
         )
 
     def plus(self, kind: str, count: int, first: Sequence[str]) -> Tally:
-        """Return the tally with more rows of a kind; num_rows stays."""
+        """Return the tally with more rows of one outcome; num_rows stays."""
         return self + Tally(counts={kind: count}, first={kind: [*first]}) if count else self
 
     def notes(self, name: str, *, limit: str, too_long: TooLong) -> list[str]:
-        """Return a text for the user on each kind that occurs.
+        """Return a note for the user on each outcome that occurs.
 
         Args:
-            name: what to call the rows.
-            limit: what the limit of tokens is called.
-            too_long: the treatment of longer rows; not error.
+            name: name of the rows.
+            limit: name of the token limit.
+            too_long: treatment of longer rows; not error.
         """
         notes = [
             listing(
@@ -108,7 +108,7 @@ class Tally:
             (
                 STRIPPED_WHITESPACE,
                 kept,
-                "{} rows lose white space that markers beside a message eat",
+                "{} rows lose white space that markers beside a message strip",
                 f"{self.num_stripped:,} in all; ",
             ),
             (
@@ -120,7 +120,7 @@ class Tally:
             (
                 LEAKED,
                 kept,
-                "{} rows are in the validation data, too, so that its loss comes out too low",
+                "{} rows are in the validation data, too, so its loss is too low",
                 "",
             ),
         )

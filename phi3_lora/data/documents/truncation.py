@@ -1,6 +1,6 @@
 """Shortening of rows that are longer than the token limit, by whole turns.
 
-A turn is a user's message with all that follows it up to the next one. No message is ever cut.
+A turn is a user message and all messages up to the next user message. No message is ever cut.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ RIGHT: Final = "truncate_right"
 def shorten(
     rows: Sequence[Conversation], encode: Encode, *, limit: int, side: TooLong, loss_on: LossOn
 ) -> list[Document | None]:
-    """Drop as few whole turns of each row as needed to fit; None where one turn is too long.
+    """Drop as few whole turns of each row as needed to fit.
 
     Args:
         rows: rows that are too long.
-        encode: conversations to documents.
+        encode: function from conversations to documents.
         limit: tokens that a document may have.
         side: truncate_left drops the oldest turns, but never the system message;
             truncate_right drops the last turns.
-        loss_on: assistant, last or all; of the row as it was, so that no other answer becomes
-            the last one.
+        loss_on: assistant, last or all; `last` means the last answer of the full row.
+
+    Returns:
+        One document per row; None if a single turn is too long.
     """
     rows = [dataclasses.replace(r, weights=messages_in_loss(r, loss_on)) for r in rows]
     fitting: list[Document | None] = [None] * len(rows)
     fewest, most = [1] * len(rows), [num_turns(row) for row in rows]
-    # Bisection, all rows at once: one pass over the texts for each halving.
+    # Bisection for all rows at once: each halving is one pass over the texts.
     while pending := [i for i in range(len(rows)) if fewest[i] < most[i]]:
         tried = {i: (fewest[i] + most[i]) // 2 for i in pending}
         cut = [without_turns(rows[i], tried[i], side) for i in pending]
@@ -49,16 +51,16 @@ def shorten(
 
 
 def num_turns(row: Conversation) -> int:
-    """Turns that can be dropped as a whole; plain text is one."""
+    """Count the turns of a row; plain text is one turn."""
     return 1 if row.whole else max(1, len(_starts(row)))
 
 
 def without_turns(row: Conversation, count: int, side: TooLong) -> Conversation:
-    """Return a row without its oldest or last turns, and its weights without theirs.
+    """Drop the oldest or last turns of a row, with their weights.
 
     Args:
         row: a conversation.
-        count: turns to drop; fewer than it has.
+        count: number of turns to drop; smaller than num_turns.
         side: truncate_left or truncate_right.
     """
     starts = _starts(row)

@@ -1,1 +1,1 @@
-"""Checking, cleaning and splitting data."""
+"""Checking, cleaning and splitting of data."""

@@ -1,4 +1,4 @@
-"""The check of data: problems of each row, and statistics of all."""
+"""Check of data: problems of each row, and statistics of all rows."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from phi3_lora.data.documents.encoding import (
     encode_part,
 )
 from phi3_lora.data.documents.selection import Selection
+from phi3_lora.data.options import Outcome
 from phi3_lora.data.quality.cleaning import (
     Cleaning,
     Finding,
@@ -46,7 +47,7 @@ Rows = list[Conversation]
 
 
 class TokenBudget(NamedTuple):
-    """The tokenizer that rows are measured with, and how training encodes them."""
+    """The tokenizer and the encoding settings of training, to measure rows in tokens."""
 
     tokenizer: ChatTokenizer
     encoding: Encoding
@@ -56,11 +57,11 @@ class Previewed(NamedTuple):
     """A row as training encodes it, and whether training keeps it."""
 
     document: Document
-    """Shortened if training shortens it; whole if training leaves it out."""
-    training: str
-    """kept, shortened, dropped or error (training stops)."""
+    """The document; shortened if training shortens it, whole if training leaves it out."""
+    training: Outcome
+    """How training treats the row."""
     remark: str
-    """Why it is not kept as it is; else empty."""
+    """Why the row is not kept as it is; otherwise empty."""
 
 
 def check_rows(
@@ -71,18 +72,18 @@ def check_rows(
     near: bool = True,
     limits: Cleaning | None = None,
 ) -> Report:
-    """Look at every row, going on after each problem.
+    """Check every row, and report all problems.
 
     Args:
         train: rows to train on.
         valid: rows to validate on.
-        budget: the base model's tokenizer and the limits; None measures lengths in characters.
-        near: whether to look for near duplicates.
-        limits: bounds in characters, patterns and a language that rows must keep to.
+        budget: the base model's tokenizer and limits; None measures lengths in characters.
+        near: True to look for near duplicates.
+        limits: limits in characters, patterns and the language that rows must meet.
 
     Raises:
-        DataError: when there is nothing to train on.
-        ConfigError: when a library that is needed is not installed, or a language is unknown.
+        DataError: when there are no training rows.
+        ConfigError: when a required library is not installed, or the language is unknown.
     """
     if not train:
         raise DataError("there are no rows to check")
@@ -113,7 +114,7 @@ def check_rows(
 
 
 def _steps(limits: Cleaning) -> list[tuple[str, Step]]:
-    """Return the checks of each row: those of any data, then the limits that are set."""
+    """Return the checks of single rows: the standard ones, then the limits that are set."""
     always = row_steps(Cleaning(unicode=True, white_space=True, empty=True))
     return [*always, ("markers", _find_marker), ("weights", _find_no_weight), *row_steps(limits)]
 
@@ -143,7 +144,7 @@ def _find_no_weight(row: Conversation) -> Finding | None:
 
 
 def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
-    """Repeated rows within the training data and within the validation data, and leaks."""
+    """Find repeated rows within training data, repeated rows within validation data, and leaks."""
     rows, border = train + valid, len(train)
     index = NearIndex.of_rows(rows) if near else None
     found = []
@@ -168,12 +169,12 @@ def _repeats(train: Rows, valid: Rows, near: bool) -> list[Problem]:
 
 
 def _measure_tokens(report: Report, rows: Rows, budget: TokenBudget) -> None:
-    """Put lengths in tokens, their share in the loss and what they show into a report."""
+    """Add lengths in tokens, the number of loss tokens, and problems of documents to a report."""
     tokenizer, encoding = budget
     lengths: list[int] = []
     report.loss_tokens = 0
     known = {(p.file, p.line, p.kind) for p in report.problems}
-    # In parts: only counts are kept of a document.
+    # Rows are encoded in parts, and only counts are kept: memory stays small.
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[first : first + _ROWS_AT_ONCE]
         documents, refused = tokenizer.encode_rows(part, loss_on=encoding.loss_on)
@@ -206,20 +207,20 @@ def _token_findings(document: Document, encoding: Encoding) -> Iterator[Finding]
 
 
 def as_trained(rows: Rows, budget: TokenBudget) -> list[Previewed]:
-    """Encode rows as training does, with the reason for each row that is left out or shortened.
+    """Encode rows as in training, with a remark on each row that is left out or shortened.
 
     Raises:
         DataError: when the chat template refuses a row.
     """
     tokenizer, encoding = budget
     parts = encode_part(rows, tokenizer, encoding)
-    # A preview shows rows for which training stops, too.
+    # A preview also shows rows that stop training.
     lenient = dataclasses.replace(encoding, too_long="drop", on_bad_row="error")
     selection = Selection(InMemory(parts), lenient, ())
     kept = set(selection.choose(np.arange(len(parts)), "rows")[0].tolist())
     found = []
     for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        training = "kept" if i in kept else "dropped"
+        training: Outcome = "kept" if i in kept else "dropped"
         remark = "" if i in kept else "no token is in the loss"
         if part.flags & (TOO_LONG | SHORTENED):
             remark = f"{part.length:,} tokens, more than {encoding.limit_name}"
@@ -237,15 +238,15 @@ def as_trained(rows: Rows, budget: TokenBudget) -> list[Previewed]:
 
 
 def first_rows(sources: Sequence[Source], limit: int) -> list[Conversation]:
-    """Read the first rows of sources, and no more than needed.
+    """Read the first rows of sources, and no rows after them.
 
     Raises:
-        DataError: when a source does not exist, there are no rows, or one of these rows is bad.
+        DataError: when a source does not exist, there are no rows, or one of the rows is bad.
     """
     rows = []
     for row in itertools.islice(iterate_rows(sources), limit):
         if isinstance(row, BadRow):
-            raise DataError(f"{row} (phi3-lora data check lists all that is wrong)")
+            raise DataError(f"{row} (phi3-lora data check lists all problems)")
         rows.append(row)
     if not rows:
         raise DataError(f"{', '.join(map(str, sources))}: there are no rows")

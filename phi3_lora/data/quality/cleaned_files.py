@@ -1,4 +1,4 @@
-"""Cleaned rows as files: what is left, and what was done, so that each change can be taken back."""
+"""Reading of rows to clean, and writing of cleaned rows with a list of all changes."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from phi3_lora.storage.atomic import replace_folder
 
 CHANGES_NAME = "changes.jsonl"
 TEXT_NAME = "train-text.jsonl"
-"""Rows of plain text, where there are others, too: one file cannot hold both."""
+"""File of plain-text rows if there are also conversations: one file cannot hold both."""
 _OF_ANY = ("system", "tools")
 _OF_ALPACA = ("input", "history")
 _MISTAKEN = ("messages", "system", "tools", "completion", "chosen", "rejected")
-"""Keys under which a row of messages would be read as something else."""
+"""Keys that would change the meaning of a row with messages."""
 Others = dict[str, dict[str, Any]]
-"""file:line -> what a row holds beside its conversation, such as a label or the key of a group."""
+"""file:line -> keys of a row besides its conversation, such as a label or a group."""
 
 
 def read_for_cleaning(
     sources: Sequence[Source], *, on_bad_row: OnBadRow, notes: list[str]
 ) -> tuple[list[Conversation], Others]:
-    """Read every row of sources, with the keys beside its conversation.
+    """Read every row of sources, with the keys besides its conversation.
 
     Args:
-        sources: in order; weights do not count.
-        on_bad_row: error, or skip: leave bad rows out and note them.
-        notes: gets what the user should know.
+        sources: the sources; weights are ignored.
+        on_bad_row: error, or skip, which leaves bad rows out and notes them.
+        notes: receives notes for the user.
 
     Raises:
-        DataError: when a source does not exist, rows are bad, or none is left.
+        DataError: when a source does not exist, rows are bad, or no row is left.
     """
     rows: list[Conversation] = []
     others: Others = {}
@@ -63,11 +63,11 @@ def read_for_cleaning(
 
 
 def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Return the keys of a row beside its conversation, with its label.
+    """Return the keys of a row besides its conversation; the label is one of them.
 
     Args:
-        value: the row as its file has it.
-        source: where it is from, with its format and columns.
+        value: the row as its file holds it.
+        source: the source of the row, with its format and columns.
     """
     theirs = {ours: source.columns.get(ours, ours) for ours in COLUMNS}
     present = {key for key, item in value.items() if item is not None}
@@ -77,7 +77,7 @@ def other_keys(value: Mapping[str, Any], source: Source) -> dict[str, Any]:
         name = next(fits, "")
     needs = FORMATS[name].needs if name else COLUMNS
     read = (*needs, *_OF_ANY, *(_OF_ALPACA if name == "alpaca" else ()))
-    # The label is what a split is stratified by; beside messages it means nothing else.
+    # The label stays: a split can be stratified by it, and it does not change messages.
     used = {theirs[key] for key in read if key != "label"}
     return {key: _plain(value[key]) for key in value if key in present and key not in used}
 
@@ -94,7 +94,7 @@ def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dic
 
     Args:
         row: the conversation.
-        others: what the row held beside it; keys that would change its meaning are left out.
+        others: other keys of the row; keys that would change its meaning are left out.
     """
     others = others or {}
     if row.whole:
@@ -105,7 +105,7 @@ def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dic
         weight = None if row.weights is None else row.weights[i]
         messages.append({**message, **({} if weight is None else {"weight": int(weight)})})
     value: dict[str, Any] = {"messages": messages}
-    # Tools are the row's own; a message that holds nothing else is made for them again.
+    # Tools go back to the row; the reader makes a system message for them again.
     tools = messages[0].pop("tools", None)
     if tools is not None:
         value["tools"] = json.loads(tools)
@@ -115,19 +115,19 @@ def row_value(row: Conversation, others: Mapping[str, Any] | None = None) -> dic
 
 
 def write_cleaned(folder: Path, cleaned: Cleaned, others: Others | None = None) -> list[str]:
-    """Write what is left, and changes.jsonl with each changed row before and after.
+    """Write the remaining rows, and changes.jsonl with each changed row before and after.
 
     Args:
-        folder: new or empty.
-        cleaned: what is left, and what was done.
-        others: what rows hold beside their conversations; it is written with them.
+        folder: a new or empty folder.
+        cleaned: the remaining rows and all changes.
+        others: other keys of rows, which are written with them.
 
     Returns:
-        Names of the files of rows: train.jsonl, and train-text.jsonl when rows of plain text are
-        among others.
+        Names of the files of rows: train.jsonl, and train-text.jsonl if rows of plain text are
+        mixed with conversations.
 
     Raises:
-        StorageError: when it cannot be written.
+        StorageError: when the folder cannot be written.
     """
     beside: Mapping[str, dict[str, Any]] = others or {}
     is_mixed = len({row.whole for row in cleaned.rows}) > 1

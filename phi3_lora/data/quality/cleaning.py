@@ -1,6 +1,6 @@
-"""Cleaning rows, one step after the other; each is optional, and says what it did to which row.
+"""Cleaning of rows by optional steps; each step reports every row that it changes or drops.
 
-Rows are never changed in place and no file is touched, so nothing is lost.
+Rows are never changed in place, and files are not touched.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Cleaning:
     """The steps to take; all are off by default."""
 
     unicode: bool = False
-    """Put text into Unicode NFC and take out control characters."""
+    """Convert text to Unicode NFC and remove control characters."""
     white_space: bool = False
-    """Take off white space at the ends of turns; line ends, odd and invisible spaces made plain."""
+    """Strip white space at the ends of turns; make line ends, odd and invisible spaces plain."""
     empty: bool = False
-    """Drop rows with an empty user turn; take out empty system turns."""
+    """Drop rows with an empty user turn; remove empty system turns."""
     duplicates: bool = False
-    """Keep the first of rows that are equal but for white space and Unicode form."""
+    """Keep the first of rows that differ only in white space and Unicode form."""
     near_duplicates: bool = False
     """Keep the first of rows whose word triples overlap by 0.8 or more."""
     min_chars: int | None = None
@@ -54,7 +54,7 @@ class Cleaning:
     patterns: tuple[str, ...] = ()
     """Drop rows in which one of these regular expressions matches."""
     language: str | None = None
-    """Drop rows that are clearly in another language than this (ISO 639-1, such as en)."""
+    """Drop rows that are clearly not in this language (ISO 639-1, such as en)."""
 
     def __post_init__(self) -> None:
         for low, high in (("min_chars", "max_chars"), ("min_tokens", "max_tokens")):
@@ -69,18 +69,18 @@ class Cleaning:
                 re.compile(pattern)
             except re.error as cause:
                 raise ConfigError(
-                    f"the pattern {pattern!r} is no regular expression: {cause}"
+                    f"the pattern {pattern!r} is not a regular expression: {cause}"
                 ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem of a row, and the row after the step."""
+    """A problem of a row, and the row without the problem."""
 
     kind: str
     message: str
     row: Conversation | None = None
-    """The row as it should be; None when it should go."""
+    """The corrected row; None if the row must be dropped."""
 
 
 Step = Callable[[Conversation], Finding | None]
@@ -88,13 +88,13 @@ Step = Callable[[Conversation], Finding | None]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The change that one step made to one row."""
+    """One step's change to one row."""
 
     step: str
-    """The field of Cleaning."""
+    """Name of the step: a field of Cleaning."""
     before: Conversation
     after: Conversation | None
-    """None when the row was dropped."""
+    """The changed row; None if the row was dropped."""
     message: str
 
     @property
@@ -105,15 +105,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """Rows that are left, and all that was done."""
+    """The remaining rows, and all changes."""
 
     rows: list[Conversation]
     changes: list[Change] = field(default_factory=list)
     steps: tuple[str, ...] = ()
-    """Fields of Cleaning that were taken, in order."""
+    """Names of the steps taken, in order."""
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Step that was taken -> how many rows it `changed` and how many it `dropped`."""
+        """Return step -> number of rows that it `changed` and number that it `dropped`."""
         done = Counter((c.step, "dropped" if c.after is None else "changed") for c in self.changes)
         steps = dict.fromkeys(self.steps)
         return {s: {what: done[s, what] for what in ("changed", "dropped")} for s in steps}
@@ -122,15 +122,15 @@ class Cleaned:
 def clean(
     rows: Sequence[Conversation], steps: Cleaning, tokenizer: ChatTokenizer | None = None
 ) -> Cleaned:
-    """New rows with the steps taken, in the order of Cleaning's fields but duplicates last.
+    """Clean rows: take steps in the order of Cleaning's fields, but duplicates last.
 
     Args:
-        rows: left as they are.
-        steps: which to take.
-        tokenizer: the base model's, for limits in tokens.
+        rows: the rows; they are not changed.
+        steps: the steps to take.
+        tokenizer: the base model's tokenizer, for limits in tokens.
 
     Raises:
-        ConfigError: when a limit in tokens comes without a tokenizer, or a step's library is not
+        ConfigError: when a limit in tokens is set without a tokenizer, or a step's library is not
             installed.
         DataError: when the chat template refuses a row.
     """
@@ -155,10 +155,10 @@ def clean(
 
 
 def row_steps(steps: Cleaning) -> list[tuple[str, Step]]:
-    """Field of Cleaning -> what looks at one row, for the steps that are set and need no more.
+    """Return the name and function of each step that is set and needs only one row at a time.
 
     Raises:
-        ConfigError: when a language is asked for that is unknown, or its library is missing.
+        ConfigError: when the language is unknown, or the library to detect it is missing.
     """
     found: list[tuple[str, Step]] = []
     if steps.unicode:
@@ -196,19 +196,19 @@ def _repeats(rows: Sequence[Conversation], matches: Sequence[Match]) -> list[Fin
 
 
 def repeat_finding(match: Match, other: Conversation) -> Finding:
-    """A row that repeats an earlier one."""
+    """Return the finding for a row that repeats another row."""
     if match.is_exact:
         return Finding("duplicate", f"repeats {other.source}")
     return Finding("near-duplicate", f"{match.similarity:.2f} like {other.source}")
 
 
 def num_chars(row: Conversation) -> int:
-    """Characters of all turns, calls of tools included."""
+    """Count the characters of all turns, including tool calls."""
     return sum(len(message_text(m)) for m in row.messages)
 
 
 def length_finding(length: int, least: int | None, most: int | None, unit: str) -> Finding | None:
-    """A row outside of limits."""
+    """Return the finding for a row whose length is outside of limits; None if it is inside."""
     if least is not None and length < least:
         return Finding("too-short", f"{length:,} {unit}, fewer than {least:,}")
     if most is not None and length > most:
@@ -217,12 +217,12 @@ def length_finding(length: int, least: int | None, most: int | None, unit: str) 
 
 
 def find_encoding(row: Conversation) -> Finding | None:
-    """Text that was decoded wrongly, or is not in the one Unicode form."""
+    """Find text that was decoded wrongly or is not in Unicode NFC."""
     return _each_text(row, "encoding", encoding_problem, repaired)
 
 
 def find_white_space(row: Conversation) -> Finding | None:
-    """White space that readers do not see, but the model does."""
+    """Find white space that a reader does not see, but the model does."""
     return _each_text(row, "whitespace", white_space_problem, tidied)
 
 
@@ -241,7 +241,7 @@ def _each_text(
 
 
 def find_empty(row: Conversation) -> Finding | None:
-    """Turns without text; what an answer lacks is found when the row is read."""
+    """Find empty system and user turns; the reader of rows refuses empty answers."""
     empty = [i for i, m in enumerate(row.messages) if _is_empty(m)]
     if not empty:
         return None
@@ -255,7 +255,7 @@ def find_empty(row: Conversation) -> Finding | None:
 
 
 def _is_empty(message: Message) -> bool:
-    # A system message may stand for its tools alone; a tool may answer nothing.
+    # A system message with tools may have no text; a tool may return an empty result.
     if message["role"] not in ("system", "user") or "tools" in message:
         return False
     return not message["content"].strip()
@@ -277,7 +277,7 @@ def _pattern_step(pattern: str) -> Step:
 
 def _language_step(languages: LanguageFilter) -> Step:
     def step(row: Conversation) -> Finding | None:
-        # Not the calls of tools: their keys are English everywhere.
+        # Tool calls are left out: their keys are English in every language.
         spoken = "\n".join(m["content"] for m in row.messages if m["role"] != "system")
         other = languages.other_language(spoken)
         if other is None:

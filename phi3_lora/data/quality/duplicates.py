@@ -1,7 +1,8 @@
-"""Duplicate rows: exact ones by a hash of their text, near ones by MinHash and true overlap.
+"""Search for duplicate rows: exact ones by a hash, near ones by MinHash and true similarity.
 
-Near means: the sets of word triples of two rows have a Jaccard similarity of at least SIMILARITY.
-MinHash with bands of rows proposes pairs; each is then verified on the true sets.
+Rows are near duplicates if their sets of word triples have a Jaccard similarity of at least
+SIMILARITY. MinHash with bands proposes pairs; each pair is then verified on the true sets.
+
 Source: Broder, On the resemblance and containment of documents (1997); Leskovec et al., Mining of
 Massive Datasets, section 3.4 (bands).
 """
@@ -26,21 +27,21 @@ from phi3_lora.errors import ConfigError
 from phi3_lora.storage.optional import optional_package
 
 SIMILARITY = 0.8
-"""Jaccard similarity of the sets of word triples from which rows are near duplicates."""
+"""Least Jaccard similarity of the word triples of near duplicates."""
 _NUM_PERM = 64
 _BANDS = 16
 """Bands of 4 values each: a pair at SIMILARITY shares a band with probability 0.9998."""
 _LEAST_AGREEMENT = 38
-"""Equal values of 64; a pair at SIMILARITY has 51 on average with a deviation of 3.2."""
+"""Least number of equal values of 64; a pair at SIMILARITY has 51 on average, deviation 3.2."""
 _WINDOW = 64
-"""Rows of one bucket that a row is compared with: a data set of one template fills a bucket."""
+"""Rows of one bucket that a row is compared with; rows of one template can all be in one bucket."""
 _TRIES = 16
-"""Comparisons of true sets that may fail before a row counts as unlike the rest."""
+"""Failed comparisons of true sets after which the search for a row stops."""
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 """Scripts without spaces between words (Thai to Khmer, kana, Han): each character is a word."""
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
-"""Odd multipliers, one for each place in a triple, so that word order counts."""
+"""Odd multipliers, one for each position in a triple; word order then counts."""
 
 Words = tuple[str, ...]
 
@@ -53,17 +54,17 @@ class Match(NamedTuple):
     similarity: float
     """Jaccard similarity of the word triples."""
     is_exact: bool = False
-    """Equal but for white space and Unicode form; else words alone are alike."""
+    """True if the rows differ only in white space and Unicode form; False for near duplicates."""
 
 
 class Groups:
-    """Groups of n items, joined pair by pair."""
+    """Disjoint groups of items, joined pair by pair."""
 
     def __init__(self, size: int) -> None:
         self._parent = list(range(size))
 
     def find(self, item: int) -> int:
-        """The number of an item's group: one of its members."""
+        """Return the number of an item's group: its least member."""
         parent = self._parent
         while parent[item] != item:
             parent[item] = parent[parent[item]]
@@ -71,20 +72,20 @@ class Groups:
         return item
 
     def join(self, one: int, other: int) -> None:
-        """Put two items and all that belong to them into one group, numbered by the least."""
+        """Join the groups of two items."""
         first, second = sorted((self.find(one), self.find(other)))
         self._parent[second] = first
 
 
 def normalised(text: str) -> str:
-    """Text for exact comparison: Unicode NFC, each run of white space one space."""
+    """Return a text for exact comparison: in Unicode NFC, with runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def exact_key(row: Conversation) -> bytes:
-    """128 bits that are equal for rows of the same turns, white space and Unicode form apart.
+    """Return a 128-bit hash of a row's turns that ignores white space and Unicode form.
 
-    Tools and calls of them count, ids of calls do not.
+    Tools and tool calls count, ids of calls do not.
     """
     digest = hashlib.blake2b(digest_size=16)
     for message in row.messages:
@@ -95,19 +96,19 @@ def exact_key(row: Conversation) -> bytes:
 
 
 def exact_duplicates(rows: Sequence[Conversation]) -> list[Match]:
-    """Each row that repeats an earlier one, with the first of its kind."""
+    """Match each row that repeats an earlier row to the first equal row."""
     return matches_of(map(exact_key, rows))
 
 
 def matches_of(keys: Iterable[bytes]) -> list[Match]:
-    """Each row whose exact_key an earlier one has, with the first of its kind."""
+    """Match each row whose exact_key occurred before to the first row with that key."""
     first: dict[bytes, int] = {}
     found = ((i, first.setdefault(key, i)) for i, key in enumerate(keys))
     return [Match(i, other, 1.0, is_exact=True) for i, other in found if other != i]
 
 
 def message_text(message: Message) -> str:
-    """A message's content, and its calls of tools as JSON without their ids."""
+    """Return a message's content, with its tool calls as JSON without ids."""
     calls = message.get("tool_calls")
     if not calls:
         return str(message["content"])
@@ -117,7 +118,7 @@ def message_text(message: Message) -> str:
 
 
 def conversation_text(row: Conversation) -> str:
-    """Return the text that near duplicates are compared by: every turn but the system's."""
+    """Return the text by which near duplicates are compared: all messages but the system's."""
     return "\n".join(message_text(m) for m in row.messages if m["role"] != "system")
 
 
@@ -137,14 +138,14 @@ def _datasketch() -> Any:
 
 
 class NearIndex:
-    """Texts by their MinHash, to find those that nearly repeat others."""
+    """An index of texts by MinHash, to find near duplicates."""
 
     def __init__(self, texts: Sequence[str], signatures: NDArray[np.uint32] | None = None) -> None:
         """Compute signatures and buckets.
 
         Args:
-            texts: a text without a word is near to nothing.
-            signatures: of the texts, (texts, 64), where they are known.
+            texts: the texts; a text without words has no near duplicate.
+            signatures: (texts, 64) signatures, if they are known.
 
         Raises:
             ConfigError: when datasketch is not installed.
@@ -169,16 +170,17 @@ class NearIndex:
         return cls([conversation_text(row) for row in rows])
 
     def reordered(self, order: Sequence[int]) -> NearIndex:
-        """The index of the same texts in another order, at little cost."""
+        """Return an index of the texts in another order, without new signatures."""
         return NearIndex([self._texts[i] for i in order], self._signatures[list(order)])
 
     def _read_triples(self, row: int) -> frozenset[Words]:
         return word_triples(self._texts[row])
 
     def duplicates(self, first: int, last: int) -> Iterator[Match]:
-        """Rows of [first, last) that nearly repeat an earlier row there.
+        """Find rows of [first, last) that nearly repeat an earlier row of that range.
 
-        The matches join all rows of a group: a row that ties two groups together is in several.
+        The matches join all rows of a group; a row that connects several groups has several
+        matches.
         """
         groups = Groups(last - first)
         for row in self._crowded[(self._crowded >= first) & (self._crowded < last)].tolist():
@@ -196,7 +198,7 @@ class NearIndex:
                     break
 
     def leaks(self, boundary: int) -> Iterator[Match]:
-        """Rows from the boundary on that nearly repeat one before it, each with its best match."""
+        """Find rows from the boundary on that nearly repeat a row before it, each with the best."""
         for row in self._crowded[self._crowded >= boundary].tolist():
             candidates = self._candidates(row, 0, boundary)[:_TRIES]
             scored = [(self._similarity(row, other), -other) for other in candidates]
@@ -205,7 +207,7 @@ class NearIndex:
                 yield Match(row, -other, similarity)
 
     def _candidates(self, row: int, first: int, last: int) -> list[int]:
-        """Rows of [first, last), all before this one, that share a bucket; likeliest first."""
+        """Return rows of [first, last) that share a bucket with a row; the likeliest come first."""
         found = []
         for order, start, place in self._bands:
             bucket = order[start[row] : place[row]]
@@ -226,18 +228,18 @@ class NearIndex:
 
 
 def words_of(text: str) -> list[str]:
-    """Words without case and punctuation; a character each where a script has no spaces."""
+    """Split a text into words without case and punctuation; see _UNSPACED for single characters."""
     return _WORD.findall(text.casefold())
 
 
 def word_triples(text: str) -> frozenset[Words]:
-    """The set of three words in a row; of a shorter text its words."""
+    """Return the set of word triples of a text; a shorter text gives one tuple of its words."""
     words = words_of(text)
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
 
 
 def _signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """MinHash of each text's word triples, (texts, 64) uint32; without words all ones."""
+    """Return the MinHash of word triples: (texts, 64) uint32; all bits are 1 without words."""
     minhash = _datasketch().MinHash(num_perm=_NUM_PERM, scheme="affine32", hashfunc=int)
     signatures = np.empty((len(texts), _NUM_PERM), dtype=np.uint32)
     for i, text in enumerate(texts):
@@ -248,7 +250,7 @@ def _signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 
 def _triple_hashes(text: str) -> list[int]:
-    """32 bits for each word triple: not Python's own hash, which differs from run to run."""
+    """Hash each word triple to 32 bits; Python's own hash differs from run to run."""
     words = words_of(text)
     if not words:
         return []
@@ -261,14 +263,14 @@ def _triple_hashes(text: str) -> list[int]:
 def _band(
     signatures: NDArray[np.uint32], band: int, texts: Sequence[str]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """One band's buckets.
+    """Sort the rows into the buckets of one band.
 
-    datasketch's own MinHashLSH walks a whole bucket for each row in it, which takes hours for a
-    large data set of one template.
+    MinHashLSH of datasketch reads a whole bucket for each row in it, which takes hours for a large
+    data set of one template.
 
     Returns:
-        All rows by bucket, ascending in each; of each row where its bucket starts in that list;
-        and where the row itself is.
+        All rows by bucket, ascending in each bucket; for each row, the index at which its bucket
+        starts in that list; for each row, its own index in that list.
     """
     width = _NUM_PERM // _BANDS
     part = np.ascontiguousarray(signatures[:, band * width : (band + 1) * width])
@@ -280,6 +282,6 @@ def _band(
     ordered = bucket[order]
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    # Half of what int64 takes, 16 times three numbers a row: there are fewer than 2**31 rows.
+    # int32 takes half the memory (16 bands, three numbers per row) and suffices for 2**31 rows.
     start = np.searchsorted(ordered, bucket)
     return order.astype(np.int32), start.astype(np.int32), place.astype(np.int32)

@@ -12,13 +12,13 @@ _LEAST_CONFIDENCE = 0.5
 
 
 class LanguageFilter:
-    """Finds texts that are clearly in another language than the one wanted."""
+    """Filter that finds texts in any language but the wanted one."""
 
     def __init__(self, code: str) -> None:
         """Load the model (0.5 s).
 
         Args:
-            code: ISO 639-1 of the language wanted, such as en.
+            code: ISO 639-1 code of the wanted language, such as en.
 
         Raises:
             ConfigError: when py3langid is not installed or does not know the language.
@@ -35,9 +35,9 @@ class LanguageFilter:
         self.code = code
 
     def other_language(self, text: str) -> str | None:
-        """The code of another language, if the text is clearly in it."""
+        """Return the language of a text if it is clearly another one; otherwise None."""
         language, confidence = self._identifier.classify(text)
-        # zxx: no language at all, such as tables and code.
+        # zxx means no language, as in tables and code.
         is_other = language not in (self.code, "zxx") and confidence >= _LEAST_CONFIDENCE
         return str(language) if is_other else None
 

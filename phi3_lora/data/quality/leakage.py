@@ -1,4 +1,4 @@
-"""Validation rows that repeat training rows, so that their loss is no measure."""
+"""Search for validation rows that repeat training rows, which makes the loss too low."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def find_leaks(
     """Find each validation row that repeats a training row, exactly or nearly.
 
     Args:
-        train: rows trained on.
-        valid: rows validated on.
-        index: of the training rows followed by the validation rows; None finds exact
+        train: rows to train on.
+        valid: rows to validate on.
+        index: index of the training rows followed by the validation rows; None finds exact
             repetitions only.
 
     Returns:
-        Matches in the order of valid: `row` is a place in valid, `other` the place in train of
-        the most similar row.
+        Matches in the order of valid: `row` is an index in valid, `other` is the index in train
+        of the most similar row.
     """
     first = {exact_key(row): i for i, row in reversed(list(enumerate(train)))}
     exact = {i: first[key] for i, row in enumerate(valid) if (key := exact_key(row)) in first}

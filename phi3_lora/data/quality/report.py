@@ -1,4 +1,4 @@
-"""The result of a data check: problems with file and line, lengths, and the share in the loss."""
+"""The result of a data check: problems with file and line, lengths, share of the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WIDTHS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with one row."""
+    """One problem of one row."""
 
     file: str
     line: int
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        """Return the problem as it is listed."""
+        """Return the place, the kind and the message, as messages list them."""
         return f"{self.file}:{self.line}: {self.kind}: {self.message}"
 
 
@@ -46,12 +46,13 @@ class Lengths(NamedTuple):
     unit: str
     """tokens or characters."""
     values: NDArray[np.int64]
-    """(rows,)."""
+    """(rows,) length of each row."""
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """Least and greatest length of each bin, and its rows.
+        """Return the least length, greatest length and number of rows of each bin.
 
-        Bins are of one round width; of powers of two where lengths differ by 8 times and more.
+        All bins have one round width. If lengths differ by a factor of 8 or more, the edges are
+        powers of two.
         """
         if not len(self.values):
             return []
@@ -67,10 +68,10 @@ class Lengths(NamedTuple):
         return [(a, b - 1, n) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Unit, least, median, 95th percentile, greatest and mean length, and the histogram."""
+        """Return unit, minimum, median, 95th percentile, maximum, mean and histogram."""
         quantiles = [0.0] * 4
         if len(self.values):
-            # Between two lengths the 95th percentile is the greater: 95 % are at most that long.
+            # inverted_cdf takes the greater of two lengths: at least 95 % are not longer.
             middle, high = (
                 np.quantile(self.values, 0.5),
                 np.quantile(self.values, 0.95, method="inverted_cdf"),
@@ -87,7 +88,7 @@ class Lengths(NamedTuple):
 
 @dataclass(slots=True)
 class Report:
-    """The result of a check."""
+    """The result of a data check."""
 
     files: list[str]
     num_rows: int
@@ -102,7 +103,7 @@ class Report:
     loss_tokens: int | None = None
 
     def counts(self) -> dict[str, int]:
-        """Kind -> problems of it, for the kinds that occur."""
+        """Return kind -> number of problems, for the kinds that occur."""
         found = Counter(p.kind for p in self.problems)
         return {kind: found[kind] for kind in KINDS if kind in found}
 
@@ -130,7 +131,7 @@ class Report:
 
 
 def spread(problems: Sequence[Problem], limit: int) -> list[Problem]:
-    """At most so many problems, of every kind about as many, in their order."""
+    """Choose at most `limit` problems, about equally many of each kind, in their order."""
     places: dict[str, list[int]] = {}
     for i, problem in enumerate(problems):
         places.setdefault(problem.kind, []).append(i)

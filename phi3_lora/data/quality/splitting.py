@@ -1,6 +1,6 @@
-"""Splitting of rows into training and validation data, with nothing on both sides.
+"""Splitting of rows into training and validation data without overlap.
 
-Rows that repeat each other, exactly or nearly, and rows of one group stay together.
+Rows that repeat each other, exactly or nearly, stay on one side, and so do rows of one group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from phi3_lora.storage.atomic import check_folder_unused, replace_folder
 
 TRAIN_NAME, VALID_NAME = "train.jsonl", "valid.jsonl"
 _KEYS_OF = 1000
-"""Rows of which an error names the keys."""
+"""Number of first rows whose keys an error lists."""
 
 
 class SplitRow(NamedTuple):
@@ -41,13 +41,13 @@ class SplitRow(NamedTuple):
     source: str
     """file:line."""
     key: bytes
-    """Equal for rows that are exact duplicates."""
+    """Hash that is equal for exact duplicates."""
     text: str
-    """The text that near duplicates are compared by; empty when they are not looked for."""
+    """Text by which near duplicates are compared; empty if they are not looked for."""
     value: Mapping[str, Any]
-    """The values of the requested keys, without null."""
+    """Values of the requested keys, without null."""
     line: bytes
-    """The line to write, as JSON without a line end."""
+    """The line to write: JSON without a line end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class Split:
     """The choice of the validation rows."""
 
     valid: list[int]
-    """Places of the rows, ascending."""
+    """Indices of the validation rows, ascending."""
     num_rows: int
     num_groups: int
-    """Sets of rows that stay together."""
+    """Number of sets of rows that stay together."""
     largest_group: int
-    """Rows of the largest of them."""
+    """Number of rows in the largest set."""
     labels: dict[str, tuple[int, int]]
-    """Label -> rows to train and to validate on; empty when not stratified."""
+    """Label -> number of training rows and of validation rows; empty if not stratified."""
 
 
 def read_split_rows(
@@ -76,15 +76,15 @@ def read_split_rows(
     """Read every row of sources.
 
     Args:
-        sources: in order; weights do not count, each row is there once.
-        keys: what rows are grouped or stratified by.
-        near: whether near duplicates will be looked for.
-        on_bad_row: error, or skip: leave bad rows out and note them.
-        notes: gets what was left out.
+        sources: the sources; weights are ignored, each row is read once.
+        keys: keys by which rows will be grouped or stratified.
+        near: True if near duplicates will be looked for.
+        on_bad_row: error, or skip, which leaves bad rows out and notes them.
+        notes: receives notes on rows that were left out.
 
     Raises:
-        DataError: when there is no such source, there are no rows, or rows are bad; all are
-            counted; when rows of different formats or columns would go into one file.
+        DataError: when a source does not exist, there are no rows, rows are bad, or rows of
+            different formats or columns would go into one file.
     """
     rows: list[SplitRow] = []
     bad = BadRows(on_bad_row, REWRITING)
@@ -118,14 +118,14 @@ def read_split_rows(
 
 
 def _kind(name: str, source: Source) -> str:
-    """Return what rows must have in common to be read from one file."""
+    """Return the properties that all rows of one file must share: format and columns."""
     kind = "messages" if FORMATS[name].is_chat else name
     columns = ", ".join(f"{ours}: {theirs}" for ours, theirs in sorted(source.columns.items()))
     return kind + (f", columns {{{columns}}}" if columns else "")
 
 
 class _LineReader:
-    """The bytes of a JSONL file's lines, asked for in ascending order."""
+    """Reader of single lines of a JSONL file; line numbers must ascend."""
 
     def __init__(self, name: str) -> None:
         path = Path(name)
@@ -134,7 +134,7 @@ class _LineReader:
             self._lines = enumerate(_lines_of(path), start=1)
 
     def line(self, number: int, value: Any) -> bytes:
-        """A line's own bytes; where a file has no such line, the value as JSON."""
+        """Return the bytes of a line, or the value as JSON if the line does not hold the value."""
         for at, line in self._lines:
             if at == number:
                 own = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
@@ -155,12 +155,12 @@ def _holds(line: bytes, value: Any) -> bool:
 
 
 def as_json(value: Any) -> bytes:
-    """A row as a line of a JSONL file, without a line end."""
-    # Parquet has dates and bytes, JSON has not.
+    """Return a row as a line of a JSONL file, without a line end."""
+    # JSON has no dates and bytes, Parquet has: they are written as strings.
     try:
         return json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair under a key that is not read: no UTF-8, but an escape.
+        # Half a surrogate pair under a key that is not read: UTF-8 cannot hold it, an escape can.
         return json.dumps(value, default=str).encode()
 
 
@@ -175,19 +175,19 @@ def split_rows(
 ) -> Split:
     """Choose the rows to validate on.
 
-    Whole groups are drawn in an order that depends on the seed alone, as long as they fit: into
-    the share of each label, if stratified. If none fits, the smallest one is taken.
+    Whole groups are drawn in an order that depends on the seed alone. A group is taken if it fits
+    into the remaining share of each of its labels. If no group fits, the smallest one is taken.
 
     Args:
-        rows: as read_split_rows gives them, with the keys named here.
+        rows: rows from read_split_rows, read with group_by and stratify_by as keys.
         fraction: share of the rows to validate on, in (0, 1).
-        seed: of the draw.
-        group_by: rows with one value under this key stay together.
-        stratify_by: each value under this key has the same share.
-        near: whether rows that nearly repeat each other stay together.
+        seed: seed of the draw.
+        group_by: key; rows with an equal value stay together.
+        stratify_by: key; each value gets the same share of validation rows.
+        near: True to keep near duplicates together.
 
     Raises:
-        DataError: when rows lack a key, there is one row alone, or all rows belong together.
+        DataError: when rows lack a key, there is only one row, or all rows belong together.
         ConfigError: when near is set and datasketch is not installed.
     """
     index = NearIndex([row.text for row in rows]) if near else None
@@ -208,7 +208,7 @@ def split_rows(
         leaks = _leaks(index, valid, len(rows)) if index else []
         if not leaks:
             break
-        # Among many rows of one template a pair can be missed until it is looked for itself.
+        # The first search can miss pairs among many rows of one template.
         for one, other in leaks:
             groups.join(one, other)
     chosen, totals = Counter(labels[i] for i in valid), Counter(labels)
@@ -223,7 +223,7 @@ def split_rows(
 
 
 def _units(groups: Groups, size: int) -> list[list[int]]:
-    """The rows of each group."""
+    """List the rows of each group."""
     members: dict[int, list[int]] = defaultdict(list)
     for i in range(size):
         members[groups.find(i)].append(i)
@@ -232,7 +232,7 @@ def _units(groups: Groups, size: int) -> list[list[int]]:
 
 def _together(size: int, group_by: str | None, *, near: bool) -> str:
     if size == 1:
-        return "there is one row alone: a split needs two or more"
+        return "there is only one row: a split needs two or more"
     way = f"group by another key than {group_by!r}" if group_by else "they repeat each other"
     more = ", or pass --no-near-duplicates" if near else ""
     return f"all {size:,} row(s) belong together, so none can be set aside: {way}{more}"
@@ -241,7 +241,7 @@ def _together(size: int, group_by: str | None, *, near: bool) -> str:
 def _draw(
     units: Sequence[list[int]], labels: Sequence[str], fraction: float, seed: int
 ) -> list[int]:
-    """Rows of whole units that fit into the share of each label, ascending."""
+    """Draw whole units that fit into the share of each label; return their rows, ascending."""
     room = _shares(Counter(labels), fraction)
     order = permutation(seed, "split", size=len(units)).tolist()
     valid: list[int] = []
@@ -254,7 +254,7 @@ def _draw(
 
 
 def _leaks(index: NearIndex, valid: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Pairs of rows on both sides that a check of the two files would find."""
+    """Find pairs of near duplicates across the split, as a check of the two files would."""
     chosen = set(valid)
     order = [i for i in range(size) if i not in chosen] + list(valid)
     found = index.reordered(order).leaks(size - len(valid))
@@ -276,7 +276,9 @@ def _values(rows: Sequence[SplitRow], key: str) -> list[str]:
 
 
 def _shares(totals: Counter[str], fraction: float) -> Counter[str]:
-    """Rows of each label to validate on: the largest remainders are rounded up; never all rows.
+    """Return the number of validation rows of each label; never all rows.
+
+    The labels with the largest remainders are rounded up.
 
     Source: Hamilton's method of apportionment.
     """
@@ -290,11 +292,11 @@ def _shares(totals: Counter[str], fraction: float) -> Counter[str]:
 
 
 def write_split(rows: Sequence[SplitRow], split: Split, folder: Path) -> None:
-    """Write train.jsonl and valid.jsonl, each in the order of the rows and with their own bytes.
+    """Write train.jsonl and valid.jsonl, with the lines of the rows in their order.
 
     Raises:
         DataError: when the folder is in use.
-        StorageError: when it cannot be written.
+        StorageError: when the folder cannot be written.
     """
     check_unused(folder)
     chosen = set(split.valid)
@@ -316,9 +318,9 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """Make sure that a folder is new or empty.
+    """Check that a folder is new or empty.
 
     Raises:
-        DataError: when it is not.
+        DataError: when the folder is in use.
     """
     check_folder_unused(folder, DataError, "is in use: choose a new or empty folder (--output)")

@@ -1,1 +1,1 @@
-"""Rows of data as checked conversations."""
+"""Rows of data sets, read as checked conversations."""

@@ -1,4 +1,4 @@
-"""A row after reading: a conversation with checked turns, whatever its format."""
+"""Conversations with checked turns: the result of reading a row in any format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROLE_OF = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""Name of a turn's speaker in data sets -> the role.
+"""Name of a speaker in data sets -> role.
 
 Source: axolotl, prompt_strategies/chat_template.py; LLaMA-Factory, data/README.md.
 """
@@ -37,29 +37,33 @@ _FOLLOWS = {
     "call": ("tool",),
     "tool": ("tool", "assistant"),
 }
-"""Who may speak after whom, the system message apart; call is an assistant that calls tools."""
+"""Speaker -> roles that may follow. None is the start of a row after any system message; call is an
+assistant message with tool calls."""
 BAD, EMPTY, ENCODING = "bad-row", "empty", "encoding"
-"""Kinds of rows that cannot be used: any other problem; a text is missing; a text is damaged."""
+"""Kinds of problems: a text is missing (EMPTY), a text is damaged (ENCODING), any other (BAD)."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _MOST_NAMED = 12
 ToolCall = dict[str, Any]
-"""A call of a tool as the row has it: JSON."""
+"""One tool call in the JSON form of the row."""
 Message = dict[str, Any]
-"""`role` and `content` (strings); a call of tools has `tool_calls`, a system message `tools`."""
+"""`role` and `content` (strings); `tool_calls` of an assistant; `tools` of a system message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row: its messages and where it stands."""
+    """The messages of one row and the place of the row."""
 
     messages: tuple[Message, ...]
     source: str
     """file:line."""
     weights: tuple[bool | None, ...] | None = None
-    """True if each message is in the loss; None (of one or of all) leaves it to the settings."""
+    """For each message: True if it is in the loss, False if not, None if the settings decide.
+
+    None in place of the tuple: the settings decide for every message.
+    """
     whole: bool = False
-    """Plain text: one message, whose every token is in the loss."""
+    """True for plain text: the row has one message, and all its tokens are in the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +76,15 @@ class BadRow:
     kind: str = BAD
 
     def __str__(self) -> str:
-        """Return the row as it is listed."""
+        """Return the place and the problem, as messages list them."""
         return f"{self.source}: {self.problem}"
 
 
 class RawRow(NamedTuple):
-    """The value at a line of a file, or the problem in its place."""
+    """The value in one line of a file, or the problem that prevents reading it."""
 
     line: int
-    """Counts from 1; in Parquet files and data sets the number of the row."""
+    """Line number from 1; row number from 1 in Parquet files and data sets."""
     value: Any
     problem: str | None = None
     kind: str = BAD
@@ -88,21 +92,21 @@ class RawRow(NamedTuple):
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message says why."""
+    """A row cannot be used; the message gives the reason."""
 
     def __init__(self, problem: str, kind: str = BAD) -> None:
-        """Hold the problem and its kind."""
+        """Store the problem and its kind."""
         super().__init__(problem)
         self.kind = kind
 
 
 def shown(value: Any) -> str:
-    """A value of a row as messages show it: short, on one line, without control characters."""
+    """Return a value of a row for a message: short, on one line, without control characters."""
     return _SHORT.repr(value)
 
 
 def named(words: Sequence[str], between: str = ", ") -> str:
-    """Words of a row as messages list them: the first ones, each as `shown` where it must be."""
+    """List the first words of a row for a message; long or unprintable words go through `shown`."""
     first = [w if w.isprintable() and len(w) <= 60 else shown(w) for w in words[:_MOST_NAMED]]
     rest = len(words) - len(first)
     return between.join(first) + (f" and {rest:,} more" if rest else "")
@@ -110,18 +114,18 @@ def named(words: Sequence[str], between: str = ", ") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """The checked messages of one row, and their own weights if any has one."""
+    """The checked messages of one row, and the weights that the row gives them."""
 
     messages: tuple[Message, ...]
     weights: tuple[bool | None, ...] | None = None
 
 
 def check_turns(value: Any, name: str = "messages") -> Turns:
-    """The messages of a list of turns, each with a role and a content.
+    """Check a list of turns and return its messages and weights.
 
     Args:
-        value: turns as the row has them; `from` and `value` are read as `role` and `content`.
-        name: what the row calls them.
+        value: the list in the row; `from` and `value` are read as `role` and `content`.
+        name: the key of the list, for messages.
 
     Raises:
         RowError: when the turns cannot be used.
@@ -139,7 +143,7 @@ def check_turns(value: Any, name: str = "messages") -> Turns:
 
 
 def _check_order(roles: Sequence[str], calls: Sequence[bool]) -> None:
-    """System first, then the user and the assistant in turn, a tool after a call of it."""
+    """Check the order of roles: system, then user and assistant in turn; tool follows a call."""
     if "system" in roles[1:]:
         raise RowError(f"message {roles.index('system', 1) + 1}: a system message must come first")
     before, turn = None, 0
@@ -158,7 +162,7 @@ def _check_order(roles: Sequence[str], calls: Sequence[bool]) -> None:
             )
             raise RowError(f"turn {turn}: {rule}; got {named(roles, ' ')}")
         before = "call" if is_call else role
-    # A row may end with a call, which is then what is learnt.
+    # A row may end with a call: the call is then the answer to learn.
     if before == "tool":
         raise RowError(f"ends with a tool message, without an answer; got {named(roles, ' ')}")
 
@@ -202,7 +206,7 @@ def _is_simple(turn: Any) -> bool:
 
 
 def _content(label: str, value: Any, *, may_miss: bool) -> str:
-    """A content as one string; parts of text are put together."""
+    """Return a content as one string; a list of text parts is joined."""
     if value is None and may_miss:
         return ""
     if isinstance(value, list):
@@ -233,10 +237,10 @@ def _part(label: str, number: int, part: Any) -> str:
 
 
 def check_text(label: str, text: str) -> None:
-    """Check that a text can be written as UTF-8.
+    """Check that UTF-8 can encode a text.
 
     Raises:
-        RowError: when it holds half of a surrogate pair, as a broken escape leaves it.
+        RowError: when the text holds half a surrogate pair, which a broken escape leaves behind.
     """
     try:
         text.encode("utf-8")
@@ -263,7 +267,7 @@ def _tool_calls(number: int, role: str, calls: Any) -> list[ToolCall]:
 
 
 def _call_in_text(number: int, content: Any) -> list[ToolCall]:
-    """The call that a ShareGPT turn of `function_call` holds as JSON.
+    """Read the calls that a ShareGPT turn of `function_call` holds as JSON.
 
     Source: LLaMA-Factory, data/README.md.
     """
@@ -276,10 +280,10 @@ def _call_in_text(number: int, content: Any) -> list[ToolCall]:
 
 
 def check_json(label: str, value: Any) -> str:
-    """A value as JSON text.
+    """Return a value as JSON text.
 
     Raises:
-        RowError: when JSON cannot hold it.
+        RowError: when JSON cannot hold the value.
     """
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -299,7 +303,7 @@ def _weight(number: int, turn: Mapping[str, Any]) -> bool | None:
 
 
 def _first(turn: Mapping[str, Any], *names: str) -> Any:
-    """The first of the keys that is there and not null: Parquet fills absent keys with null."""
+    """Return the first value that is not null; Parquet fills absent keys with null."""
     for name in names:
         if turn.get(name) is not None:
             return turn[name]

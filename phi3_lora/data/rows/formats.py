@@ -1,4 +1,4 @@
-"""The formats of rows: which one a row has, and the conversation it means."""
+"""Formats of rows: detection of the format, and reading of the conversation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Format(NamedTuple):
     """One way to write a row."""
 
     needs: tuple[str, ...]
-    """Keys that a row has; detection takes the first format whose keys are all there."""
+    """Required keys; detection takes the first format whose keys are all present."""
     read: Callable[[Row], tuple[Turns, bool]]
-    """The checked turns, and whether they are plain text."""
+    """Return the checked turns, and True if they are plain text."""
     is_chat: bool
-    """Rows of these formats may be mixed in one file: none can be taken for another."""
+    """True if one file may mix rows of this format with rows of the other chat formats."""
 
 
 def _messages(row: Row) -> tuple[Turns, bool]:
@@ -45,7 +45,7 @@ def _sharegpt(row: Row) -> tuple[Turns, bool]:
 
 def _chat(row: Row, key: str) -> tuple[Turns, bool]:
     value = row[key]
-    # Tables cannot nest: a cell holds the list as JSON.
+    # A table cannot nest lists: its cell holds the list as JSON.
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _json_cell(key, value)
     return _with_system(row, check_turns(value, key)), False
@@ -60,7 +60,7 @@ def _prompt_completion(row: Row) -> tuple[Turns, bool]:
         else [{"role": "assistant", "content": completion}]
     )
     turns = check_turns([*asked, *answer], "prompt and completion")
-    # Source: TRL, SFTTrainer: of a prompt and its completion, the completion alone is learnt.
+    # Only the completion is learnt. Source: TRL, SFTTrainer.
     weights = [
         False if i < len(asked) and m["role"] == "assistant" else own
         for i, (m, own) in enumerate(
@@ -72,9 +72,11 @@ def _prompt_completion(row: Row) -> tuple[Turns, bool]:
 
 
 def _alpaca(row: Row) -> tuple[Turns, bool]:
-    """Instruction, optional input, output; optional system text and earlier turns.
+    """Read instruction, input and output; input, system text and earlier turns are optional.
 
-    Source: LLaMA-Factory, data/README.md (joined by a line end; history is pairs).
+    A line end joins instruction and input; history is a list of pairs.
+
+    Source: LLaMA-Factory, data/README.md.
     """
     turns = []
     history = row.get("history")
@@ -110,7 +112,7 @@ def _text(row: Row) -> tuple[Turns, bool]:
 
 
 def _classification(row: Row) -> tuple[Turns, bool]:
-    """The label becomes the assistant's answer to the text."""
+    """Read a text and its label; the label becomes the assistant's answer."""
     label = row["label"]
     if isinstance(label, bool):
         label = "true" if label else "false"
@@ -140,24 +142,25 @@ COLUMNS = (
     *("messages", "conversations", "prompt", "completion", "instruction", "input", "output"),
     *("text", "label", "system", "history", "tools"),
 )
-"""Every key of a row that is read."""
+"""All keys of rows that any format reads."""
 _OPTIONAL = ("input", "system", "history", "tools")
 LONGEST_ROW = 1 << 23
-"""Characters of a row: 64 for each token of the longest context (131,072); tokenising more of them
-at once takes gigabytes."""
+"""Characters that a row may have: 64 for each token of the longest context (131,072).
+
+The tokenizer needs gigabytes for a longer text."""
 _TRUTHS = (True, False, 0, 1, "0", "1", "true", "false")
-"""Labels that mark an answer as good or bad."""
+"""Labels that rate an answer as good or bad."""
 
 
 class RowReader:
-    """Reads the rows of one file; the first usable one decides the file's format."""
+    """Reader of the rows of one file; the first usable row decides the file's format."""
 
     def __init__(self, name: str = "auto", columns: Mapping[str, str] | None = None) -> None:
-        """Start a file.
+        """Start before the first row.
 
         Args:
             name: a key of FORMATS, or auto.
-            columns: our key -> the row's, where they differ.
+            columns: our key -> the row's key, where the two differ.
         """
         self.name = name
         self._is_fixed = name != "auto"
@@ -167,10 +170,10 @@ class RowReader:
         self._unread: set[str] = set()
 
     def read(self, value: Any, source: str) -> Conversation:
-        """The conversation of a row.
+        """Read the conversation of a row.
 
         Args:
-            value: what the file holds there.
+            value: the row as its file holds it.
             source: file:line.
 
         Raises:
@@ -194,14 +197,14 @@ class RowReader:
         return Conversation(turns.messages, source, turns.weights, whole)
 
     def notes(self) -> list[str]:
-        """Return what the user should know of the rows that were read."""
+        """Return notes for the user on the rows that were read."""
         if self.name != "text":
             return []
         unread = f"; not read: {named(sorted(self._unread))}" if self._unread else ""
         return [f"rows of plain text: every token is in the loss{unread}"]
 
     def _named(self, value: Row) -> Row:
-        """The row under our names, without what is null."""
+        """Return the row with our keys and without null values."""
         if not self._columns and None not in value.values():
             return value
         present = {k: v for k, v in value.items() if v is not None}
@@ -222,14 +225,14 @@ class RowReader:
         return rest | {k: present[v] for k, v in self._columns.items() if v in present}
 
     def _has_null(self, value: Row) -> bool:
-        """Return whether something that a row needs is null."""
+        """Return whether a key that a format requires is null."""
         if None not in value.values():
             return False
         theirs = (self._columns.get(key, key) for key in COLUMNS if key not in _OPTIONAL)
         return any(key in value and value[key] is None for key in theirs)
 
     def _format(self, row: Row, kind: str) -> str:
-        """The format of a row; kind is that of the problem when it has none."""
+        """Return the format of a row; `kind` is the kind of error when the row has no format."""
         if self._is_fixed:
             missing = [key for key in FORMATS[self.name].needs if key not in row]
             if missing:
@@ -257,7 +260,7 @@ class RowReader:
         )
 
     def _refuse_incomplete(self, row: Row) -> None:
-        """Refuse a row that lacks a value of the file's format; an empty cell has no value."""
+        """Refuse a row that has only some of the required keys; an empty cell counts as absent."""
         needs = () if self.name == "auto" else FORMATS[self.name].needs
         missing = [key for key in needs if key not in row]
         if missing and len(missing) < len(needs):
@@ -286,7 +289,7 @@ def _refuse_preference(row: Row) -> None:
 
 
 def _with_system(row: Row, turns: Turns) -> Turns:
-    """The turns with the row's own `system` text and `tools` in the system message."""
+    """Add the row's `system` text and `tools` to the system message."""
     if "system" not in row and "tools" not in row:
         return turns
     system, tools = row.get("system"), _tools(row.get("tools"))
@@ -309,7 +312,7 @@ def _with_system(row: Row, turns: Turns) -> Turns:
 
 
 def _tools(value: Any) -> str | None:
-    """The descriptions of a row's tools as JSON text, as templates write it; None without any.
+    """Return the descriptions of a row's tools as JSON text, as templates write it; None if absent.
 
     Source: microsoft/Phi-4-mini-instruct, README.md, "Tool-enabled function-calling format".
     """

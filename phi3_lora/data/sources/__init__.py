@@ -1,1 +1,1 @@
-"""Sources of rows: files, folders, data sets, and rows in memory."""
+"""Sources of rows: files, folders, data sets and rows in memory."""

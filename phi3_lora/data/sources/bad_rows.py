@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted, the first ones listed, and refused or noted."""
+"""Collection of rows that cannot be used: it counts them, and refuses or notes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from phi3_lora.errors import MAX_SHOWN, DataError, listing
 
 
 class Advice(NamedTuple):
-    """The words on bad rows in one command's messages."""
+    """The parts of messages on bad rows that depend on the command."""
 
     remedy: str
-    """Follows `correct or remove them`."""
+    """Text after `correct or remove them`."""
     left_out: str = "skipped"
-    """Begins the note on bad rows that are left out."""
+    """First words of the note on bad rows that are left out."""
 
 
 TRAINING = Advice(" (train and evaluate can leave them out: --on-bad-row skip)")
@@ -27,23 +27,23 @@ REWRITING = Advice(
 
 
 class BadRows:
-    """The bad rows of what is read."""
+    """The bad rows of some sources: their number and the first of them."""
 
     def __init__(self, policy: OnBadRow, advice: Advice) -> None:
         """Start without a bad row.
 
         Args:
             policy: error refuses bad rows, skip leaves them out.
-            advice: what messages say.
+            advice: parts of the messages.
         """
         self.count = 0
         self.first: list[str] = []
-        """The first ones as `file:line: why`."""
+        """The first bad rows, each as `file:line: reason`."""
         self._policy = policy
         self._advice = advice
 
     def add(self, row: BadRow) -> None:
-        """Count a row."""
+        """Count a bad row, and keep it if it is among the first."""
         self.count += 1
         if self.count <= MAX_SHOWN:
             self.first.append(str(row))

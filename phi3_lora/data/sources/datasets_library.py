@@ -1,31 +1,43 @@
-"""Data sets of the hub, and folders that the library `datasets` saved, as raw rows."""
+"""Raw rows of data sets on the hub, and of folders that the library `datasets` saved."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from phi3_lora.data.rows.conversation import RawRow
 from phi3_lora.errors import DataError
 from phi3_lora.storage.optional import optional_package
 
 T = TypeVar("T")
+
+
+class LibraryDataSet(Protocol):
+    """The part of `datasets.Dataset` that is read; `datasets.IterableDataset` has it, too."""
+
+    @property
+    def features(self) -> Mapping[str, Any] | None:
+        """Column -> its type; None when the library does not know the types."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 _DESCRIPTIONS = ("state.json", "dataset_info.json")
 
 
 def is_saved_data_set(folder: Path) -> bool:
-    """Return whether `save_to_disk` of the library `datasets` wrote the folder."""
+    """Return whether `save_to_disk` of the library `datasets` wrote a folder."""
     names = {"dataset_dict.json"}, set(_DESCRIPTIONS)
     return any(all((folder / name).is_file() for name in some) for some in names)
 
 
 def saved_splits(folder: Path) -> list[str]:
-    """Names of the splits of a saved data set; none if it is one split alone.
+    """Return the split names of a saved data set; empty if it is a single split.
 
     Raises:
-        DataError: when its list of splits is damaged.
+        DataError: when the list of splits is damaged.
     """
     path = folder / "dataset_dict.json"
     if not path.is_file():
@@ -37,7 +49,7 @@ def saved_splits(folder: Path) -> list[str]:
 
 
 def hub_splits(name: str, subset: str | None) -> list[str]:
-    """Names of the splits of a data set of the hub.
+    """Return the split names of a data set on the hub.
 
     Raises:
         DataError: when the hub has no such data set or is out of reach.
@@ -47,31 +59,31 @@ def hub_splits(name: str, subset: str | None) -> list[str]:
 
 
 def saved_rows(folder: Path, split: str | None) -> Iterator[RawRow]:
-    """Rows of a saved data set.
+    """Read the rows of a saved data set.
 
     Raises:
-        DataError: when it is damaged.
+        DataError: when the data set is damaged.
     """
     return data_set_rows(str(folder), _saved(folder, split))
 
 
 def saved_files(folder: Path, split: str | None) -> Sequence[Path] | None:
-    """The files that the rows of a saved data set and their meaning lie in.
+    """Return the files of a saved data set: its rows and its descriptions.
 
     Raises:
-        DataError: when it is damaged.
+        DataError: when the data set is damaged.
     """
     return _files_under(_saved(folder, split))
 
 
 def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> Iterator[RawRow]:
-    """Rows of a data set of the hub.
+    """Read the rows of a data set on the hub.
 
     Args:
         name: owner/name.
-        subset: its configuration, where it has several.
-        split: a split, or a part of one in the library's own notation.
-        streaming: read the rows as they arrive, without a copy in the library's cache.
+        subset: the configuration, if the data set has several.
+        split: a split, or a part of one in the notation of `datasets`, such as train[:10%].
+        streaming: read rows during the download, without a copy in the library's cache.
 
     Raises:
         DataError: when the hub has no such data set or is out of reach.
@@ -80,15 +92,15 @@ def hub_rows(name: str, subset: str | None, split: str, *, streaming: bool) -> I
 
 
 def hub_files(name: str, subset: str | None, split: str) -> Sequence[Path] | None:
-    """The files that a data set of the hub lies in on the disk, downloaded where it has to be.
+    """Return the local files of a data set on the hub; download missing ones.
 
     Args:
         name: owner/name.
-        subset: its configuration, where it has several.
-        split: as hub_rows; of a part of a split these are the files of the whole split.
+        subset: the configuration, if the data set has several.
+        split: a split; for a part of a split the result has the files of the whole split.
 
     Returns:
-        None when the library keeps the rows in memory.
+        The files; None when the library keeps the rows in memory.
 
     Raises:
         DataError: when the hub has no such data set or is out of reach.
@@ -111,23 +123,23 @@ def _loaded(name: str, subset: str | None, split: str, *, streaming: bool) -> An
 
 def _files_under(data: Any) -> Sequence[Path] | None:
     rows = [Path(file["filename"]) for file in data.cache_files]
-    # What rows mean, such as the names of classes, stands beside them.
+    # The descriptions hold the meaning of values, such as the names of classes.
     folders = sorted({path.parent for path in rows})
     meanings = [folder / name for folder in folders for name in _DESCRIPTIONS]
     return [*rows, *(path for path in meanings if path.is_file())] or None
 
 
-def is_data_set(value: Any) -> bool:
-    """Return whether a value is one split of a data set of the library, without importing it."""
+def is_data_set(value: object) -> TypeGuard[LibraryDataSet]:
+    """Return whether a value is one split of `datasets`, without importing that package."""
     return hasattr(value, "features") and hasattr(value, "__iter__") and not isinstance(value, dict)
 
 
-def data_set_rows(name: str, data: Any) -> Iterator[RawRow]:
-    """Read the rows of one split, with the names of classes in place of their numbers.
+def data_set_rows(name: str, data: LibraryDataSet) -> Iterator[RawRow]:
+    """Read the rows of one split; class numbers become class names.
 
     Args:
-        name: what to call the data set in messages.
-        data: a `datasets.Dataset` or `datasets.IterableDataset`.
+        name: the name of the data set in messages.
+        data: one split.
 
     Raises:
         DataError: when the library cannot read a row.
@@ -148,7 +160,7 @@ def data_set_rows(name: str, data: Any) -> Iterator[RawRow]:
 
 
 def _with_names(row: Mapping[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A row with the names of its classes in place of their numbers."""
+    """Return a row with class names in place of class numbers."""
     return {
         key: labels[key][value]
         if key in labels and isinstance(value, int) and 0 <= value < len(labels[key])
@@ -165,7 +177,7 @@ def _library(name: str) -> Any:
 def _called(name: str, call: Callable[[], T]) -> T:
     try:
         return call()
-    except Exception as cause:  # the library raises exceptions of every package below it
+    except Exception as cause:  # the library lets exceptions of all its dependencies through
         first = next(iter(str(cause).strip().splitlines()), "")
         raise DataError(
             f"the data set {name} cannot be read: {type(cause).__name__}: {first}"

@@ -1,6 +1,6 @@
-"""Data files as raw rows with their line: JSONL, JSON, CSV, text and Parquet, plain or compressed.
+"""Reading of data files as raw rows: JSONL, JSON, CSV, text and Parquet, plain or compressed.
 
-Rows are read one at a time; what a row means is formats.py's.
+Rows are read one at a time; formats.py finds the conversation of a row.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from phi3_lora.errors import DataError
 from phi3_lora.storage.optional import optional_package
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""Files that a folder's data may be in; a text file must be named itself."""
+"""Extensions of data files in a folder; a text file is read only if a source names it."""
 COMPRESSED = (".gz", ".zst")
 _GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04"
 _CHUNK = 1 << 20
 _LONGEST_LINE = 1 << 26
-"""Bytes of a line that are read at all: a row of LONGEST_ROW characters in JSON's escapes."""
+"""Bytes that a line may have: LONGEST_ROW characters, all written as JSON escapes."""
 _TOO_LONG = f"the line is longer than {_LONGEST_LINE >> 20} MiB: is it one row?"
 _ROWS_AT_ONCE = 1024
 
 
 def read_raw_rows(path: Path) -> Iterator[RawRow]:
-    """Every row of a file, by its content and then by the end of its name.
+    """Read every row of a file; its first bytes and then its extension decide the file type.
 
-    A row that cannot be parsed comes as a problem; the rest of the file is read on.
+    A row that cannot be parsed becomes a problem; reading continues after it.
 
     Raises:
-        DataError: when the file is missing or damaged, or a package to read it is.
+        DataError: when the file or a required package is missing, or the file is damaged.
     """
     last = 0
     try:
@@ -68,7 +68,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def kind_of(path: Path) -> str:
-    """Return a file's extension in lower case, without that of a compression."""
+    """Return a file's extension in lower case, without extensions of compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -76,7 +76,7 @@ def kind_of(path: Path) -> str:
 
 
 def _decompressed(raw: io.BufferedReader, magic: bytes) -> io.BufferedReader:
-    # By content: a compressed file is often named as if it were not.
+    # The content decides: names of compressed files often lack the extension.
     if magic[:2] == _GZIP:
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)
     if magic == _ZSTD:
@@ -85,7 +85,7 @@ def _decompressed(raw: io.BufferedReader, magic: bytes) -> io.BufferedReader:
 
 
 class _ZstdReader(io.RawIOBase):
-    """The text of a .zst file; the library's own reader takes a cut file for a whole one."""
+    """Reader of .zst files that detects a cut file, which the library's own reader does not."""
 
     def __init__(self, source: IO[bytes]) -> None:
         zstandard = optional_package(
@@ -127,7 +127,7 @@ class _ZstdReader(io.RawIOBase):
 def _text_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
     kind = kind_of(path)
     if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(f"{path} is UTF-16: save it as UTF-8 (of a spreadsheet: CSV UTF-8)")
+        raise DataError(f"{path} is UTF-16: save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
     if stream.peek(4)[:4] == _PARQUET:
         raise DataError(
             f"{path} is a compressed Parquet file: unpack it; Parquet itself compresses"
@@ -140,7 +140,7 @@ def _text_rows(path: Path, stream: io.BufferedReader) -> Iterator[RawRow]:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
-    """Numbered lines that are not blank; a byte order mark and CRLF are accepted."""
+    """Read the lines that are not blank as text rows; accept a byte order mark and CRLF."""
     for number, line in enumerate(_bounded_lines(stream), start=1):
         if line is None:
             yield RawRow(number, None, _TOO_LONG)
@@ -160,7 +160,7 @@ def _lines(stream: IO[bytes]) -> Iterator[RawRow]:
 
 
 def _bounded_lines(stream: IO[bytes]) -> Iterator[bytes | None]:
-    """Every line; None for one that is too long to be kept."""
+    """Read every line; None stands for a line that is too long."""
     while line := stream.readline(_LONGEST_LINE + 1):
         if len(line) <= _LONGEST_LINE:
             yield line
@@ -185,7 +185,7 @@ def _json_rows(path: Path, stream: io.BufferedReader, kind: str) -> Iterator[Raw
 
 
 def _is_one_text(head: bytes, kind: str) -> bool:
-    """Return whether a file that begins so is one JSON text, not a text a line."""
+    """Return whether a file with these first bytes is one JSON text, not one text per line."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     if first[:1] not in (b"[", b"{") or (first[:1] == b"{" and kind != ".json"):
         return False
@@ -224,12 +224,12 @@ def _csv_rows(path: Path, stream: IO[bytes], kind: str) -> Iterator[RawRow]:
 
 
 class _CsvLines:
-    """Lines for csv.reader, which can go on after one that is too long to be kept."""
+    """Lines for csv.reader, which can continue after a line that is too long."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._lines = _bounded_lines(stream)
         self.number = 0
-        """Lines that were read."""
+        """Number of lines read so far."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -239,12 +239,12 @@ class _CsvLines:
         self.number += 1
         if line is None:
             raise csv.Error(_TOO_LONG)
-        # Bytes that are not UTF-8 become half surrogates, so that only their own row is bad.
+        # Bytes that are not UTF-8 become half surrogates: only their own row is then bad.
         return line.decode("utf-8", "surrogateescape")
 
 
 def _next_fields(reader: Iterator[list[str]]) -> list[str] | None:
-    # The limit is the process's: files that are read in turn must not undo each other's.
+    # The limit is global to the process; several files may be read in turn, row by row.
     before = csv.field_size_limit(LONGEST_ROW)
     try:
         return next(reader, None)
@@ -266,12 +266,12 @@ def _csv_row(line: int, header: list[str], fields: list[str]) -> RawRow:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError:
         return RawRow(line, None, "not UTF-8: save the file as UTF-8", ENCODING)
-    # An empty cell is what another format leaves out.
+    # An empty cell equals an absent key of other formats.
     return RawRow(line, {k: v for k, v in zip(header, fields, strict=True) if v})
 
 
 def _delimiter(header: str, kind: str) -> str:
-    """A tab in .tsv; else the one of comma, semicolon and tab that the header has most of."""
+    """Return a tab for .tsv; else the most frequent of comma, semicolon and tab in the header."""
     return "\t" if kind == ".tsv" else max(",;\t", key=header.count)
 
 

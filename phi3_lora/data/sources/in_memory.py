@@ -1,34 +1,34 @@
-"""Rows in the caller's memory: a list of rows, or a data set of the library `datasets`."""
+"""Sources for rows in memory: a list of rows, or a data set of the library `datasets`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phi3_lora.data.rows.conversation import RawRow
-from phi3_lora.data.sources.datasets_library import data_set_rows, is_data_set
+from phi3_lora.data.sources.datasets_library import LibraryDataSet, data_set_rows, is_data_set
 from phi3_lora.data.sources.source import ROWS_IN_MEMORY, Source
 from phi3_lora.errors import ConfigError, DataError
 
-RowsInMemory = Any
-"""A sequence of rows, or a `datasets.Dataset`; core code does not import `datasets`."""
-Data = Any
-"""A path, a hub id or `demo` (str or Path), a Source, or RowsInMemory."""
+RowsInMemory = Sequence[Mapping[str, Any]] | LibraryDataSet
+"""A list of rows, or a `datasets.Dataset`."""
+Data = str | Path | Source | RowsInMemory
+"""A path, a hub id or `demo` (str or Path), a Source, or rows in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemorySource(Source):
-    """Rows in memory. No file names them, so a configuration cannot hold them."""
+    """Rows in memory; a configuration cannot hold them."""
 
     path: str = "rows"
-    """The name of the rows in messages; the third row is `rows:3`."""
+    """Name of the rows in messages; the third row is `rows:3`."""
     rows: RowsInMemory = field(compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Not super(): slots make a second class, which a bare super() does not know.
+        # A dataclass with slots is a new class, which super() without arguments does not find.
         Source.__post_init__(self)
         if self.split is not None or self.subset is not None:
             raise ConfigError("rows in memory have no split and no subset: leave both out")
@@ -37,7 +37,7 @@ class MemorySource(Source):
                 "data must be a path, a data set of the hub, demo, a list of rows or a "
                 f"datasets.Dataset; got {_described(self.rows)}"
             )
-        if hasattr(self.rows, "__len__") and not len(self.rows):
+        if isinstance(self.rows, Sized) and not len(self.rows):
             raise DataError(f"{self.path}: there are no rows: the list is empty")
 
     def rows_in_memory(self) -> Callable[[], Iterator[RawRow]]:
@@ -51,15 +51,15 @@ class MemorySource(Source):
 
 
 def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Source:
-    """Return the source that a caller means.
+    """Return data as a source.
 
     Args:
         data: a path, a hub id, `demo`, a Source, a list of rows or a `datasets.Dataset`.
-        name: what messages call rows in memory.
-        like: a source whose format and columns the new one takes.
+        name: the name of rows in memory in messages.
+        like: a source; the new source takes its format, columns and streaming.
 
     Raises:
-        DataError: when data is something else, or a list without rows.
+        DataError: when data has another type, or is an empty list.
         ConfigError: when the path is empty.
     """
     if isinstance(data, Source):
@@ -75,28 +75,28 @@ def as_source(data: Data, name: str = "rows", like: Source | None = None) -> Sou
     )
 
 
-def with_rows(named: Source, rows: RowsInMemory) -> MemorySource:
-    """Return rows in memory in place of a source, with its settings.
+def with_rows(named: Source, rows: Data) -> MemorySource:
+    """Return a source for rows in memory with the settings of another source.
 
     Args:
-        named: the source in a configuration; its path does not count.
+        named: the source in a configuration; its path is ignored.
         rows: a list of rows, or a `datasets.Dataset`.
 
     Raises:
         ConfigError: when the source names a split or a subset.
-        DataError: when rows is something else, or a list without rows.
+        DataError: when rows has another type, or is an empty list.
     """
     settings = {f.name: getattr(named, f.name) for f in dataclasses.fields(Source)}
-    return MemorySource(**{**settings, "path": "rows"}, rows=rows)
+    return MemorySource(**{**settings, "path": "rows", "rows": rows})
 
 
 def is_named(data: Data) -> bool:
-    """Return whether data names rows, rather than holding them."""
+    """Return whether data is a name or a path, not rows in memory."""
     return isinstance(data, (str, Path, Source)) and not isinstance(data, MemorySource)
 
 
 def recorded_name(data: Data) -> str:
-    """Return the text that config.yaml holds for data; rows in memory have a fixed one."""
+    """Return the path that config.yaml stores for data; it is ROWS_IN_MEMORY for rows in memory."""
     if not is_named(data):
         return ROWS_IN_MEMORY
     return data.path if isinstance(data, Source) else str(data)
@@ -116,7 +116,7 @@ def _described(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Copy a row with lists in place of tuples, so that it reads as the same row in a file."""
+    """Copy a row with lists in place of tuples, as a JSON file would hold it."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value

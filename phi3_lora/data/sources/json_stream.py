@@ -1,4 +1,4 @@
-"""JSON rows: of one line, or of one JSON text (a list, or an object around one), read in parts."""
+"""JSON rows: a text in one line, or one JSON text of many rows, which is read in parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phi3_lora.errors import DataError
 
 _CHUNK = 1 << 20
 _LONGEST_TOKEN = 16
-"""Characters that a number, a literal or an escape cut by a chunk's end may lack."""
+"""Greatest number of characters that a number, literal or escape can lose at a chunk's end."""
 _SPACE = " \t\r\n"
 
 
@@ -31,10 +31,10 @@ _LENIENT = json.JSONDecoder()
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        RowError: when it is not JSON, or an object has a key twice.
+        RowError: when the text is not JSON, or an object has a key twice.
     """
     try:
         return _DECODER.decode(text)
@@ -52,15 +52,15 @@ def parse_json(text: str) -> Any:
 def json_text_rows(
     path: Path, read: Callable[[int], bytes], row_keys: Collection[str]
 ) -> Iterator[RawRow]:
-    """The rows of one JSON text: a list of rows, an object around one, or one row.
+    """Read the rows of one JSON text: a list of rows, an object around such a list, or one row.
 
     Args:
-        path: for messages.
-        read: gives at most so many bytes; empty at the end.
-        row_keys: keys whose list belongs to a row; the list under another key holds rows.
+        path: the file, for messages.
+        read: returns at most the given number of bytes; empty at the end.
+        row_keys: keys whose list is part of a row; a list under any other key holds rows.
 
     Raises:
-        DataError: when the text is not JSON: where the next row begins is then unknown.
+        DataError: when the text is not JSON: the start of the next row is then unknown.
     """
     text = _Text(path, read)
     if text.peek() == "[":
@@ -69,8 +69,8 @@ def json_text_rows(
         yield from _object(text, row_keys)
     if text.peek():
         raise text.fail(
-            "not JSON: something follows the end of the text (a file with a text on each line is "
-            "read as that if it is named .jsonl)"
+            "not JSON: something follows the end of the text (name a file "
+            "with one text per line .jsonl)"
         )
 
 
@@ -112,7 +112,7 @@ def _object(text: _Text, row_keys: Collection[str]) -> Iterator[RawRow]:
 
 
 class _Text:
-    """A JSON text of which only the part at hand is in memory."""
+    """A JSON text with only the current part in memory."""
 
     def __init__(self, path: Path, read: Callable[[int], bytes]) -> None:
         self._path = path
@@ -127,7 +127,7 @@ class _Text:
         return DataError(f"{self._path}:{self.line}: {problem}")
 
     def _fill(self) -> None:
-        """Read on, as much again as is at hand, so that a long value costs twice its length."""
+        """Read at least as much as is left; parsing a long value then costs twice its length."""
         rest = self._text[self._at :]
         raw = self._read(max(_CHUNK, len(rest)))
         self._ended = not raw
@@ -141,7 +141,7 @@ class _Text:
         self._at = end
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             end = self._at
             while end < len(self._text) and self._text[end] in _SPACE:
@@ -154,7 +154,7 @@ class _Text:
             self._fill()
 
     def take(self, allowed: str) -> str:
-        """The next character, which must be one of these."""
+        """Read the next character, which must be one of `allowed`."""
         found = self.peek()
         if not found or found not in allowed:
             wanted = " or ".join(allowed)
@@ -163,14 +163,14 @@ class _Text:
         return found
 
     def value(self) -> tuple[Any, str | None]:
-        """The next value, or why a row cannot be made of it."""
+        """Read the next value; return it, or None and the problem that makes it unusable."""
         self.peek()
         decoder, problem = _DECODER, None
         while True:
             try:
                 value, end = decoder.raw_decode(self._text, self._at)
             except RowError as cause:
-                # Where the value ends is still to be found.
+                # Parse again without the check, to find the end of the value.
                 decoder, problem = _LENIENT, str(cause)
                 continue
             except json.JSONDecodeError as cause:
@@ -184,7 +184,7 @@ class _Text:
                 continue
             except RecursionError:
                 raise self.fail("not JSON that can be read: nested too deep") from None
-            # A number that ends where the part at hand does may go on.
+            # A number at the end of the current part may continue in the next one.
             if end < len(self._text) or self._ended:
                 self._advance(end)
                 return (None if problem else value), problem

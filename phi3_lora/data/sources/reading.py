@@ -1,10 +1,10 @@
-"""Rows of sources as conversations. Every bad row is named by file and line."""
+"""Reading of sources as conversations; every bad row has its file and line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.rows.conversation import BadRow, Conversation, RawRow, RowError
@@ -15,22 +15,22 @@ from phi3_lora.data.sources.source import Part, Source, parts_of
 from phi3_lora.errors import DataError
 
 Named = Data | Sequence[Source]
-"""Data as a caller names or holds it, or several sources."""
+"""One source in any form, or several sources."""
 
 
 @dataclass(slots=True)
 class Rows:
-    """Conversations of sources, and the facts of reading them."""
+    """Conversations of sources, with counts and notes."""
 
     conversations: list[Conversation] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    """Conversations of each source, in order."""
+    """Number of conversations of each source, in order."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user on rows that were left out and on formats."""
 
 
 class ReadRow(NamedTuple):
-    """A row as its file holds it, and the conversation that it means."""
+    """A row as its file holds it, and the conversation or problem found in it."""
 
     place: str
     """file:line."""
@@ -39,7 +39,7 @@ class ReadRow(NamedTuple):
 
 
 class PartReader:
-    """Reads one part of a source; the first usable row decides the format."""
+    """Reader of one part of a source; the first usable row decides the format."""
 
     def __init__(self, source: Source, part: Part) -> None:
         """Start before the first row."""
@@ -50,7 +50,7 @@ class PartReader:
 
     @property
     def format(self) -> str:
-        """The format of the rows; auto before the first usable one."""
+        """The format of the rows; auto until the first usable row."""
         return self._reader.name
 
     def rows(self) -> Iterator[ReadRow]:
@@ -68,7 +68,7 @@ class PartReader:
             return BadRow(place, str(cause), cause.kind)
 
     def notes(self) -> list[str]:
-        """Return what the user should know of the rows that were read."""
+        """Return notes for the user on the rows that were read."""
         return [f"{self.name}: {note}" for note in self._reader.notes()]
 
 
@@ -88,7 +88,7 @@ def iterate_rows(named: Named, notes: list[str] | None = None) -> Iterator[Conve
 
     Args:
         named: a file, a folder, a pattern, a data set, rows in memory, or several sources.
-        notes: gets what the user should know of a file's format.
+        notes: receives notes for the user on the formats of files.
 
     Raises:
         DataError: when a source does not exist, or a file is damaged.
@@ -101,10 +101,13 @@ def iterate_rows(named: Named, notes: list[str] | None = None) -> Iterator[Conve
 
 
 def read_conversations(named: Named) -> list[Conversation]:
-    """Read every conversation of sources; the arguments are those of iterate_rows.
+    """Read every conversation of sources; refuse bad rows.
+
+    Args:
+        named: the sources, as in iterate_rows.
 
     Raises:
-        DataError: as read_rows.
+        DataError: as in read_rows.
     """
     return read_rows(named).conversations
 
@@ -113,12 +116,12 @@ def read_rows(named: Named, *, on_bad_row: OnBadRow = "error") -> Rows:
     """Read every row of sources into memory.
 
     Args:
-        named: as iterate_rows.
+        named: the sources, as in iterate_rows.
         on_bad_row: error, or skip, which leaves bad rows out and notes them.
 
     Raises:
-        DataError: when there is no usable row, a file is missing or damaged, or a row is bad; all
-            bad rows are counted and the first ones are listed with file:line.
+        DataError: when there is no usable row, a file is missing or damaged, or a row is bad. The
+            message counts all bad rows and lists the first with file:line.
     """
     rows = Rows()
     rows.conversations = list(usable_rows(named, rows, on_bad_row=on_bad_row))
@@ -129,12 +132,13 @@ def usable_rows(named: Named, rows: Rows, *, on_bad_row: OnBadRow) -> Iterator[C
     """Read the conversations of sources one at a time, for data that does not fit into memory.
 
     Args:
-        named: as iterate_rows.
-        rows: gets counts and notes, after the last row.
-        on_bad_row: as read_rows; with error the rows after a bad one are only counted.
+        named: the sources, as in iterate_rows.
+        rows: receives counts and notes after the last row.
+        on_bad_row: error or skip, as in read_rows; with error, rows after a bad row are only
+            counted.
 
     Raises:
-        DataError: as read_rows, after the last row.
+        DataError: as in read_rows, after the last row.
     """
     bad = BadRows(on_bad_row, TRAINING)
     num_good = 0
@@ -157,19 +161,21 @@ def usable_rows(named: Named, rows: Rows, *, on_bad_row: OnBadRow) -> Iterator[C
 
 
 def as_sources(named: Named) -> Sequence[Source]:
-    """Return the sources that a caller names.
+    """Return the argument as a list of sources.
 
     Raises:
-        DataError: when named is neither a name nor rows.
+        DataError: when the argument is neither a name nor rows.
     """
-    if not isinstance(named, (list, tuple)):
-        return [as_source(named)]
-    sources = [one for one in named if isinstance(one, Source)]
-    return sources if len(sources) == len(named) else [as_source(named)]
+    if isinstance(named, (list, tuple)):
+        sources = [one for one in named if isinstance(one, Source)]
+        if len(sources) == len(named):
+            return sources
+    # Anything but a list of sources is one name, or rows in memory.
+    return [as_source(cast(Data, named))]
 
 
 def check_any(rows: Sequence[object], sources: Sequence[Source]) -> None:
-    """Check that sources hold rows, usable or not.
+    """Check that at least one row was read, usable or not.
 
     Raises:
         DataError: when there is no row.

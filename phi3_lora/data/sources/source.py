@@ -1,4 +1,4 @@
-"""Sources of rows: a file, a folder, a pattern or a data set, found by name."""
+"""Sources of rows: lookup of files, folders, patterns and data sets by name."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from phi3_lora.errors import ConfigError, DataError
 
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:/(?P<subset>[\w.-]+))?")
 _WITH_SPLIT = re.compile(r"(?P<path>.+?):(?P<split>[\w.-]+(?:\[.*\])?)")
-"""A split may be followed by the part of it that is taken, as `datasets` writes it: test[:10%]."""
+"""A path and its split, which may be a part of one, such as test[:10%]."""
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-"""Split -> what it is called in names of files, folders and data sets."""
+"""Split -> its names in files, folders and data sets."""
 _SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
 ROWS_IN_MEMORY = "(rows in memory)"
-"""The path that config.yaml holds for rows that the caller passed in memory."""
+"""The path that config.yaml stores for rows in memory."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 
 
@@ -50,15 +50,15 @@ class Source:
     weight: float = 1.0
     """How often an epoch takes each row: 0.5 takes half of them, 2 takes each twice."""
     split: str | None = None
-    """The split of a folder or a data set: train, valid, test or its own name; null is train."""
+    """Split of a folder or data set: train, valid, test, or a name that it uses; null is train."""
     subset: str | None = None
-    """The configuration of a data set that has several."""
+    """Configuration of the data set, if there are several."""
     format: str = "auto"
-    """The rows' format, or auto: as the first row of each file has it."""
+    """Format of the rows; auto takes it from the first row of each file."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name of a column -> the file's."""
+    """Our name of a column -> the file's name."""
     streaming: bool = False
-    """Read as it arrives: a data set of the hub without a copy on the disk."""
+    """True to read a data set of the hub during the download, without a copy on the disk."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -73,7 +73,7 @@ class Source:
         return f"{self.path}[{self.split}]" if self.split else self.path
 
     def rows_in_memory(self) -> Callable[[], Iterator[RawRow]] | None:
-        """Return a reader of rows that the source itself holds; None where the path names them."""
+        """Return a reader of rows in memory; None if the rows are in files or on the hub."""
         return None
 
 
@@ -91,7 +91,7 @@ def check_columns(columns: dict[str, str]) -> None:
     """Check the keys of a mapping of columns.
 
     Raises:
-        ConfigError: when a key is not one that rows are read by.
+        ConfigError: when a key is not one of COLUMNS.
     """
     unknown = sorted(columns.keys() - set(COLUMNS))
     if unknown:
@@ -107,11 +107,11 @@ class Part(NamedTuple):
     name: str
     rows: Callable[[], Iterator[RawRow]]
     files: Callable[[], Sequence[Path] | None]
-    """The files of the rows and of their features; None where these are not on the disk."""
+    """Return the files of the rows and of their descriptions; None if they are not on the disk."""
 
 
 def parts_of(source: Source) -> list[Part]:
-    """The files of a source, or the split of the data set it names.
+    """Return the parts of a source: its files, or one split of its data set.
 
     Raises:
         DataError: when the source does not exist or has no files.
@@ -149,22 +149,22 @@ def _file_part(path: Path) -> Part:
     return Part(
         str(path),
         lambda: read_raw_rows(path),
-        # What a pipe holds can be read but once.
+        # A pipe can be read only once.
         lambda: [path] if path.is_file() else None,
     )
 
 
 def check_exists(source: Source) -> None:
-    """Check that a source is there; a data set of the hub is asked for only when it is read.
+    """Check that a source exists; a data set of the hub is looked up only when it is read.
 
     Raises:
-        DataError: when it does not exist.
+        DataError: when the source does not exist.
     """
     parts_of(source)
 
 
 def splits_of(source: Source) -> list[str]:
-    """Return the splits of a source under its own names; empty for files and patterns.
+    """Return the split names of a source as it writes them; empty for files and patterns.
 
     Raises:
         DataError: when the source does not exist.
@@ -180,7 +180,7 @@ def splits_of(source: Source) -> list[str]:
 
 
 def with_split(source: Source, split: str) -> Source | None:
-    """Return the source with another split; None if it lacks that split or names one itself."""
+    """Return the source with a split; None if it has no such split or already names one."""
     if _place(source).split is not None:
         return None
     names = splits_of(source)
@@ -228,7 +228,7 @@ def _local(text: str, split: str | None) -> _Place | None:
     path = Path(text).expanduser()
     if path.is_dir():
         return _Place(text, split, root=path)
-    # A pipe or a device is as good as a file.
+    # A pipe or a device can be read like a file.
     if path.exists():
         return _Place(text, split, files=[path])
     if not glob.has_magic(text):
@@ -257,7 +257,9 @@ def _files(place: _Place) -> Sequence[Path]:
 
 
 def _folder_splits(root: Path) -> dict[str, list[Path]]:
-    """The data files in a folder and below, by split; with no training files, the rest is that.
+    """Sort the data files of a folder and its subfolders by split.
+
+    Files whose path names no split are training files, unless another file names train.
 
     Source: huggingface.co/docs/hub/datasets-file-names-and-splits.
     """

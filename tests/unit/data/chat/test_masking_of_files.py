@@ -165,7 +165,7 @@ def check_notes(dataset: Dataset, rows: list[Row], name: str, eats: str) -> None
     notes = "\n".join(dataset.notes)
     assert (f"d: {marked} of {len(rows)} rows hold markers as text" in notes) == bool(marked)
     eaten = sum(count > 0 for count in lost)
-    told = f"d: {eaten} of {len(rows)} rows lose white space that markers beside a message eat ("
+    told = f"d: {eaten} of {len(rows)} rows lose white space that markers beside a message strip ("
     assert (f"{told}{sum(lost):,} in all; " in notes) == bool(eaten)
 
 

@@ -58,14 +58,13 @@ def test_each_kind_is_told_of_the_rows_it_is_among() -> None:
         "d: dropped 2 of 7 rows longer than 9 tokens (longest 7; first a:3)",
         "d: dropped 1 of 7 rows without a supervised token (first a:4)",
         "d: 1 of 4 rows hold markers as text, kept as text (first a:5)",
-        "d: 2 of 4 rows are in the validation data, too, so that its loss comes out too low "
-        "(first a:6)",
+        "d: 2 of 4 rows are in the validation data, too, so its loss is too low (first a:6)",
     ]
 
 
 @pytest.mark.parametrize("values", [{"num_rows": -1}, {"longest": True}, {"x": 1}, [], None])
 def test_what_is_no_tally_is_told(values: Any) -> None:
-    with pytest.raises(ValueError, match="no counts of rows"):
+    with pytest.raises(ValueError, match="not counts of rows"):
         Tally.from_dict(values)
 
 

@@ -159,8 +159,8 @@ def test_what_is_noticed_in_rows_is_counted_once_a_kind(tokenizer: ChatTokenizer
     dataset = build(tokenizer, rows, 50, "drop")
     assert dataset.notes == [
         "training data: 1 of 3 rows hold markers as text, kept as text (first f:3)",
-        "training data: 2 of 3 rows lose white space that markers beside a message eat (4 in all; "
-        "first f:3)",
+        "training data: 2 of 3 rows lose white space that markers beside a message strip (4 in "
+        "all; first f:3)",
     ]
 
 

@@ -249,7 +249,7 @@ def test_without_py3langid_the_line_that_installs_it_is_named(
         ({"min_chars": -1}, "min_chars must be >= 0, got -1"),
         ({"min_chars": 9, "max_chars": 5}, "min_chars 9 is above max_chars 5"),
         ({"min_tokens": 9, "max_tokens": 5}, "min_tokens 9 is above max_tokens 5"),
-        ({"patterns": ("(",)}, "'\\('.*is no regular expression"),
+        ({"patterns": ("(",)}, "'\\('.*is not a regular expression"),
     ],
 )
 def test_steps_that_cannot_be_taken_are_refused(settings: dict[str, Any], phrase: str) -> None:

@@ -235,7 +235,7 @@ def test_bad_rows_can_be_left_out_and_are_named(tmp_path: Path) -> None:
 
 
 def test_one_row_alone_is_told_as_that(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one row alone: a split needs two"):
+    with pytest.raises(DataError, match="only one row: a split needs two"):
         split(write(tmp_path / "d.jsonl", random_rows(1)))
 
 
