@@ -55,7 +55,7 @@ class SamplingOptions(TypedDict, total=False):
 
 def log_note(text: str) -> None:
     """Log a note as a warning of the logger phi3_lora."""
-    LoggingObserver().note(text)
+    LoggingObserver().on_note(text)
 
 
 def part_names(enable: str | Sequence[str] | None) -> list[str]:

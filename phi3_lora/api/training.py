@@ -15,6 +15,7 @@ from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
 from phi3_lora.training.data import RowsInMemory
+from phi3_lora.training.facts import RunFacts
 from phi3_lora.training.observer import LoggingObserver, Observer
 from phi3_lora.training.prepare import prepare
 from phi3_lora.training.run import TrainResult
@@ -102,13 +103,13 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What a run would do."""
+    """The plan of a run."""
 
-    facts: dict[str, Any]
+    facts: RunFacts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
-        return dict(self.facts)
+        return self.facts.to_dict()
 
 
 def train(
@@ -155,9 +156,8 @@ def dry_run(
         Phi3LoraError: with what is wrong and what to do.
     """
     resolved, observer = _resolve_for(observer, config, resume=resume, **settings)
-    return TrainingPlan(
-        prepare(resolved, observer, with_weights=False, rows=_rows(settings)).facts()
-    )
+    prepared = prepare(resolved, observer.on_note, with_weights=False, rows=_rows(settings))
+    return TrainingPlan(prepared.facts())
 
 
 def resolve_settings(
@@ -215,7 +215,7 @@ def _resolve_for(
     observer = observer or LoggingObserver()
     resolved = resolve_settings(config, resume=resume, **settings)
     for text in resolved.notes:
-        observer.note(text)
+        observer.on_note(text)
     return resolved.config, observer
 
 

@@ -93,8 +93,7 @@ def _whole(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) ->
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
         seed=training.seed,
-        packing=training.packing,
-        max_length=training.max_length,
+        row_tokens=training.max_length if training.packing else None,
     )
     return RunData(plan, valid)
 

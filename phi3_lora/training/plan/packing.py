@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.engine.packing import Rows, packed_rows
 from phi3_lora.engine.random_streams import permutation
+from phi3_lora.training.plan.facts import StepFacts, StepTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,20 @@ class FirstSteps:
             if end > start:
                 yield self.lengths[self.rows.documents[start:end]]
 
-    def facts(self) -> dict[str, Any]:
-        """`step_tokens` (least, mean and most) and `row_fill`, the share that tokens take."""
+    def facts(self) -> StepFacts:
+        """Return the figures of the steps."""
         ordered = self.lengths[self.rows.documents]
         row_lengths = np.add.reduceat(ordered, self.rows.starts[:-1]) if len(ordered) else ordered
         if not len(row_lengths):
-            return {"step_tokens": None, "row_fill": None}
+            return StepFacts(step_tokens=None, row_fill=None)
         every = np.arange(0, len(row_lengths), self.rows_per_step)
         steps = np.add.reduceat(row_lengths, every)
-        figures = {"least": steps.min(), "mean": steps.mean().round(), "most": steps.max()}
-        fill = None
-        if self.row_tokens is not None:
-            fill = float(row_lengths.mean() / self.row_tokens)
-        return {"step_tokens": {k: int(v) for k, v in figures.items()}, "row_fill": fill}
+        tokens = StepTokens(
+            least=int(steps.min()), mean=int(steps.mean().round()), most=int(steps.max())
+        )
+        if self.row_tokens is None:
+            return StepFacts(step_tokens=tokens, row_fill=None)
+        return StepFacts(step_tokens=tokens, row_fill=float(row_lengths.mean() / self.row_tokens))
 
     def padding(self, computed_tokens: Callable[[NDArray[np.int64]], int]) -> float:
         """Share of what a device computes on that is padding, of at most 1,000 steps.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.training.plan.facts import PlanFacts
 from phi3_lora.training.plan.packing import FirstSteps
-
-Position = dict[str, Any]
-"""What a checkpoint keeps so that a plan goes on where it was; plain values."""
+from phi3_lora.training.plan.position import StreamPosition
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class Step:
     indices: tuple[int, ...]
     """Numbers of its documents: places in the data set; of a stream, in the order they came."""
     documents: Sequence[Document] = field(compare=False, repr=False)
-    position: Position | None = None
+    position: StreamPosition | None = None
     """Where the plan goes on after it, for plans that need to know."""
 
 
@@ -39,7 +38,7 @@ class StepPlan(Protocol):
     def steps(
         self,
         after: int = 0,
-        position: Position | None = None,
+        position: StreamPosition | None = None,
         *,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
@@ -55,17 +54,17 @@ class StepPlan(Protocol):
             CheckpointError: when the data is not what it was at that position.
         """
 
-    def hash(self, position: Position | None = None) -> str:
+    def hash(self, position: StreamPosition | None = None) -> str:
         """sha256 that tells this plan from others; of a position, of the steps up to it."""
 
-    def facts(self) -> dict[str, Any]:
-        """Figures by name; None where they are not known before the run."""
+    def facts(self) -> PlanFacts:
+        """Return the figures of the plan that are known before the run."""
 
     @property
     def first_steps(self) -> FirstSteps:
         """Those of the first epoch; of a stream, of what is read at first."""
 
-    def notes(self, position: Position | None) -> list[str]:
+    def notes(self, position: StreamPosition | None) -> list[str]:
         """What is to be said, after the step of this position, of rows read on the way."""
 
 

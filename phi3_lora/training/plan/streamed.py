@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,54 +23,10 @@ from phi3_lora.data.documents.stream import Block, Stopped, StreamedRows, Stream
 from phi3_lora.data.documents.tally import Tally
 from phi3_lora.engine.packing import Rows
 from phi3_lora.errors import CheckpointError, DataError, listing
+from phi3_lora.training.plan.facts import BlockFacts, PlanFacts
 from phi3_lora.training.plan.packing import FirstSteps, shuffled_rows
-from phi3_lora.training.plan.protocol import Position, Step, step_pairs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a stream goes on."""
-
-    epoch: int = 0
-    """Passes that have ended."""
-    block: int = 0
-    row: int = 0
-    """Rows of the plan that were taken of the block."""
-    num_documents: int = 0
-    """Of the pass, before the block."""
-    rows_hash: str = ""
-    """Of the pass, up to the end of the block; empty before its first step."""
-    plan_hash: str
-    """Of all steps so far."""
-    first_pass_hash: str = ""
-    """Of all rows of the first pass, once it has ended."""
-    tally: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What became of the rows of the first pass, up to the end of the block."""
-
-    @classmethod
-    def from_position(cls, position: Position) -> Place:
-        """The inverse of dataclasses.asdict.
-
-        Raises:
-            CheckpointError: when it is not the position of a stream.
-        """
-        try:
-            place = cls(**position)
-            place.tallied  # noqa: B018
-        except (TypeError, ValueError) as cause:
-            raise _damaged(cause) from None
-        numbers = (place.epoch, place.block, place.row, place.num_documents)
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise _damaged(f"numbers must be whole and not negative, got {numbers}")
-        hashes = (place.rows_hash, place.plan_hash, place.first_pass_hash)
-        if not all(isinstance(text, str) for text in hashes):
-            raise _damaged("its hashes must be texts")
-        return place
-
-    @property
-    def tallied(self) -> Tally:
-        """What became of the rows of the first pass."""
-        return Tally.from_dict(self.tally)
+from phi3_lora.training.plan.position import StreamPosition, damaged_position
+from phi3_lora.training.plan.protocol import Step, step_pairs
 
 
 class _Row(NamedTuple):
@@ -79,7 +34,7 @@ class _Row(NamedTuple):
 
     indices: Sequence[int]
     documents: Sequence[Document]
-    after: Place
+    after: StreamPosition
     """Where the stream goes on after it; plan_hash is that of its step, and not yet there."""
 
 
@@ -123,12 +78,12 @@ class StreamedPlan:
         # A pipe can be read but once: the first steps go on with this pass.
         self._begun: tuple[StreamPass, Block] | None = (begun, first)
         lengths = document_lengths(first.documents)
-        self._first_facts = {
-            "buffer_size": rows.buffer_size,
-            "num_documents": len(first.documents),
-            "num_tokens": int(lengths.sum()),
-            "loss_tokens": num_loss_tokens(first.documents),
-        }
+        self._first_facts = BlockFacts(
+            buffer_size=rows.buffer_size,
+            num_documents=len(first.documents),
+            num_tokens=int(lengths.sum()),
+            loss_tokens=num_loss_tokens(first.documents),
+        )
         in_rows = self._in_rows(lengths, (0,))
         self.first_steps = FirstSteps(in_rows, lengths, rows_per_step, row_tokens)
         settings = [seed, rows_per_step, row_tokens, rows.buffer_size]
@@ -138,33 +93,29 @@ class StreamedPlan:
         for text in rows.notes_on(first.tally):
             note(text)
 
-    def hash(self, position: Position | None = None) -> str:
+    def hash(self, position: StreamPosition | None = None) -> str:
         """sha256 of what is known before the first step; of a position, of all steps up to it."""
-        if position is None:
-            return self._hash
-        return Place.from_position(position).plan_hash
+        return self._hash if position is None else position.plan_hash
 
-    def facts(self) -> dict[str, Any]:
-        """Figures by name; None where they are not known before the run."""
-        unknown = dict.fromkeys(("num_documents", "num_tokens", "loss_tokens", "steps_per_epoch"))
-        return {
-            **unknown,
-            "total_steps": self.total_steps,
-            "streamed": self._first_facts,
-            **self.first_steps.facts(),
-        }
+    def facts(self) -> PlanFacts:
+        """Return the figures of the plan that are known before the run."""
+        return PlanFacts(
+            total_steps=self.total_steps,
+            streamed=self._first_facts,
+            steps=self.first_steps.facts(),
+        )
 
-    def notes(self, position: Position | None) -> list[str]:
-        """What became of the rows that were read."""
-        place = None if position is None else Place.from_position(position)
-        # Of one block, all was said when it was read.
-        is_more = place is not None and place.tallied.num_rows > self._rows.buffer_size
-        return self._rows.notes_on(place.tallied) if place and is_more else []
+    def notes(self, position: StreamPosition | None) -> list[str]:
+        """Return a text on each outcome of rows read up to this position."""
+        # The notes on the first block were given when it was read.
+        if position is None or position.tally.num_rows <= self._rows.buffer_size:
+            return []
+        return self._rows.notes_on(position.tally)
 
     def steps(
         self,
         after: int = 0,
-        position: Position | None = None,
+        position: StreamPosition | None = None,
         *,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
@@ -176,8 +127,8 @@ class StreamedPlan:
                 not the position of a stream.
         """
         if position is None and after:
-            raise _damaged(f"there is none after step {after}")
-        place = Place(plan_hash=self._hash) if position is None else Place.from_position(position)
+            raise damaged_position(f"there is none after step {after}")
+        place = position or StreamPosition(plan_hash=self._hash)
         number = after
         while number < self.total_steps:
             rows: list[_Row] = []
@@ -189,7 +140,7 @@ class StreamedPlan:
                     number += 1
                     step = self._step(number, rows, place, end)
                     assert step.position is not None
-                    place = Place(**step.position)
+                    place = step.position
                     yield step
                     if number == self.total_steps:
                         return
@@ -197,20 +148,23 @@ class StreamedPlan:
             except Stopped:
                 return
 
-    def _step(self, number: int, rows: list[_Row], before: Place, end: Place | None) -> Step:
+    def _step(
+        self, number: int, rows: list[_Row], before: StreamPosition, end: StreamPosition | None
+    ) -> Step:
         indices = tuple(i for row in rows for i in row.indices)
         documents = [document for row in rows for document in row.documents]
         digest = hashlib.sha256(before.plan_hash.encode())
         digest.update(documents_digest(documents).encode())
         digest.update(step_pairs(number, indices))
         place = dataclasses.replace(end or rows[-1].after, plan_hash=digest.hexdigest())
-        position = dataclasses.asdict(place)
-        return Step(number, float(place.epoch), end is not None, indices, documents, position)
+        return Step(number, float(place.epoch), end is not None, indices, documents, place)
 
-    def _pass(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[_Row | Place]:
+    def _pass(
+        self, place: StreamPosition, is_stopped: Callable[[], bool]
+    ) -> Iterator[_Row | StreamPosition]:
         """Rows from a place to the end of its pass, one at least, and where the next one begins."""
         num_documents = place.num_documents
-        tally = place.tallied
+        tally = place.tally
         is_empty, rows_hash = True, ""
         for block in self._blocks(place, is_stopped):
             is_resumed = block.number == place.block and bool(place.rows_hash)
@@ -218,14 +172,14 @@ class StreamedPlan:
                 raise self._other_rows()
             if place.epoch == 0 and not is_resumed:
                 tally += block.tally
-            at = Place(
+            at = StreamPosition(
                 epoch=place.epoch,
                 block=block.number,
                 num_documents=num_documents,
                 rows_hash=block.rows_hash,
                 plan_hash="",
                 first_pass_hash=place.first_pass_hash,
-                tally=tally.to_dict(),
+                tally=tally,
             )
             for row in self._rows_of(block, at, skip=place.row if is_resumed else 0):
                 yield row
@@ -242,14 +196,14 @@ class StreamedPlan:
                 "rows, so that the run cannot be repeated"
             )
         # Blocks without documents may have come after the last row.
-        yield Place(
+        yield StreamPosition(
             epoch=place.epoch + 1,
             plan_hash="",
             first_pass_hash=place.first_pass_hash or rows_hash,
-            tally=tally.to_dict(),
+            tally=tally,
         )
 
-    def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
+    def _rows_of(self, block: Block, at: StreamPosition, *, skip: int) -> Iterator[_Row]:
         part = (at.epoch, block.number) if block.number else (at.epoch,)
         rows = self._in_rows(document_lengths(block.documents), part)
         if skip > rows.num_rows:
@@ -265,7 +219,7 @@ class StreamedPlan:
     def _in_rows(self, lengths: NDArray[np.int64], part: tuple[int, ...]) -> Rows:
         return shuffled_rows(lengths, seed=self._seed, part=part, row_tokens=self._row_tokens)
 
-    def _blocks(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[Block]:
+    def _blocks(self, place: StreamPosition, is_stopped: Callable[[], bool]) -> Iterator[Block]:
         """Blocks from that of a place on."""
         block: Block | None = None
         if self._begun is None:
@@ -298,7 +252,7 @@ class StreamedPlan:
                 self._told.add(text)
                 self._note(text)
 
-    def _nothing_left(self, place: Place, tally: Tally) -> DataError:
+    def _nothing_left(self, place: StreamPosition, tally: Tally) -> DataError:
         if place.epoch:
             return DataError(
                 f"{self._rows}: no row is left to learn from when read again, after "
@@ -315,23 +269,18 @@ class StreamedPlan:
         )
 
 
-def _with_end(items: Iterator[_Row | Place]) -> Iterator[tuple[_Row, Place | None]]:
+def _with_end(
+    items: Iterator[_Row | StreamPosition],
+) -> Iterator[tuple[_Row, StreamPosition | None]]:
     """Each row of a pass; the last one with the place that follows the rows."""
     held: _Row | None = None
     try:
         for item in items:
             if held is not None:
-                yield held, item if isinstance(item, Place) else None
+                yield held, item if isinstance(item, StreamPosition) else None
             held = item if isinstance(item, _Row) else None
     except DataError:
         # Rows that cannot be used take nothing from the steps before them.
         if held is not None:
             yield held, None
         raise
-
-
-def _damaged(why: object) -> CheckpointError:
-    return CheckpointError(
-        f"cannot resume: the checkpoint's position in the data is damaged: {why}; delete the "
-        "checkpoint, and the one before it is used"
-    )
