@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from phi3_lora.adapters.adapter import Adapter
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.inference.evaluation import Evaluation
@@ -27,9 +23,6 @@ def model_card(
         evaluation: on the validation data, for the best adapter.
     """
     config, plan = run.prepared.config, run.prepared.plan
-    head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
-    if "/" in config.model and not config.model.startswith((".", "/", "~")):
-        head["base_model"] = config.model
     rows = _rows(run, adapter, progress)
     rows["Steps"] = f"{progress.step:,} of {plan.total_steps:,}"
     if progress.last_loss is not None:
@@ -48,11 +41,24 @@ def model_card(
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# LoRA adapter\n\n"
+        f"---\n{_head(config)}\n---\n\n# LoRA adapter\n\n"
         f"Trained with phi3-lora.\n\n| | |\n|---|---|\n{table}\n\n"
         "Of the weights, `adapter_model.safetensors` is PEFT's file and `adapters.safetensors` "
         f"mlx-lm's; both tools read `adapter_config.json`.\n{differences}"
     )
+
+
+def _head(config: RunConfig) -> str:
+    # The import takes 0.1 s, which only a run that saves an adapter should pay.
+    from huggingface_hub.repocard_data import ModelCardData
+
+    is_hub_id = "/" in config.model and not config.model.startswith((".", "/", "~"))
+    data = ModelCardData(
+        library_name="peft",
+        tags=["lora", "phi-3"],
+        base_model=config.model if is_hub_id else None,
+    )
+    return data.to_yaml(original_order=["library_name", "tags", "base_model"])
 
 
 def _rows(run: OpenRun, adapter: Adapter, progress: Progress) -> dict[str, str]:
