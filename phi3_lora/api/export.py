@@ -12,7 +12,8 @@ from typing import Any, Literal
 from phi3_lora.adapters.adapter import adapter_problems
 from phi3_lora.adapters.deltas import Weighted, concatenated
 from phi3_lora.adapters.formats.folder import check_apart, check_unused, write_adapter_folder
-from phi3_lora.api.options import AnyPath, Dtype, Note, OptionError, folder_of, log_note
+from phi3_lora.api.options import AnyPath, Note, OptionError, folder_of, log_note
+from phi3_lora.config.schema import DtypeOption
 from phi3_lora.errors import AdapterError, ModelError, listing
 from phi3_lora.export import merge as merging
 from phi3_lora.export.gguf_model import OUT_TYPES
@@ -34,7 +35,7 @@ class MergeOptions:
     """Form of a merged model."""
 
     to: MergeTarget = "hf"
-    dtype: Dtype = "auto"
+    dtype: DtypeOption = "auto"
     outtype: OutType = "auto"
     dequantize: bool = False
 
@@ -113,7 +114,7 @@ def merge(
     *,
     weight: float | Sequence[float] = (),
     to: MergeTarget = "hf",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
     outtype: OutType = "auto",
     dequantize: bool = False,
     revision: str | None = None,

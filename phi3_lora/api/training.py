@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from phi3_lora.api.options import AnyPath, Device, Dtype, OptionError, Quantization
+from phi3_lora.api.options import AnyPath, OptionError
 from phi3_lora.config.load import RunSettings, load_settings
-from phi3_lora.config.schema import RunConfig
+from phi3_lora.config.schema import Device, DtypeOption, RunConfig
 from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
+from phi3_lora.models.config import Quantization
 from phi3_lora.training.data import RowsInMemory
 from phi3_lora.training.facts import RunFacts
 from phi3_lora.training.observer import LoggingObserver, Observer
@@ -66,7 +67,7 @@ class TrainSettings(TypedDict, total=False):
     backend: str | None
     """mlx, cuda or auto."""
     device: Device | None
-    dtype: Dtype | None
+    dtype: DtypeOption | None
     quantize: Quantization | None
     output_dir: AnyPath
     """The run folder."""
