@@ -18,14 +18,14 @@ DtypeOption = Literal["auto", Dtype]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """All settings of a run."""
 
     model: str = ""
     """A folder, a hub id, or demo."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     adapter: str | None = None
-    """An adapter folder to start from."""
+    """Folder of an adapter to start from."""
     backend: str = "auto"
     """mlx, cuda or auto."""
     device: Device = "auto"
@@ -33,7 +33,8 @@ class RunConfig:
     dtype: DtypeOption = "auto"
     """float32, bfloat16, float16 or auto."""
     quantize: Quantization = "none"
-    """The base: none, 4bit or 8bit (equal weights on both backends), nf4 or mlx-affine."""
+    """Quantisation of the base model: none, 4bit or 8bit (equal weights on both backends), nf4 or
+    mlx-affine."""
     output_dir: str = ""
     """The run folder."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -59,7 +60,7 @@ class RunConfig:
         require(has_data, "data is missing: set it or pass --data")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, as config.yaml holds them."""
+        """Return plain values, as in config.yaml."""
         raw = dataclasses.asdict(self)
         peft = raw["peft_config"]
         raw["peft_config"] = {k: [*v] if isinstance(v, tuple) else v for k, v in peft.items()}

@@ -29,9 +29,6 @@ def coerce(value: Any, hint: Any) -> Any:
         ValueError: when a text is not a number, or a number is not whole.
         OverflowError: when a number is infinite.
     """
-    if typing.get_origin(hint) is typing.Literal:
-        # The dataclass checks which texts are allowed.
-        hint = str
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     holders = {typing.get_origin(option): typing.get_args(option) for option in options}
     if value is None or value in ({}, []):
@@ -76,8 +73,6 @@ def _items(values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
 
 def type_name(hint: Any) -> str:
     """Return the name of a type for a message."""
-    if typing.get_origin(hint) is typing.Literal:
-        hint = str
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     text = str(hint)
     if hint in names:
