@@ -1,4 +1,4 @@
-"""A run on the terminal: a progress bar where there is a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ConsoleObserver(Observer):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; safe to call twice."""
+        """Stop the bar; a second call has no effect."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from phi3_lora.models.config import Quantization
 from phi3_lora.training.environment import Environment
 from phi3_lora.training.identity import RunIdentity
 from phi3_lora.training.plan.facts import PlanFacts
@@ -12,16 +13,17 @@ from phi3_lora.training.plan.facts import PlanFacts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:
-    """The figures of a run that need no weights; `train --dry-run` prints them."""
+    """The figures of a run that are known without the weights; `train --dry-run` prints them."""
 
     model: str
-    """The base model as it was named: a folder, a hub id, or demo."""
-    quantize: str
+    """The base model: a folder, a hub id, or demo."""
+    quantize: Quantization
     family: str | None
     """Hub id of the released model with this shape, if there is one."""
     num_parameters: int
-    """Of the base model."""
+    """Parameters of the base model."""
     num_trainable_parameters: int
+    """Parameters of the adapter."""
     num_modules: int
     """Modules that train, with LoRA or as whole weights."""
     num_eval_documents: int
@@ -29,10 +31,10 @@ class RunFacts:
     """Documents (with packing: rows) of an optimizer step."""
     plan: PlanFacts
     plan_hash: str
-    """sha256 of the plan."""
+    """sha256 of the plan; for streamed data, of the first block."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name, those of the plan among them."""
+        """Return the figures by name; the figures of the plan are on the same level."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         plan_hash = values.pop("plan_hash")
         del values["plan"]
@@ -53,7 +55,7 @@ class RunStart:
     is_resumed: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record that opens this part of metrics.jsonl."""
+        """Return the record of the start or the resume in metrics.jsonl."""
         return {
             "event": "resume" if self.is_resumed else "start",
             **self.environment.to_dict(),

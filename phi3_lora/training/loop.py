@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phi3_lora.config.training import TrainingConfig
+from phi3_lora.config.training import Strategy, TrainingConfig
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.batching import rank_share
@@ -24,14 +24,14 @@ from phi3_lora.training.signals import StopRequest
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is to be learnt and how."""
+    """The steps to take and the documents to evaluate on."""
 
     config: TrainingConfig
     plan: StepPlan
     eval_documents: Sequence[Document] = ()
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         total = self.plan.total_steps
         return learning_rate(
             step,
@@ -41,8 +41,8 @@ class Task:
             total_steps=total,
         )
 
-    def is_due(self, step: Step, strategy: str, every_steps: int) -> bool:
-        """Whether an event of this strategy falls on a step; the last step counts unless `no`."""
+    def is_due(self, step: Step, strategy: Strategy, every_steps: int) -> bool:
+        """Return whether a strategy has an event at a step; all but `no` have one at the last."""
         if strategy == "no":
             return False
         is_time = step.ends_epoch if strategy == "epoch" else step.number % every_steps == 0
@@ -52,10 +52,19 @@ class Task:
 def fit(
     engine: Engine, task: Task, observer: Observer, progress: Progress, stop: StopRequest
 ) -> Progress:
-    """Train from where progress stands to the end of the plan, or until a stop is asked for.
+    """Train to the end of the plan, or until a stop is requested.
+
+    Args:
+        engine: the model.
+        task: the steps and the validation documents.
+        observer: receives the events.
+        progress: the progress so far; it is updated in place and returned.
+        stop: becomes true when a signal requests a stop. The current step is finished first.
 
     Raises:
-        TrainingError: when the loss is not finite; nothing is saved after that.
+        TrainingError: when the loss or the gradient norm is not finite.
+        DataError: when streamed data cannot be used.
+        CheckpointError: when streamed data is not what it was before the run resumed.
     """
     config = task.config
     saved = progress.step
@@ -77,14 +86,18 @@ def fit(
             saved = number
         if stop:
             break
-    # Stopped while data was read.
+    # A stop while data was read ended the steps above.
     if stop and saved < progress.step:
         observer.on_checkpoint_due(progress)
     return progress
 
 
 def _take_step(engine: Engine, task: Task, step: Step, progress: Progress) -> tuple[float, float]:
-    """One optimizer step on this rank's share of the step's documents."""
+    """Take one optimizer step on this rank's share of the documents.
+
+    Returns:
+        Loss in nats per supervised token, and L2 norm of the gradients before clipping.
+    """
     began = time.perf_counter()
     loss_tokens = sum(d.loss_tokens for d in step.documents)
     result = engine.train_step(

@@ -1,8 +1,7 @@
-"""The events of a run and the one interface that receives them.
+"""The events of a run and the interface that receives them.
 
-The loop reports each event to an Observer. The observers of a run are, in this order: the writers
-in the package observers (metrics.jsonl, checkpoints, adapters) and the caller's own, for example
-the console.
+Each event of a run goes to several observers in this order: the writers of metrics.jsonl and of
+adapters, the caller's observer (for example the console), and the writer of checkpoints.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from phi3_lora.training.progress import Progress
 class Observer(Protocol):
     """Receiver of the events of a run; a subclass overrides only the methods that it needs.
 
-    An exception that a method raises stops the run.
+    An exception in a method stops the run.
     """
 
     def on_note(self, text: str) -> None:
@@ -36,23 +35,23 @@ class Observer(Protocol):
         return
 
     def on_metrics(self, metrics: TrainMetrics | EvalMetrics) -> None:
-        """Receive a record of metrics.jsonl."""
+        """Receive a record that was written to metrics.jsonl."""
         return
 
     def on_best(self, progress: Progress, evaluation: Evaluation) -> None:
-        """Receive an evaluation that is better than all before it."""
+        """Receive an evaluation with the lowest loss so far; its adapter is saved."""
         return
 
     def on_checkpoint_due(self, progress: Progress) -> None:
-        """Save a checkpoint of this step, if that is the observer's task."""
+        """Receive the progress before a checkpoint of it is saved."""
         return
 
     def on_checkpoint(self, folder: Path) -> None:
-        """Receive the folder of a checkpoint that was written."""
+        """Receive the folder of a checkpoint that was saved."""
         return
 
     def on_finish(self, progress: Progress) -> None:
-        """Receive the end of a run that has taken all its steps."""
+        """Receive the end of a run that took all its steps; its adapter is saved."""
         return
 
 

@@ -1,4 +1,4 @@
-"""Everything about a run that needs no weights: model shape, adapter, data, plan."""
+"""The preparation of a run: everything that needs no weights of the base model."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ from phi3_lora.training.plan.protocol import StepPlan
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything about a run that needs no weights."""
+    """A run that is prepared but has no weights of the base model yet."""
 
     config: RunConfig
     base: FoundModel
     lora: LoraSpec
     start: Adapter | None
-    """The adapter to start from, if not from scratch."""
+    """The adapter to start from; None starts with initial weights."""
     valid: Dataset | None
     plan: StepPlan
     plan_hash: str
+    """sha256 of the plan; for streamed data, of the first block."""
 
     @property
     def task(self) -> Task:
-        """What the loop needs."""
+        """The task of the training loop."""
         valid = self.valid.documents if self.valid else ()
         return Task(self.config.training_config, self.plan, valid)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out, in) of the layers to adapt."""
+        """Module path -> (out, in) of each layer to adapt."""
         available = self.base.config.adaptable_shapes()
         return {module: available[module] for module in self.lora.modules}
 
@@ -101,17 +102,17 @@ def prepare(
     with_weights: bool = True,
     rows: RowsInMemory = NO_ROWS,
 ) -> Prepared:
-    """Read and check everything but the weights: model shape, adapter, data, plan.
+    """Read and check everything but the weights: model shape, adapter, data and plan.
 
     Args:
         config: the run.
         note: receives texts that the user should see.
-        start_dir: the adapter that gives rank, alpha and targets; the default is config.adapter.
-        with_weights: whether to download the weights of a hub id, too.
-        rows: rows in memory in place of those that the configuration names.
+        start_dir: folder of the adapter to start from; the default is config.adapter.
+        with_weights: True also downloads the weights of a hub id.
+        rows: rows in memory, used in place of those that the configuration names.
 
     Raises:
-        Phi3LoraError: when any of it cannot be used.
+        Phi3LoraError: with the problem and what to do.
     """
     base = find_base_model(
         config.model,
@@ -128,7 +129,7 @@ def prepare(
 
 
 def _lora(config: RunConfig, base: FoundModel, start: Adapter | None, note: Note) -> LoraSpec:
-    """What is trained: as configured, or as the adapter that the run starts from has it."""
+    """Return the shape of the adapter: that of the start adapter, or else as configured."""
     if start is not None:
         note(f"rank, alpha and targets are those of {config.adapter}")
         own = {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
@@ -138,7 +139,7 @@ def _lora(config: RunConfig, base: FoundModel, start: Adapter | None, note: Note
             note(f"{', '.join(stray)} has no effect: the adapter brings its own")
         for text in start.notes:
             note(text)
-        # A given adapter brings its own shape; only dropout is the run's.
+        # The shape is that of the adapter; only the dropout is a setting of the run.
         spec = in_model_order(start.spec, base.config)
         spec = with_blocks(spec, start.weights, base.config)
         return dataclasses.replace(spec, dropout=config.peft_config.lora_dropout)

@@ -176,7 +176,7 @@ def _check_finished(run: OpenRun, progress: Progress, stop: StopRequest) -> None
     if stop and progress.step < total_steps:
         saved = ", saved" if progress.step else ""
         raise TrainingInterrupted(
-            f"stopped at step {progress.step} of {total_steps}{saved}; go on "
+            f"stopped at step {progress.step} of {total_steps}{saved}; resume "
             f"with: phi3-lora train --resume --output {run.run_dir}",
             stop.exit_code,
         )

@@ -1,6 +1,7 @@
-"""Which documents form which optimizer step: a pure function of data, seed and config.
+"""The plan of a run whose data is read before training: the documents of each optimizer step.
 
-Neither the backend nor the number of ranks has a say; the hash of the plan is logged.
+The plan is a pure function of the data, the seed and the configuration. It does not depend on the
+backend or the number of ranks. Its hash is logged.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from phi3_lora.training.plan.protocol import Step, step_pairs
 
 
 class Plan:
-    """The steps of a run, made epoch by epoch."""
+    """The steps of a run, computed epoch by epoch."""
 
     def __init__(
         self,
@@ -34,14 +35,14 @@ class Plan:
         seed: int,
         row_tokens: int | None = None,
     ) -> None:
-        """Lay out the run.
+        """Compute the number of steps.
 
         Args:
             documents: the training documents.
             rows_per_step: documents of a step; with row_tokens, rows of several documents.
-            num_epochs: passes over the data, used when max_steps is not positive.
-            max_steps: optimizer steps; positive wins over num_epochs.
-            seed: of the order within each epoch.
+            num_epochs: passes over the data; used when max_steps is not positive.
+            max_steps: optimizer steps; a positive number wins over num_epochs.
+            seed: seed of the order within each epoch.
             row_tokens: tokens that a row may have. A row takes as many whole documents as fit;
                 with None it takes one document.
         """
@@ -63,12 +64,12 @@ class Plan:
         *,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
-        """The steps that follow the after-th one; no position is needed, and nothing is read."""
+        """Yield the steps after step `after`; position and is_stopped have no effect."""
         for number in range(after + 1, self.total_steps + 1):
             yield self.step(number)
 
     def step(self, number: int) -> Step:
-        """The number-th step, from 1."""
+        """Return the step with a number; the first step is 1."""
         epoch, within = divmod(number - 1, self.steps_per_epoch)
         indices = self._indices(number)
         return Step(
@@ -97,7 +98,7 @@ class Plan:
         return self._cached[1]
 
     def hash(self, position: StreamPosition | None = None) -> str:
-        """sha256 over every (step, document) pair and over the documents' ids and masks."""
+        """Return the sha256 over every (step, document) pair and the documents' ids and masks."""
         digest = hashlib.sha256(documents_digest(self._documents).encode())
         for number in range(1, self.total_steps + 1):
             digest.update(step_pairs(number, self._indices(number)))
@@ -116,9 +117,9 @@ class Plan:
 
     @property
     def first_steps(self) -> FirstSteps:
-        """Those of the first epoch."""
+        """The steps of the first epoch."""
         return FirstSteps(self._epoch(0), self._lengths, self._rows_per_step, self._row_tokens)
 
     def notes(self, position: StreamPosition | None) -> list[str]:
-        """Nothing: all was said when the data was read."""
+        """Return no notes; they were given when the data was read."""
         return []

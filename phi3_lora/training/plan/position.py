@@ -1,4 +1,4 @@
-"""The place at which streamed data goes on; checkpoints keep it."""
+"""The position in streamed data; checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from phi3_lora.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamPosition:
-    """The place at which a stream goes on after a step."""
+    """The position in streamed data after a step."""
 
     epoch: int = 0
     """Passes that have ended."""
     block: int = 0
     """Number of the block in its pass, from 0."""
     row: int = 0
-    """Rows of the plan that were taken from the block."""
+    """Rows of the plan that were taken from the block so far."""
     num_documents: int = 0
     """Documents of the pass before the block."""
     rows_hash: str = ""
