@@ -10,7 +10,8 @@ from typing import Literal
 
 from phi3_lora.adapters.deltas import Weighted
 from phi3_lora.adapters.formats.folder import check_apart
-from phi3_lora.api.options import AnyPath, Dtype, Note, OptionError, folder_of, log_note
+from phi3_lora.api.options import AnyPath, Note, OptionError, folder_of, log_note
+from phi3_lora.config.schema import DtypeOption
 from phi3_lora.errors import ConfigError
 from phi3_lora.export.merge import MergedModel, MergeOptions, MergeRequest, MergeResult, MergeTarget
 from phi3_lora.export.merge import merge as merge_adapters
@@ -33,7 +34,7 @@ def merge(
     *,
     weight: float | Sequence[float] = (),
     to: MergeTarget = "hf",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
     outtype: OutType = "auto",
     dequantize: bool = False,
     revision: str | None = None,
@@ -96,7 +97,9 @@ def merge(
     return result
 
 
-def _options(to: MergeTarget, dtype: Dtype, outtype: OutType, *, dequantize: bool) -> MergeOptions:
+def _options(
+    to: MergeTarget, dtype: DtypeOption, outtype: OutType, *, dequantize: bool
+) -> MergeOptions:
     try:
         return MergeOptions(
             to=to,

@@ -15,7 +15,8 @@ from phi3_lora.api.models import (
     Progress,
     rows_to_score,
 )
-from phi3_lora.api.options import AnyPath, Device, Dtype, ModelOptions, Note, Quantization, log_note
+from phi3_lora.api.options import AnyPath, ModelOptions, Note, log_note
+from phi3_lora.config.schema import Device, DtypeOption
 from phi3_lora.data.options import LossOn, OnBadRow
 from phi3_lora.data.rows.conversation import Message
 from phi3_lora.data.sources.in_memory import Data
@@ -24,6 +25,7 @@ from phi3_lora.inference import generation
 from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.generation import Generation, Prompt
 from phi3_lora.inference.loading import Placement, open_engine, with_adapter
+from phi3_lora.models.config import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def find_model(
     revision: str | None = None,
     backend: str = "auto",
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
     quantize: Quantization = "none",
     note: Note = log_note,
 ) -> ModelToOpen:
@@ -86,7 +88,7 @@ def load(
     revision: str | None = None,
     backend: str = "auto",
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: DtypeOption = "auto",
     quantize: Quantization = "none",
     note: Note = log_note,
 ) -> LoadedModel:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from phi3_lora.config.schema import Device, DtypeOption
 from phi3_lora.errors import ConfigError
+from phi3_lora.models.config import Quantization
 from phi3_lora.training.observer import LoggingObserver
 
 Note = Callable[[str], None]
 """Called with what the user should know."""
 AnyPath = str | os.PathLike[str]
-Device = Literal["auto", "cpu", "gpu"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
 Part = Literal["q", "k", "v", "gate", "up"]
 PARTS = ("q", "k", "v", "gate", "up")
 """Parts of a fused projection that loralib's MergedLinear may adapt."""
@@ -35,7 +34,7 @@ class ModelOptions(TypedDict, total=False):
     backend: str
     """mlx, cuda or auto."""
     device: Device
-    dtype: Dtype
+    dtype: DtypeOption
     """Dtype of the base model."""
     quantize: Quantization
     """Quantisation of the base model."""
@@ -55,7 +54,7 @@ class SamplingOptions(TypedDict, total=False):
 
 def log_note(text: str) -> None:
     """Log a note as a warning of the logger phi3_lora."""
-    LoggingObserver().note(text)
+    LoggingObserver().on_note(text)
 
 
 def part_names(enable: str | Sequence[str] | None) -> list[str]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from phi3_lora.api.options import AnyPath, Device, Dtype, OptionError, Quantization
+from phi3_lora.api.options import AnyPath, OptionError
 from phi3_lora.config.load import RunSettings, load_settings
-from phi3_lora.config.schema import RunConfig
+from phi3_lora.config.schema import Device, DtypeOption, RunConfig
 from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
+from phi3_lora.models.config import Quantization
 from phi3_lora.training.data import RowsInMemory
+from phi3_lora.training.facts import RunFacts
 from phi3_lora.training.observer import LoggingObserver, Observer
 from phi3_lora.training.prepare import prepare
 from phi3_lora.training.run import TrainResult
@@ -65,7 +67,7 @@ class TrainSettings(TypedDict, total=False):
     backend: str | None
     """mlx, cuda or auto."""
     device: Device | None
-    dtype: Dtype | None
+    dtype: DtypeOption | None
     quantize: Quantization | None
     output_dir: AnyPath
     """The run folder."""
@@ -102,13 +104,13 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """Facts about a run before it starts."""
+    """The plan of a run."""
 
-    facts: dict[str, Any]
+    facts: RunFacts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
-        return dict(self.facts)
+        return self.facts.to_dict()
 
 
 def train(
@@ -155,9 +157,8 @@ def dry_run(
         Phi3LoraError: with what is wrong and what to do.
     """
     resolved, observer = _resolve_for(observer, config, resume=resume, **settings)
-    return TrainingPlan(
-        prepare(resolved, observer, with_weights=False, rows=_rows(settings)).facts()
-    )
+    prepared = prepare(resolved, observer.on_note, with_weights=False, rows=_rows(settings))
+    return TrainingPlan(prepared.facts())
 
 
 def resolve_settings(
@@ -215,7 +216,7 @@ def _resolve_for(
     observer = observer or LoggingObserver()
     resolved = resolve_settings(config, resume=resume, **settings)
     for text in resolved.notes:
-        observer.note(text)
+        observer.on_note(text)
     return resolved.config, observer
 
 

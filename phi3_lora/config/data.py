@@ -1,4 +1,4 @@
-"""The data (`data`)."""
+"""Settings of the data (`data`)."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from phi3_lora.data.sources.source import Source, check_columns, check_format
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """The data (`data`)."""
+    """Settings of the data (`data`)."""
 
     train: str = ""
     """A file, a folder, a pattern, a data set of the hub (owner/name[/subset][:split]), or demo."""
     valid: str | None = None
-    """The same, to validate on."""
+    """Data to validate on, named as in train."""
     valid_fraction: float = 0.0
-    """Share of the training rows to validate on, when there is nothing else for it."""
+    """Share of the training rows to validate on; used only without other validation data."""
     sources: tuple[Source, ...] = ()
     """More to train on: a list of {path, weight, split, subset, format, columns, streaming}."""
     format: str = "auto"
-    """Of the rows of train and valid: messages, sharegpt, prompt-completion, alpaca,
-    classification or text; auto takes the first row's."""
+    """Format of the rows of train and valid: messages, sharegpt, prompt-completion, alpaca,
+    classification or text; auto recognises it from the first row."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name of a column -> the one in train and valid."""
+    """Name of a column here -> its name in train and valid."""
     split: str | None = None
-    """Which part of a folder or a data set to train on; null is train."""
+    """Split of a folder or a data set to train on; null is train."""
     subset: str | None = None
-    """The configuration of a hub data set that has several."""
+    """Configuration of a hub data set that has several."""
     streaming: bool = False
-    """Train on rows as they are read, without a pass over them first; needs max_steps."""
+    """Read rows while training, without a first pass over them; needs max_steps."""
     buffer_size: int = 10_000
     """Rows that are read and shuffled at a time when streaming."""
     on_bad_row: OnBadRow = "error"
-    """What a row that cannot be used does: error, or skip, which counts and names it."""
+    """Treatment of a row that cannot be used: error, or skip, which counts and names it."""
     loss_on: LossOn = "assistant"
-    """assistant (every answer), last (the last answer) or all; a row's own weights win."""
+    """Tokens in the loss: assistant (every answer), last (the last answer) or all. Weights in a row
+    win over this setting."""
     too_long: TooLong = "drop"
-    """Rows longer than max_length: drop, truncate_left, truncate_right (whole turns) or error."""
+    """Treatment of rows longer than max_length: drop, truncate_left or truncate_right (both cut
+    whole turns), or error."""
     chat_template: str | None = None
-    """A Jinja file in place of the model's own chat template."""
+    """A Jinja file, used in place of the model's chat template."""
 
     def __post_init__(self) -> None:
         choices = (("loss_on", LOSS_ON), ("too_long", TOO_LONG), ("on_bad_row", ON_BAD_ROW))
@@ -68,7 +70,7 @@ class DataConfig:
 
     @property
     def source(self) -> Source | None:
-        """What train names, with the settings that belong to it; None when it names nothing."""
+        """The data that train names, with its settings; None when train is empty."""
         if not self.train:
             return None
         return Source(
@@ -82,7 +84,7 @@ class DataConfig:
 
     @property
     def more(self) -> tuple[Source, ...]:
-        """The entries of sources, streaming where the run does."""
+        """The entries of sources; each streams if the run streams."""
         if not self.streaming:
             return self.sources
         return tuple(dataclasses.replace(source, streaming=True) for source in self.sources)

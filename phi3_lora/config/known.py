@@ -1,7 +1,7 @@
-"""Names of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig that we know.
+"""Known names of transformers' TrainingArguments, TRL's SFTConfig and PEFT's LoraConfig.
 
-The dictionaries of other tools' scripts can be pasted in: a name that changes nothing here is
-noted, a value that would change the result and is not supported is an error.
+A dictionary from a script of another tool can be pasted into a configuration. A name that changes
+nothing here is noted. A value that would change the result, but is not supported, is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ALIASES = {
     "alpha": "lora_alpha",
     "rank": "r",
 }
-"""Older or shorter names of fields."""
+"""Older or shorter name -> field."""
 
 NO_EFFECT: Mapping[str, Mapping[str, str]] = {
     "training_config": {
@@ -60,7 +60,7 @@ NO_EFFECT: Mapping[str, Mapping[str, str]] = {
         "megatron_core": "it belongs to Megatron",
     },
 }
-"""Section -> name -> why it changes nothing here."""
+"""Section -> name -> the reason why it changes nothing here."""
 
 _NOTHING: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {}, "none", "no")
 ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -88,13 +88,13 @@ ONLY: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "use_qalora": _NOTHING,
     },
 }
-"""Section -> name -> the values under which it changes nothing; others are not supported."""
+"""Section -> name -> the values that change nothing; other values are not supported."""
 
 INSTEAD: Mapping[str, str] = {
     "assistant_only_loss": "data.loss_on: all counts every token",
     "completion_only_loss": "data.loss_on: all counts every token",
 }
-"""Name in ONLY -> the setting here that does what its other values mean."""
+"""Name in ONLY -> the setting here that replaces its other values."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
@@ -120,4 +120,4 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "peft_config": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
     },
 }
-"""demo: the built-in task. sample-finetune: the values of the model card's sample_finetune.py."""
+"""demo suits the built-in task; sample-finetune has the values of Phi-3's sample_finetune.py."""

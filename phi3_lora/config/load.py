@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from phi3_lora.config.data import DataConfig
 from phi3_lora.config.known import ALIASES, INSTEAD, NO_EFFECT, ONLY, PRESETS
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.config.training import TrainingConfig
+from phi3_lora.config.values import coerce, entry_kind, type_name
 from phi3_lora.errors import ConfigError, listing
 
 _SECTIONS: dict[str, type[Any]] = {
@@ -29,11 +29,11 @@ _SECTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """Resolved settings, and what the user should know about them."""
+    """The resolved settings of a run, with notes on them."""
 
     config: RunConfig
     notes: list[str] = field(default_factory=list)
-    """Known names that have no effect here."""
+    """Texts on settings that have no effect here."""
 
 
 def load_settings(
@@ -44,17 +44,17 @@ def load_settings(
     assignments: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> RunSettings:
-    """Merge all sources and check every name and value.
+    """Merge the sources of a run's settings and check every name and value.
 
     Args:
         preset: a name in PRESETS.
-        config_file: YAML, or the mapping in it.
-        base: an already resolved configuration, under everything else.
-        assignments: `section.key=value` or `key=value`, the value in YAML.
+        config_file: the path of a YAML file, or a mapping with its keys.
+        base: a resolved configuration, which every other source overrides.
+        assignments: `section.key=value` or `key=value`; the value is YAML.
         flags: dotted name -> value; None values are left out.
 
     Raises:
-        ConfigError: one message with every unknown name (and the nearest one) and bad value.
+        ConfigError: with every bad value and every unknown name (and the nearest known one).
     """
     layers: list[Mapping[str, Any]] = [base or {}]
     if preset is not None:
@@ -72,10 +72,10 @@ def load_settings(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: when it is missing, is not YAML, or holds no mapping.
+        ConfigError: when the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def resolve(merged: Mapping[str, Any]) -> RunSettings:
     """Check merged settings and build the configuration.
 
     Raises:
-        ConfigError: as load_settings.
+        ConfigError: with every bad value and every unknown name (and the nearest known one).
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -142,7 +142,7 @@ def resolve(merged: Mapping[str, Any]) -> RunSettings:
 def _known_values(
     section: str, value: Mapping[str, Any], problems: list[str], notes: list[str]
 ) -> dict[str, Any]:
-    """The values that have a field here; the other known names are noted or refused."""
+    """Return the values that have a field here; note or refuse the other known names."""
     kept = {}
     for name, item in value.items():
         if name in NO_EFFECT.get(section, {}):
@@ -176,8 +176,8 @@ def _section(kind: type[Any], section: str, value: Mapping[str, Any], problems: 
 def _checked(
     kind: type[Any], section: str, value: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Any]:
-    """Values by field name, in the field's type."""
-    # A section checks the values of a Literal itself, with a message that lists them.
+    """Return the values by field name, each in the type of its field."""
+    # The dataclass checks the values of a Literal; its message lists them.
     hints = {
         name: str if typing.get_origin(hint) is typing.Literal else hint
         for name, hint in typing.get_type_hints(kind).items()
@@ -189,30 +189,19 @@ def _checked(
         if name not in names:
             problems.append(f"unknown key {label}{_nearest(str(name), section, names)}")
             continue
-        kind_of_entry = _entry_kind(hints[name])
+        kind_of_entry = entry_kind(hints[name])
         if kind_of_entry is not None:
             found[name] = _entries(kind_of_entry, label, item, problems)
             continue
         try:
-            found[name] = _coerce(item, hints[name])
+            found[name] = coerce(item, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{label} must be {_type_name(hints[name])}, got {item!r}")
+            problems.append(f"{label} must be {type_name(hints[name])}, got {item!r}")
     return found
 
 
-def _entry_kind(hint: Any) -> type[Any] | None:
-    """The class of the entries of a list of records; None for anything else."""
-    entries = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
-    is_record = (
-        bool(entries)
-        and isinstance(entries[0], type)
-        and hasattr(entries[0], "__dataclass_fields__")
-    )
-    return entries[0] if is_record else None
-
-
 def _entries(kind: type[Any], label: str, value: Any, problems: list[str]) -> tuple[Any, ...]:
-    """A list of records, each a mapping or its first field alone."""
+    """Return a list of records; each entry is a mapping, or the first field alone."""
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
@@ -248,65 +237,3 @@ def _nearest(name: str, section: str, names: Sequence[str]) -> str:
         if close:
             return f": did you mean {close[0]}?"
     return f"; known: {', '.join(names)}"
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """Convert a YAML value to a field's type; YAML 1.1 reads 2e-4 as a string."""
-    if typing.get_origin(hint) is typing.Literal:
-        # The dataclass itself checks which texts are allowed.
-        hint = str
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    holders = {typing.get_origin(option): typing.get_args(option) for option in options}
-    if value is None or value in ({}, []):
-        return _empty(options, holders)
-    if isinstance(value, bool) or options == (bool,):
-        if bool in options and isinstance(value, bool):
-            return value
-        raise TypeError
-    if dict in holders and isinstance(value, dict):
-        return {str(name): _coerce(item, holders[dict][1]) for name, item in value.items()}
-    if tuple in holders and isinstance(value, (list, tuple)):
-        return _items(value, holders[tuple][0])
-    if holders.get(tuple, (None,))[0] is int:
-        return _items([value], int)
-    if int in options:
-        number = float(value)
-        if number != int(number):
-            raise ValueError
-        return int(number)
-    if float in options:
-        return float(value)
-    if isinstance(value, str) and str in options:
-        return value
-    raise TypeError
-
-
-def _empty(options: Sequence[Any], holders: Mapping[Any, Any]) -> Any:
-    """Null, or a list or mapping of nothing, which other tools write as null too."""
-    if types.NoneType in options:
-        return None
-    if tuple in holders or dict in holders:
-        return () if tuple in holders else {}
-    raise TypeError
-
-
-def _items(values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
-    """A list of names or of whole numbers."""
-    if any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
-        raise TypeError
-    return tuple(values)
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        hint = str
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    text = str(hint)
-    if hint in names:
-        return names[hint]
-    if "dict" in text:
-        kinds = {str: "names", int: "whole numbers", float: "numbers"}
-        return f"a mapping from names to {kinds[typing.get_args(hint)[1]]}"
-    if "tuple[int" in text:
-        return "an integer or a list of integers"
-    return "a string or a list of strings" if "tuple" in text else text

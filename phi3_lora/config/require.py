@@ -1,4 +1,4 @@
-"""One check of a setting."""
+"""The check of a setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run (`training_config`)."""
+"""Settings of the training (`training_config`)."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ OPTIMIZERS: dict[Optimizer, str] = {
     "adamw_torch_fused": "adamw",
     "sgd": "sgd",
 }
-"""Accepted names and the update rule they mean."""
+"""Accepted name -> update rule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """The run (`training_config`)."""
+    """Settings of the training (`training_config`)."""
 
     learning_rate: float = 2e-4
     """Largest learning rate of the schedule."""
     num_train_epochs: float = 1.0
-    """Passes over the training data, when max_steps is not positive."""
+    """Passes over the training data; used when max_steps is not positive."""
     max_steps: int = -1
     """Optimizer steps; a positive number wins over num_train_epochs."""
     per_device_train_batch_size: int = 4
-    """Documents (with packing: rows) a micro-batch."""
+    """Documents (with packing: rows) of a micro-batch."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches an optimizer step; documents a step are the product, on any number of ranks."""
+    """Micro-batches of an optimizer step. The product of both is the documents of a step, on any
+    number of ranks."""
     lr_scheduler_type: Scheduler = "cosine"
     """linear, cosine, constant or constant_with_warmup."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     warmup_steps: int = 0
-    """Steps of warm-up; positive wins over warmup_ratio."""
+    """Steps of warm-up; a positive number wins over warmup_ratio."""
     optim: Optimizer = "adamw_torch"
     """adamw_torch (also adamw, adamw_torch_fused) or sgd."""
     adam_beta1: float = 0.9
@@ -52,27 +53,27 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of the adapter."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    """Largest global norm of the gradients; larger gradients are scaled down. 0 turns this off."""
     loraplus_lr_ratio: float = 1.0
-    """The learning rate of every B over that of A (LoRA+); 1 is none."""
+    """Learning rate of B divided by that of A (LoRA+); 1 turns LoRA+ off."""
     max_length: int = 2048
-    """Tokens a document may have; longer ones are dropped and counted."""
+    """Tokens that a document may have; data.too_long decides on longer ones."""
     packing: bool = False
-    """A step takes as many whole documents as fit into its rows of max_length tokens."""
+    """Fill rows of max_length tokens with as many whole documents as fit."""
     seed: int = 0
-    """Of the adapter's start, the order of documents, and dropout."""
+    """Seed of the adapter's first weights, the order of documents, and dropout."""
     logging_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     eval_strategy: Strategy = "epoch"
-    """When to score the validation data: no, steps or epoch; with the last two also at the end."""
+    """When to evaluate on the validation data: no, steps or epoch; the last two also at the end."""
     eval_steps: int = 0
-    """Steps between two evaluations; positive turns eval_strategy epoch into steps."""
+    """Steps between two evaluations; a positive number turns eval_strategy epoch into steps."""
     save_strategy: Strategy = "steps"
-    """When to save a checkpoint: no, steps or epoch; the end always counts."""
+    """When to save a checkpoint: no, steps or epoch; the last step always saves one."""
     save_steps: int = 100
     """Steps between two checkpoints."""
     save_total_limit: int = 2
-    """Checkpoints kept; 0 keeps all."""
+    """Number of checkpoints to keep; 0 keeps all."""
     bf16: bool = False
     """Compute in bfloat16 on a GPU."""
     fp16: bool = False
@@ -80,7 +81,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     torch_compile: bool = False
-    """Fuse each layer's small operations: CUDA in half precision, after a minute of compiling."""
+    """Fuse each layer's small operations, on CUDA in half precision; compiling takes a minute."""
 
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
@@ -118,12 +119,12 @@ class TrainingConfig:
 
     @property
     def documents_per_step(self) -> int:
-        """Documents (with packing: rows) an optimizer step takes."""
+        """Documents (with packing: rows) of an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def optim_spec(self) -> OptimSpec:
-        """What a backend needs of the optimizer."""
+        """The optimizer settings that a backend needs."""
         return OptimSpec(
             name=OPTIMIZERS[self.optim],
             betas=(self.adam_beta1, self.adam_beta2),
@@ -134,7 +135,7 @@ class TrainingConfig:
         )
 
     def num_warmup_steps(self, total_steps: int) -> int:
-        """Steps of warm-up in a run of this length."""
+        """Return the steps of warm-up in a run of this many steps."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
 
 

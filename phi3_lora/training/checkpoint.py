@@ -1,7 +1,8 @@
-"""Checkpoints: everything that a run needs to go on, whole or not at all.
+"""Checkpoints: everything that a run needs to resume.
 
-A folder step-000100 holds the adapter (PEFT), optimizer.safetensors, state.json and, written
-last, manifest.json with the sha256 of the others. A folder without a true manifest is not one.
+A folder such as step-000100 holds the adapter in PEFT's format, optimizer.safetensors, state.json
+and manifest.json, which has the sha256 of the other files and is written last. A folder whose
+manifest does not match its files is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ class Checkpoint:
 
     path: Path
     weights: Tensors
+    """The adapter under PEFT's names."""
     optimizer: Tensors
+    """Moments under the adapter's names with the suffix .exp_avg or .exp_avg_sq."""
     state: dict[str, Any]
+    """The content of state.json."""
 
     @property
     def step(self) -> int:
@@ -47,27 +51,27 @@ class CheckpointFolder:
     """The checkpoints of a run."""
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
-        """Open RUN/checkpoints; it need not exist.
+        """Take the folder RUN/checkpoints, which may not exist yet.
 
         Args:
             run_dir: the run folder.
-            keep: newest checkpoints kept after a save; 0 keeps all.
+            keep: number of newest checkpoints that a save keeps; 0 keeps all.
         """
         self.path = run_dir / "checkpoints"
         self._keep = keep
 
     def names(self) -> list[Path]:
-        """Checkpoint folders, newest first, whole or not."""
+        """Return the checkpoint folders, newest first, whole or damaged."""
         if not self.path.is_dir():
             return []
         found = [(int(m[1]), p) for p in self.path.iterdir() if (m := _FOLDER.match(p.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
     def save(self, adapter: Adapter, optimizer: Tensors, state: dict[str, Any]) -> Path:
-        """Write a checkpoint in one move, then delete the oldest ones.
+        """Write a checkpoint under a temporary name, rename it, and delete the oldest ones.
 
         Raises:
-            StorageError: when it cannot be written; the older ones stay.
+            StorageError: when it cannot be written; the older checkpoints stay.
         """
         contents = {
             WEIGHTS_NAME: encode(adapter.weights),
@@ -90,16 +94,19 @@ class CheckpointFolder:
         return folder
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which a run that went back makes anew."""
+        """Delete the checkpoints of later steps; a run that resumes writes them again."""
         for path in self.names():
             if int(path.name.removeprefix("step-")) > step:
                 shutil.rmtree(path, ignore_errors=True)
 
     def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that passes its manifest, and what is wrong with newer ones.
+        """Load the newest whole checkpoint.
+
+        Returns:
+            The checkpoint, or None where no folder exists; and a text on each damaged newer one.
 
         Raises:
-            CheckpointError: when there are checkpoints and none is whole.
+            CheckpointError: when there are checkpoints, but all are damaged.
         """
         problems: list[str] = []
         for path in self.names():
@@ -113,7 +120,7 @@ class CheckpointFolder:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose every file has the sha256 that its manifest says.
+    """Load a checkpoint and check the sha256 of every file.
 
     Raises:
         CheckpointError: when a file is missing or was changed.
@@ -121,7 +128,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_text())
         if not isinstance(manifest, dict):
-            raise CheckpointError(f"{path.name}: the manifest is no JSON object")
+            raise CheckpointError(f"{path.name}: the manifest is not a JSON object")
         missing = {WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, STATE_NAME} - set(manifest)
         if missing:
             raise CheckpointError(f"{path.name}: the manifest lacks {', '.join(sorted(missing))}")

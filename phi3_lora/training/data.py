@@ -1,4 +1,4 @@
-"""What a run trains and validates on, and the steps that it takes."""
+"""The data of a run and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -27,35 +27,37 @@ from phi3_lora.training.plan.streamed import StreamedPlan
 
 
 class RunData(NamedTuple):
-    """What a run learns from and is measured by."""
+    """The plan of a run's steps, and its validation data."""
 
     plan: StepPlan
     valid: Dataset | None
+    """None where nothing is validated."""
 
 
 class RowsInMemory(NamedTuple):
-    """Rows that the caller passes, which no configuration can hold."""
+    """Rows that the caller passes in memory; a configuration cannot hold them."""
 
     train: Data | None = None
-    """A list of rows or a `datasets.Dataset`; None: the configuration names the rows."""
+    """A list of rows or a `datasets.Dataset`; None where the configuration names the rows."""
     valid: Data | None = None
+    """Rows to validate on; None where the configuration names them, if any."""
 
 
 NO_ROWS = RowsInMemory()
 
 
 def read_data(config: RunConfig, base: FoundModel, note: Note, rows: RowsInMemory) -> RunData:
-    """Read what a run trains on, or of a stream its beginning, and what it validates on.
+    """Read the training data (of a stream, the first block) and the validation data.
 
     Args:
         config: the run.
-        base: whose tokenizer and context.
-        note: told what the user should know.
-        rows: rows in memory in place of those that the configuration names.
+        base: the base model, whose tokenizer encodes the rows.
+        note: receives texts that the user should see.
+        rows: rows in memory, used in place of those that the configuration names.
 
     Raises:
-        ConfigError: when settings do not go together.
-        DataError: when data cannot be used.
+        ConfigError: when settings contradict each other.
+        DataError: when the data cannot be used.
         StorageError: when the cache of tokens cannot be written.
     """
     data = config.data
@@ -81,7 +83,7 @@ def _whole(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) ->
         seed=training.seed,
         note=note,
     )
-    # What is said of the template is the same for both.
+    # Both have the same notes on the chat template.
     for text in dict.fromkeys([*train.notes, *(valid.notes if valid else [])]):
         note(text)
     shared = overlap_note(train.documents, valid.documents) if valid else None
@@ -93,8 +95,7 @@ def _whole(config: RunConfig, files: DataFiles, base: FoundModel, note: Note) ->
         num_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
         seed=training.seed,
-        packing=training.packing,
-        max_length=training.max_length,
+        row_tokens=training.max_length if training.packing else None,
     )
     return RunData(plan, valid)
 

@@ -1,23 +1,83 @@
-"""metrics.jsonl: one JSON object a line, cut back to the checkpoint on resume."""
+"""The records of metrics.jsonl, and the sums that they are made of."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from phi3_lora.storage.atomic import explained, replace_file
+from phi3_lora.inference.evaluation import Evaluation
 
-FILE_NAME = "metrics.jsonl"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainMetrics:
+    """Metrics of the steps since the previous record."""
+
+    step: int
+    """The latest optimizer step."""
+    epoch: float
+    """Epochs finished."""
+    loss: float
+    """Nats per supervised token: the token-weighted mean."""
+    grad_norm: float
+    """L2 norm of the latest step's gradients, before clipping."""
+    lr: float
+    """Learning rate of the latest step."""
+    loss_tokens: int
+    """Supervised tokens."""
+    tokens: int
+    step_seconds: float
+    """Mean duration of a step."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    plan_hash: str | None = None
+    """sha256 of all steps so far, where data is streamed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics by name, without a plan_hash that is None."""
+        values = asdict(self)
+        if self.plan_hash is None:
+            del values["plan_hash"]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalMetrics:
+    """Metrics of an evaluation on the validation data."""
+
+    step: int
+    """The optimizer step that it follows."""
+    eval_loss: float
+    """Nats per supervised token."""
+    eval_perplexity: float
+    eval_token_accuracy: float
+    """Share of supervised tokens whose target has the largest logit."""
+    eval_loss_tokens: int
+    """Supervised tokens."""
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, step: int) -> EvalMetrics:
+        """Take the metrics of an evaluation after a step."""
+        return cls(
+            step=step,
+            eval_loss=evaluation.loss,
+            eval_perplexity=evaluation.perplexity,
+            eval_token_accuracy=evaluation.token_accuracy,
+            eval_loss_tokens=evaluation.loss_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics by name."""
+        return asdict(self)
 
 
 @dataclass(slots=True)
 class Window:
-    """Sums since the last line, kept in checkpoints so that a resumed run logs the same."""
+    """Sums since the latest record; checkpoints keep them, so that a resumed run logs equally."""
 
     nats: float = 0.0
+    """Sum of the negative log-probabilities of supervised tokens."""
     loss_tokens: int = 0
+    """Supervised tokens."""
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
@@ -30,59 +90,11 @@ class Window:
         self.seconds += seconds
         self.steps += 1
 
-    def line(
-        self, *, step: int, epoch: float, grad_norm: float, lr: float, peak_memory_bytes: int
-    ) -> dict[str, Any]:
-        """The line of these sums; loss is the token-weighted mean."""
-        return {
-            "step": step,
-            "epoch": round(epoch, 6),
-            "loss": self.nats / self.loss_tokens,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "loss_tokens": self.loss_tokens,
-            "tokens": self.tokens,
-            "step_seconds": self.seconds / self.steps,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-            "peak_memory_bytes": peak_memory_bytes,
-        }
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean loss, in nats per supervised token."""
+        return self.nats / self.loss_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums, for a checkpoint."""
+        """Return the sums by name."""
         return asdict(self)
-
-
-class MetricsFile:
-    """Appends to a run's metrics.jsonl."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / FILE_NAME
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line.
-
-        Raises:
-            StorageError: when it cannot be written.
-        """
-        with explained(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def cut_back(self, step: int) -> None:
-        """Drop every line after a step, and a last line that was cut off by a crash."""
-        kept = [r for r in self.read() if r.get("step", 0) <= step]
-        data = "".join(json.dumps(r) + "\n" for r in kept)
-        replace_file(self.path, data.encode())
-
-    def read(self) -> list[dict[str, Any]]:
-        """Every whole line."""
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step", 0), int):
-                found.append(record)
-        return found

@@ -1,65 +1,110 @@
-"""Where a run tells what it does; the console and tests listen."""
+"""The events of a run and the interface that receives them.
+
+Each event of a run goes to several observers in this order: the writers of metrics.jsonl and of
+adapters, the caller's observer (for example the console), and the writer of checkpoints.
+"""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-
-class Progressing(Protocol):
-    """The part of the loop's progress that observers read."""
-
-    step: int
+from phi3_lora.inference.evaluation import Evaluation
+from phi3_lora.training.facts import RunStart
+from phi3_lora.training.metrics import EvalMetrics, TrainMetrics
+from phi3_lora.training.progress import Progress
 
 
 class Observer(Protocol):
-    """Told of each event of a run."""
+    """Receiver of the events of a run; a subclass overrides only the methods that it needs.
 
-    def note(self, text: str) -> None:
-        """Something the user should know."""
+    An exception in a method stops the run.
+    """
 
-    def start(self, facts: dict[str, Any], step: int) -> None:
-        """Training begins after this step."""
+    def on_note(self, text: str) -> None:
+        """Receive a text that the user should see."""
+        return
 
-    def step(self, progress: Progressing, loss: float) -> None:
-        """A step is done."""
+    def on_start(self, start: RunStart) -> None:
+        """Receive the facts of the run before its first step."""
+        return
 
-    def metrics(self, record: dict[str, Any]) -> None:
-        """A line was added to metrics.jsonl."""
+    def on_step(self, progress: Progress, loss: float) -> None:
+        """Receive the loss of a finished step, in nats per supervised token."""
+        return
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint was written."""
+    def on_metrics(self, metrics: TrainMetrics | EvalMetrics) -> None:
+        """Receive a record that was written to metrics.jsonl."""
+        return
 
-    def finish(self) -> None:
-        """The run is done."""
+    def on_best(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Receive an evaluation with the lowest loss so far; its adapter is saved."""
+        return
 
+    def on_checkpoint_due(self, progress: Progress) -> None:
+        """Receive the progress before a checkpoint of it is saved."""
+        return
 
-class SilentObserver:
-    """Says nothing."""
+    def on_checkpoint(self, folder: Path) -> None:
+        """Receive the folder of a checkpoint that was saved."""
+        return
 
-    def note(self, text: str) -> None:
-        """Ignore."""
-
-    def start(self, facts: dict[str, Any], step: int) -> None:
-        """Ignore."""
-
-    def step(self, progress: Progressing, loss: float) -> None:
-        """Ignore."""
-
-    def metrics(self, record: dict[str, Any]) -> None:
-        """Ignore."""
-
-    def saved(self, path: Path) -> None:
-        """Ignore."""
-
-    def finish(self) -> None:
-        """Ignore."""
+    def on_finish(self, progress: Progress) -> None:
+        """Receive the end of a run that took all its steps; its adapter is saved."""
+        return
 
 
-class LoggingObserver(SilentObserver):
-    """Logs notes as warnings of the logger phi3_lora; what a program that trains gets."""
+class Observers(Observer):
+    """Several observers as one; each event goes to them in order."""
 
-    def note(self, text: str) -> None:
-        """Log it."""
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_note(self, text: str) -> None:
+        """Pass the text on."""
+        for observer in self._observers:
+            observer.on_note(text)
+
+    def on_start(self, start: RunStart) -> None:
+        """Pass the facts on."""
+        for observer in self._observers:
+            observer.on_start(start)
+
+    def on_step(self, progress: Progress, loss: float) -> None:
+        """Pass the finished step on."""
+        for observer in self._observers:
+            observer.on_step(progress, loss)
+
+    def on_metrics(self, metrics: TrainMetrics | EvalMetrics) -> None:
+        """Pass the record on."""
+        for observer in self._observers:
+            observer.on_metrics(metrics)
+
+    def on_best(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Pass the evaluation on."""
+        for observer in self._observers:
+            observer.on_best(progress, evaluation)
+
+    def on_checkpoint_due(self, progress: Progress) -> None:
+        """Pass the request on."""
+        for observer in self._observers:
+            observer.on_checkpoint_due(progress)
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """Pass the folder on."""
+        for observer in self._observers:
+            observer.on_checkpoint(folder)
+
+    def on_finish(self, progress: Progress) -> None:
+        """Pass the end on."""
+        for observer in self._observers:
+            observer.on_finish(progress)
+
+
+class LoggingObserver(Observer):
+    """Observer that logs notes as warnings of the logger phi3_lora; the default of the API."""
+
+    def on_note(self, text: str) -> None:
+        """Log the text."""
         logging.getLogger("phi3_lora").warning(text)

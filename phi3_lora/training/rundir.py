@@ -1,4 +1,4 @@
-"""The run folder: who may use it, and the configuration it holds."""
+"""The run folder: its lock and its configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAY_CHANGE = {
     *("training_config.save_strategy", "training_config.save_steps"),
     *("training_config.save_total_limit", "training_config.bf16", "training_config.fp16"),
     "training_config.torch_compile",
-    # Judged by what they hold, not by where they lie.
+    # check_belongs compares the contents; the names may change.
     *("model", "revision", "quantize", "data.train", "data.valid", "data.sources"),
     *("data.format", "data.columns", "data.split", "data.subset", "data.on_bad_row"),
 }
@@ -35,11 +35,11 @@ _MAY_CHANGE = {
 
 @contextlib.contextmanager
 def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the run folder for one process; a folder made here and left empty is removed.
+    """Lock the run folder for this process; remove the folder if it was made here and stays empty.
 
     Raises:
-        RunFolderError: when another process holds it, it holds another run, or there is no run
-            to resume.
+        RunFolderError: when another process uses the folder, when it holds another run or other
+            files, or when there is no run to resume.
     """
     existed = run_dir.exists()
     if existed and not run_dir.is_dir():
@@ -49,8 +49,8 @@ def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
         raise RunFolderError(f"{run_dir} holds no run to resume: leave out --resume to start one")
     if not resume and existed and any(p.name != LOCK_NAME for p in run_dir.iterdir()):
         raise RunFolderError(
-            f"{run_dir} already holds another run: choose another --output, or --resume to go on "
-            "with it"
+            f"{run_dir} already holds another run: choose another --output, or --resume to "
+            "continue it"
             if has_run
             else f"{run_dir} already holds other files: choose another --output"
         )
@@ -74,16 +74,16 @@ def locked(run_dir: Path, *, resume: bool) -> Iterator[None]:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Store the resolved configuration."""
+    """Write the resolved configuration."""
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     replace_file(run_dir / CONFIG_NAME, text.encode())
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The stored configuration.
+    """Read the stored configuration.
 
     Raises:
-        RunFolderError: when there is none.
+        RunFolderError: when the folder holds no configuration.
     """
     if not (run_dir / CONFIG_NAME).exists():
         raise RunFolderError(f"{run_dir} holds no run to resume: leave out --resume to start one")
@@ -91,10 +91,10 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def check_same_run(stored: RunConfig, now: RunConfig) -> None:
-    """Check that a resumed run's settings mean the same run.
+    """Check that the settings of a resumed run describe the stored run.
 
     Raises:
-        RunFolderError: with every setting that differs and may not.
+        RunFolderError: with every setting that differs but must not.
     """
     old, new = _flat(stored.to_dict()), _flat(now.to_dict())
     problems = [

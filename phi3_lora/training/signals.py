@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: finish the step, save, then stop."""
+"""Handling of SIGINT and SIGTERM: the run finishes its step, saves a checkpoint and stops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop, and which."""
+    """The request of a signal to stop the run; true once a signal came."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -20,15 +20,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells count."""
+        """128 + the number of the signal, as in a shell."""
         return 128 + (self.signal_number or 0)
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM only sets a flag; a second SIGINT interrupts.
+    """Turn SIGINT and SIGTERM into a request within the block; a second SIGINT interrupts.
 
-    Outside the main thread signals cannot be caught and the flag stays unset.
+    Signals cannot be caught outside the main thread; there the request stays false.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

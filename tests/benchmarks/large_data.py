@@ -81,8 +81,7 @@ def load(path: Path) -> None:
                 num_epochs=1,
                 max_steps=-1,
                 seed=0,
-                packing=packing,
-                max_length=2048,
+                row_tokens=2048 if packing else None,
             ).hash()
             seconds = time.perf_counter() - began
         name = "packed plan" if packing else "plan"

@@ -220,7 +220,7 @@ def test_a_signal_before_the_next_rows_have_come_takes_no_more_steps(
     ran = phi3_lora_here(*arguments(model, "owner/name", run, *buffer))
     assert ran.returncode == 128 + signal.SIGTERM
     saved = ", saved" if step else ""
-    assert f"stopped at step {step} of 12{saved}; go on with: phi3-lora train" in ran.stderr
+    assert f"stopped at step {step} of 12{saved}; resume with: phi3-lora train" in ran.stderr
     assert (run / "checkpoints").exists() == bool(step)
     assert resumed(run).returncode == 0
     whole = tmp_path / "whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from phi3_lora.data.documents.encoding import Encoding
 from phi3_lora.data.documents.stream import StreamedRows
 from phi3_lora.data.options import OnBadRow, TooLong
 from phi3_lora.data.sources.source import Source
+from phi3_lora.training.plan.position import StreamPosition
 from phi3_lora.training.plan.protocol import Step
 from phi3_lora.training.plan.streamed import StreamedPlan
 from tests.tiny import chat
@@ -38,3 +40,9 @@ def stream(
 
 def sources_of(steps: list[Step]) -> list[list[str]]:
     return [[d.source.rpartition(":")[2] for d in step.documents] for step in steps]
+
+
+def as_stored(position: StreamPosition | None) -> StreamPosition:
+    """The position after a round trip through a checkpoint."""
+    assert position is not None
+    return StreamPosition.from_dict(json.loads(json.dumps(position.to_dict())))

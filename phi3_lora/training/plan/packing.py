@@ -5,52 +5,54 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lora.engine.packing import Rows, packed_rows
 from phi3_lora.engine.random_streams import permutation
+from phi3_lora.training.plan.facts import StepFacts, StepTokens
 
 
 @dataclass(frozen=True, slots=True)
 class FirstSteps:
-    """The steps of an epoch, or of a stream's first block, by what they hold."""
+    """The sizes of the steps of the first epoch, or of the first block of a stream."""
 
     rows: Rows
     lengths: NDArray[np.int64]
     """(D,) tokens of each document."""
     rows_per_step: int
     row_tokens: int | None
-    """Tokens that fit into a row; None where each row is one document."""
+    """Tokens that a row may have; None where each row is one document."""
 
     def document_lengths(self, limit: int) -> Iterator[NDArray[np.int64]]:
-        """Tokens of each document of the first steps, at most so many."""
+        """Yield the tokens of each document, step by step, for at most `limit` steps."""
         starts = np.append(self.rows.starts[:: self.rows_per_step], self.rows.starts[-1])
         for start, end in itertools.islice(itertools.pairwise(starts), limit):
             if end > start:
                 yield self.lengths[self.rows.documents[start:end]]
 
-    def facts(self) -> dict[str, Any]:
-        """`step_tokens` (least, mean and most) and `row_fill`, the share that tokens take."""
+    def facts(self) -> StepFacts:
+        """Return the figures of the steps."""
         ordered = self.lengths[self.rows.documents]
         row_lengths = np.add.reduceat(ordered, self.rows.starts[:-1]) if len(ordered) else ordered
         if not len(row_lengths):
-            return {"step_tokens": None, "row_fill": None}
+            return StepFacts(step_tokens=None, row_fill=None)
         every = np.arange(0, len(row_lengths), self.rows_per_step)
         steps = np.add.reduceat(row_lengths, every)
-        figures = {"least": steps.min(), "mean": steps.mean().round(), "most": steps.max()}
-        fill = None
-        if self.row_tokens is not None:
-            fill = float(row_lengths.mean() / self.row_tokens)
-        return {"step_tokens": {k: int(v) for k, v in figures.items()}, "row_fill": fill}
+        tokens = StepTokens(
+            least=int(steps.min()), mean=int(steps.mean().round()), most=int(steps.max())
+        )
+        if self.row_tokens is None:
+            return StepFacts(step_tokens=tokens, row_fill=None)
+        return StepFacts(step_tokens=tokens, row_fill=float(row_lengths.mean() / self.row_tokens))
 
     def padding(self, computed_tokens: Callable[[NDArray[np.int64]], int]) -> float:
-        """Share of what a device computes on that is padding, of at most 1,000 steps.
+        """Return the share of the computed tokens that are padding, in at most 1,000 steps.
 
         Args:
-            computed_tokens: the engine's.
+            computed_tokens: lengths of the documents of a step -> tokens that the engine computes
+                on, padding included.
         """
         needed = computed = 0
         for lengths in self.document_lengths(1000):
@@ -62,13 +64,15 @@ class FirstSteps:
 def shuffled_rows(
     lengths: NDArray[np.int64], *, seed: int, part: tuple[int, ...], row_tokens: int | None
 ) -> Rows:
-    """Documents in rows, in an order that nothing but the seed and the part decides.
+    """Shuffle documents and put them in rows.
 
     Args:
         lengths: (D,) tokens of each document.
-        seed: of the run.
-        part: numbers that tell what is shuffled from other parts of the run: its epoch first.
-        row_tokens: a row takes as many documents as fit into so many tokens; None: one.
+        seed: seed of the run.
+        part: numbers of the part of the data that is shuffled: its epoch, then its block. Each
+            part has its own order.
+        row_tokens: tokens that a row may have. A row takes as many whole documents as fit; with
+            None it takes one document.
     """
     order = permutation(seed, "epoch", *part, size=len(lengths))
     if row_tokens is not None:

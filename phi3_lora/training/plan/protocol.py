@@ -1,16 +1,15 @@
-"""The steps of a run, as every plan gives them."""
+"""The interface of a plan, which gives the steps of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from phi3_lora.data.chat.tokenizer import Document
+from phi3_lora.training.plan.facts import PlanFacts
 from phi3_lora.training.plan.packing import FirstSteps
-
-Position = dict[str, Any]
-"""What a checkpoint keeps so that a plan goes on where it was; plain values."""
+from phi3_lora.training.plan.position import StreamPosition
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +22,10 @@ class Step:
     """Epochs finished after this step."""
     ends_epoch: bool
     indices: tuple[int, ...]
-    """Numbers of its documents: places in the data set; of a stream, in the order they came."""
+    """Numbers of the documents: their places in the data set; for a stream, in the pass."""
     documents: Sequence[Document] = field(compare=False, repr=False)
-    position: Position | None = None
-    """Where the plan goes on after it, for plans that need to know."""
+    position: StreamPosition | None = None
+    """The position in the data after the step; None where all data is read before the run."""
 
 
 class StepPlan(Protocol):
@@ -39,36 +38,36 @@ class StepPlan(Protocol):
     def steps(
         self,
         after: int = 0,
-        position: Position | None = None,
+        position: StreamPosition | None = None,
         *,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
-        """The steps that follow the after-th one.
+        """Yield the steps after a step.
 
         Args:
-            after: a step's number.
-            position: what that step has as its position.
-            is_stopped: asked while data is read, which may take long; true ends the steps.
+            after: the number of the step; 0 starts with the first step.
+            position: the position of the step.
+            is_stopped: polled while data is read, which may take long; True ends the steps.
 
         Raises:
-            DataError: when data that is read on the way cannot be used.
-            CheckpointError: when the data is not what it was at that position.
+            DataError: when streamed data cannot be used.
+            CheckpointError: when the streamed data up to the position has changed.
         """
 
-    def hash(self, position: Position | None = None) -> str:
-        """sha256 that tells this plan from others; of a position, of the steps up to it."""
+    def hash(self, position: StreamPosition | None = None) -> str:
+        """Return the sha256 of the plan; with a position, of the steps up to it."""
 
-    def facts(self) -> dict[str, Any]:
-        """Figures by name; None where they are not known before the run."""
+    def facts(self) -> PlanFacts:
+        """Return the figures of the plan that are known before the run."""
 
     @property
     def first_steps(self) -> FirstSteps:
-        """Those of the first epoch; of a stream, of what is read at first."""
+        """The steps of the first epoch; for a stream, of the first block."""
 
-    def notes(self, position: Position | None) -> list[str]:
-        """What is to be said, after the step of this position, of rows read on the way."""
+    def notes(self, position: StreamPosition | None) -> list[str]:
+        """Return notes for the user on the rows that were read up to a position."""
 
 
 def step_pairs(number: int, indices: Sequence[int]) -> bytes:
-    """The (step, document) pairs of a step, as they are hashed."""
+    """Return the (step, document) pairs of a step as bytes to hash."""
     return "".join([f"{number} {index};" for index in indices]).encode()

@@ -1,16 +1,26 @@
-"""Step -> learning rate, a pure function, so that a resumed run needs no scheduler state."""
+"""The learning rate of a step: a pure function, so a checkpoint keeps no scheduler state."""
 
 from __future__ import annotations
 
 import math
 
+from phi3_lora.config.training import Scheduler
+
 
 def learning_rate(
-    step: int, *, kind: str, peak_lr: float, warmup_steps: int, total_steps: int
+    step: int, *, kind: Scheduler, peak_lr: float, warmup_steps: int, total_steps: int
 ) -> float:
-    """Learning rate of optimizer step `step`, counted from 1.
+    """Return the learning rate of an optimizer step.
 
-    The first update uses schedule(0), as a Trainer that steps its scheduler after the optimizer.
+    The first update uses schedule(0), like transformers' Trainer, which steps its scheduler after
+    the optimizer.
+
+    Args:
+        step: number of the step, from 1.
+        kind: shape of the schedule.
+        peak_lr: largest learning rate.
+        warmup_steps: steps over which the rate rises from 0.
+        total_steps: steps of the run.
 
     Source: transformers, optimization.py, get_{linear,cosine,constant}_schedule*.
     """

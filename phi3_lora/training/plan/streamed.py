@@ -1,8 +1,8 @@
-"""The steps of a run whose data is read as it goes: which documents form which step.
+"""The steps of a run that reads its data as it trains: the documents of each step.
 
-Rows come in blocks. A block's documents are put in an order that the seed, the epoch and the
-block's number alone decide, so that the place in the stream is all that a checkpoint keeps, and
-data that fits into one block gives the steps of Plan.
+Rows come in blocks. The seed, the epoch and the number of the block alone decide the order of a
+block's documents. A checkpoint therefore keeps only the position in the stream, and data that fits
+into one block gives the steps of Plan.
 """
 
 from __future__ import annotations
@@ -10,81 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import documents_digest
-from phi3_lora.data.documents.selection import NOTHING_LEFT
 from phi3_lora.data.documents.store import document_lengths, num_loss_tokens
-from phi3_lora.data.documents.stream import Block, Stopped, StreamedRows, StreamPass
-from phi3_lora.data.documents.tally import Tally
-from phi3_lora.engine.packing import Rows
-from phi3_lora.errors import CheckpointError, DataError, listing
-from phi3_lora.training.plan.packing import FirstSteps, shuffled_rows
-from phi3_lora.training.plan.protocol import Position, Step, step_pairs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a stream goes on."""
-
-    epoch: int = 0
-    """Passes that have ended."""
-    block: int = 0
-    row: int = 0
-    """Rows of the plan that were taken of the block."""
-    num_documents: int = 0
-    """Of the pass, before the block."""
-    rows_hash: str = ""
-    """Of the pass, up to the end of the block; empty before its first step."""
-    plan_hash: str
-    """Of all steps so far."""
-    first_pass_hash: str = ""
-    """Of all rows of the first pass, once it has ended."""
-    tally: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What became of the rows of the first pass, up to the end of the block."""
-
-    @classmethod
-    def from_position(cls, position: Position) -> Place:
-        """The inverse of dataclasses.asdict.
-
-        Raises:
-            CheckpointError: when it is not the position of a stream.
-        """
-        try:
-            place = cls(**position)
-            place.tallied  # noqa: B018
-        except (TypeError, ValueError) as cause:
-            raise _damaged(cause) from None
-        numbers = (place.epoch, place.block, place.row, place.num_documents)
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise _damaged(f"numbers must be whole and not negative, got {numbers}")
-        hashes = (place.rows_hash, place.plan_hash, place.first_pass_hash)
-        if not all(isinstance(text, str) for text in hashes):
-            raise _damaged("its hashes must be texts")
-        return place
-
-    @property
-    def tallied(self) -> Tally:
-        """What became of the rows of the first pass."""
-        return Tally.from_dict(self.tally)
-
-
-class _Row(NamedTuple):
-    """Documents that a step takes together."""
-
-    indices: Sequence[int]
-    documents: Sequence[Document]
-    after: Place
-    """Where the stream goes on after it; plan_hash is that of its step, and not yet there."""
+from phi3_lora.data.documents.stream import Stopped, StreamedRows
+from phi3_lora.training.plan.facts import BlockFacts, PlanFacts
+from phi3_lora.training.plan.packing import FirstSteps
+from phi3_lora.training.plan.position import StreamPosition, damaged_position
+from phi3_lora.training.plan.protocol import Step, step_pairs
+from phi3_lora.training.plan.stream_rows import PlanRow, RowReader
 
 
 class StreamedPlan:
-    """The steps of a run, made as its data is read."""
+    """The steps of a run that reads its data as it trains."""
 
     def __init__(
         self,
@@ -100,238 +38,119 @@ class StreamedPlan:
 
         Args:
             rows: the training data.
-            rows_per_step: documents a step; with row_tokens, rows of several.
+            rows_per_step: documents of a step; with row_tokens, rows of several documents.
             max_steps: optimizer steps.
-            seed: of the order within each block.
-            row_tokens: a row takes as many whole documents of a block as fit into so many tokens.
-            note: told what the user should know of what is read.
+            seed: seed of the order within each block.
+            row_tokens: tokens that a row may have. A row takes as many whole documents of a block
+                as fit; with None it takes one document.
+            note: receives texts that the user should see.
 
         Raises:
-            DataError: as StreamPass.read; when there is no row.
+            DataError: when there is no row, or a row cannot be used.
         """
         self.total_steps = max_steps
         self._rows = rows
         self._rows_per_step = rows_per_step
-        self._seed = seed
-        self._row_tokens = row_tokens
-        self._note = note
-        self._told: set[str] = set()
-        begun = StreamPass(rows)
-        first = begun.read()
-        if first is None:
-            raise DataError(f"{rows} has no rows")
-        # A pipe can be read but once: the first steps go on with this pass.
-        self._begun: tuple[StreamPass, Block] | None = (begun, first)
+        self._reader = RowReader(rows, seed=seed, row_tokens=row_tokens, note=note)
+        first = self._reader.first_block()
         lengths = document_lengths(first.documents)
-        self._first_facts = {
-            "buffer_size": rows.buffer_size,
-            "num_documents": len(first.documents),
-            "num_tokens": int(lengths.sum()),
-            "loss_tokens": num_loss_tokens(first.documents),
-        }
-        in_rows = self._in_rows(lengths, (0,))
+        self._first_facts = BlockFacts(
+            buffer_size=rows.buffer_size,
+            num_documents=len(first.documents),
+            num_tokens=int(lengths.sum()),
+            loss_tokens=num_loss_tokens(first.documents),
+        )
+        in_rows = self._reader.in_rows(lengths, (0,))
         self.first_steps = FirstSteps(in_rows, lengths, rows_per_step, row_tokens)
         settings = [seed, rows_per_step, row_tokens, rows.buffer_size]
-        held = f"{settings} {first.rows_hash} {documents_digest(first.documents)}"
-        self._hash = hashlib.sha256(held.encode()).hexdigest()
-        self._tell(begun)
+        hashed = f"{settings} {first.rows_hash} {documents_digest(first.documents)}"
+        self._hash = hashlib.sha256(hashed.encode()).hexdigest()
         for text in rows.notes_on(first.tally):
             note(text)
 
-    def hash(self, position: Position | None = None) -> str:
-        """sha256 of what is known before the first step; of a position, of all steps up to it."""
-        if position is None:
-            return self._hash
-        return Place.from_position(position).plan_hash
+    def hash(self, position: StreamPosition | None = None) -> str:
+        """Return the sha256 of all steps up to a position; without one, of the first block."""
+        return self._hash if position is None else position.plan_hash
 
-    def facts(self) -> dict[str, Any]:
-        """Figures by name; None where they are not known before the run."""
-        unknown = dict.fromkeys(("num_documents", "num_tokens", "loss_tokens", "steps_per_epoch"))
-        return {
-            **unknown,
-            "total_steps": self.total_steps,
-            "streamed": self._first_facts,
-            **self.first_steps.facts(),
-        }
+    def facts(self) -> PlanFacts:
+        """Return the figures of the plan that are known before the run."""
+        return PlanFacts(
+            total_steps=self.total_steps,
+            streamed=self._first_facts,
+            steps=self.first_steps.facts(),
+        )
 
-    def notes(self, position: Position | None) -> list[str]:
-        """What became of the rows that were read."""
-        place = None if position is None else Place.from_position(position)
-        # Of one block, all was said when it was read.
-        is_more = place is not None and place.tallied.num_rows > self._rows.buffer_size
-        return self._rows.notes_on(place.tallied) if place and is_more else []
+    def notes(self, position: StreamPosition | None) -> list[str]:
+        """Return a text on each outcome of the rows that were read up to a position."""
+        # The notes on the first block were given when it was read.
+        if position is None or position.tally.num_rows <= self._rows.buffer_size:
+            return []
+        return self._rows.notes_on(position.tally)
 
     def steps(
         self,
         after: int = 0,
-        position: Position | None = None,
+        position: StreamPosition | None = None,
         *,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step]:
-        """The steps that follow the after-th one, whose position is needed unless it is 0.
+        """Yield the steps after a step.
+
+        Args:
+            after: the number of the step; 0 starts with the first step.
+            position: the position of the step; needed unless after is 0.
+            is_stopped: polled while data is read; True ends the steps.
 
         Raises:
-            DataError: as StreamPass.read; when a whole pass has nothing to learn from.
-            CheckpointError: when the rows up to the position are not those they were, or it is
-                not the position of a stream.
+            DataError: when a row cannot be used, or a whole pass has nothing to learn from.
+            CheckpointError: when the rows up to the position have changed, or it is missing.
         """
         if position is None and after:
-            raise _damaged(f"there is none after step {after}")
-        place = Place(plan_hash=self._hash) if position is None else Place.from_position(position)
+            raise damaged_position(f"there is none after step {after}")
+        position = position or StreamPosition(plan_hash=self._hash)
         number = after
         while number < self.total_steps:
-            rows: list[_Row] = []
+            rows: list[PlanRow] = []
             try:
-                for row, end in _with_end(self._pass(place, is_stopped)):
+                for row, end in self._reader.rows_of_pass(position, is_stopped):
                     rows.append(row)
                     if len(rows) < self._rows_per_step and end is None:
                         continue
                     number += 1
-                    step = self._step(number, rows, place, end)
-                    assert step.position is not None
-                    place = Place(**step.position)
-                    yield step
+                    position = _position_after(number, rows, position, end)
+                    yield _step(number, rows, position, ends_epoch=end is not None)
                     if number == self.total_steps:
                         return
                     rows = []
             except Stopped:
                 return
 
-    def _step(self, number: int, rows: list[_Row], before: Place, end: Place | None) -> Step:
-        indices = tuple(i for row in rows for i in row.indices)
-        documents = [document for row in rows for document in row.documents]
-        digest = hashlib.sha256(before.plan_hash.encode())
-        digest.update(documents_digest(documents).encode())
-        digest.update(step_pairs(number, indices))
-        place = dataclasses.replace(end or rows[-1].after, plan_hash=digest.hexdigest())
-        position = dataclasses.asdict(place)
-        return Step(number, float(place.epoch), end is not None, indices, documents, position)
 
-    def _pass(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[_Row | Place]:
-        """Rows from a place to the end of its pass, one at least, and where the next one begins."""
-        num_documents = place.num_documents
-        tally = place.tallied
-        is_empty, rows_hash = True, ""
-        for block in self._blocks(place, is_stopped):
-            is_resumed = block.number == place.block and bool(place.rows_hash)
-            if is_resumed and block.rows_hash != place.rows_hash:
-                raise self._other_rows()
-            if place.epoch == 0 and not is_resumed:
-                tally += block.tally
-            at = Place(
-                epoch=place.epoch,
-                block=block.number,
-                num_documents=num_documents,
-                rows_hash=block.rows_hash,
-                plan_hash="",
-                first_pass_hash=place.first_pass_hash,
-                tally=tally.to_dict(),
-            )
-            for row in self._rows_of(block, at, skip=place.row if is_resumed else 0):
-                yield row
-                is_empty = False
-            num_documents += len(block.documents)
-            rows_hash = block.rows_hash
-        if is_empty and place.rows_hash:
-            raise self._other_rows()
-        if is_empty:
-            raise self._nothing_left(place, tally)
-        if place.first_pass_hash not in ("", rows_hash):
-            self._note(
-                f"{self._rows} changed since the first pass: pass {place.epoch + 1:,} read other "
-                "rows, so that the run cannot be repeated"
-            )
-        # Blocks without documents may have come after the last row.
-        yield Place(
-            epoch=place.epoch + 1,
-            plan_hash="",
-            first_pass_hash=place.first_pass_hash or rows_hash,
-            tally=tally.to_dict(),
-        )
+def _position_after(
+    number: int, rows: Sequence[PlanRow], before: StreamPosition, end: StreamPosition | None
+) -> StreamPosition:
+    """Return the position after a step.
 
-    def _rows_of(self, block: Block, at: Place, *, skip: int) -> Iterator[_Row]:
-        part = (at.epoch, block.number) if block.number else (at.epoch,)
-        rows = self._in_rows(document_lengths(block.documents), part)
-        if skip > rows.num_rows:
-            raise self._other_rows()
-        for i in range(skip, rows.num_rows):
-            chosen = rows.documents[rows.starts[i] : rows.starts[i + 1]].tolist()
-            yield _Row(
-                [at.num_documents + j for j in chosen],
-                [block.documents[j] for j in chosen],
-                dataclasses.replace(at, row=i + 1),
-            )
-
-    def _in_rows(self, lengths: NDArray[np.int64], part: tuple[int, ...]) -> Rows:
-        return shuffled_rows(lengths, seed=self._seed, part=part, row_tokens=self._row_tokens)
-
-    def _blocks(self, place: Place, is_stopped: Callable[[], bool]) -> Iterator[Block]:
-        """Blocks from that of a place on."""
-        block: Block | None = None
-        if self._begun is None:
-            reading = StreamPass(self._rows)
-        else:
-            # Held here alone, so that the block is gone when the next one is done with.
-            reading, block = self._begun
-            self._begun = None
-        reading.is_stopped = is_stopped
-        if place.block:
-            num_rows = place.block * self._rows.buffer_size
-            self._note(f"reading past {num_rows:,} rows, up to where the run was")
-            block = None
-        while reading.number < place.block:
-            if not reading.skip():
-                raise self._other_rows()
-        block = block or reading.read()
-        if block is None and place.rows_hash:
-            raise self._other_rows()
-        while block is not None:
-            self._tell(reading)
-            yield block
-            block = reading.read()
-        self._tell(reading)
-
-    def _tell(self, reading: StreamPass) -> None:
-        """Notes on the formats of what was read, each once a run."""
-        for text in reading.notes():
-            if text not in self._told:
-                self._told.add(text)
-                self._note(text)
-
-    def _nothing_left(self, place: Place, tally: Tally) -> DataError:
-        if place.epoch:
-            return DataError(
-                f"{self._rows}: no row is left to learn from when read again, after "
-                f"{place.epoch:,} whole pass(es); a pipe can be read but once: write its rows to a "
-                "file, or ask for fewer steps (--max-steps)"
-            )
-        problem = f"{self._rows}: {NOTHING_LEFT}"
-        return DataError(listing(problem, self._rows.notes_on(tally)))
-
-    def _other_rows(self) -> CheckpointError:
-        return CheckpointError(
-            f"cannot resume: the rows of {self._rows} are not those that the run began with; to "
-            "train on with other data, start a new run with --adapter"
-        )
+    Args:
+        number: the number of the step.
+        rows: the rows of the step.
+        before: the position before the step.
+        end: the start of the next pass, where the step ends a pass.
+    """
+    digest = hashlib.sha256(before.plan_hash.encode())
+    digest.update(documents_digest([d for row in rows for d in row.documents]).encode())
+    digest.update(step_pairs(number, [i for row in rows for i in row.indices]))
+    return dataclasses.replace(end or rows[-1].after, plan_hash=digest.hexdigest())
 
 
-def _with_end(items: Iterator[_Row | Place]) -> Iterator[tuple[_Row, Place | None]]:
-    """Each row of a pass; the last one with the place that follows the rows."""
-    held: _Row | None = None
-    try:
-        for item in items:
-            if held is not None:
-                yield held, item if isinstance(item, Place) else None
-            held = item if isinstance(item, _Row) else None
-    except DataError:
-        # Rows that cannot be used take nothing from the steps before them.
-        if held is not None:
-            yield held, None
-        raise
-
-
-def _damaged(why: object) -> CheckpointError:
-    return CheckpointError(
-        f"cannot resume: the checkpoint's position in the data is damaged: {why}; delete the "
-        "checkpoint, and the one before it is used"
+def _step(
+    number: int, rows: Sequence[PlanRow], position: StreamPosition, *, ends_epoch: bool
+) -> Step:
+    return Step(
+        number,
+        float(position.epoch),
+        ends_epoch,
+        tuple(index for row in rows for index in row.indices),
+        [document for row in rows for document in row.documents],
+        position,
     )

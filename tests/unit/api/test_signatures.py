@@ -18,8 +18,10 @@ from phi3_lora.api.data_files import CleaningSteps
 from phi3_lora.api.data_settings import DataSettings
 from phi3_lora.api.export import MergeTarget, OutType
 from phi3_lora.api.training import FLAGS, TrainSettings
+from phi3_lora.config.schema import DtypeOption
+from phi3_lora.data.options import LOSS_ON, ON_BAD_ROW, LossOn, OnBadRow
 from phi3_lora.data.quality.cleaning import Cleaning
-from phi3_lora.models.config import DTYPES, QUANTIZATIONS
+from phi3_lora.models.config import DTYPES, QUANTIZATIONS, Quantization
 from phi3_lora_cli.data import check, clean, preview, split
 from phi3_lora_cli.main import group
 
@@ -86,8 +88,10 @@ def test_clean_data_has_every_step() -> None:
 
 
 def test_literals_are_the_values_of_the_core_and_of_the_command_line() -> None:
-    assert get_args(kinds.Dtype) == ("auto", *DTYPES)
-    assert get_args(kinds.Quantization) == QUANTIZATIONS
+    assert get_args(DtypeOption) == ("auto", *DTYPES)
+    assert get_args(Quantization) == QUANTIZATIONS
+    assert get_args(LossOn) == LOSS_ON
+    assert get_args(OnBadRow) == ON_BAD_ROW
     assert get_args(kinds.Part) == kinds.PARTS
     choices = {
         ("convert", "to"): Layout,

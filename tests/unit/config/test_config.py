@@ -8,10 +8,10 @@ import yaml
 
 from phi3_lora.config.adapter import LoraConfig
 from phi3_lora.config.load import load_settings, read_yaml
-from phi3_lora.config.schema import Dtype, Quantization
+from phi3_lora.config.schema import DtypeOption
 from phi3_lora.config.training import OPTIMIZERS, Optimizer, TrainingConfig
 from phi3_lora.errors import ConfigError
-from phi3_lora.models.config import DTYPES, QUANTIZATIONS
+from phi3_lora.models.config import DTYPES, QUANTIZATIONS, Quantization
 
 NEEDED = {"model": "m", "output_dir": "o", "data.train": "d"}
 
@@ -269,6 +269,6 @@ def test_scaling() -> None:
 
 
 def test_literals_hold_what_the_models_and_the_optimizers_know() -> None:
-    assert get_args(Dtype) == ("auto", *DTYPES)
+    assert get_args(DtypeOption) == ("auto", *DTYPES)
     assert get_args(Quantization) == QUANTIZATIONS
     assert get_args(Optimizer) == tuple(OPTIMIZERS)

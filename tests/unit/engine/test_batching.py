@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.batching import micro_batch_documents, micro_batches, split_batch
 from phi3_lora.engine.protocol import Batch
+from phi3_lora.training.plan.facts import StepFacts, StepTokens
 from phi3_lora.training.plan.packing import FirstSteps, shuffled_rows
 from tests.tiny import random_documents
 
@@ -62,15 +63,14 @@ def test_figures_of_the_plan() -> None:
     single = first_steps(None)
     steps = [int(step.sum()) for step in single.document_lengths(99)]
     assert len(steps) == 3 and sum(steps) == 125
-    assert single.facts() == {
-        "step_tokens": {"least": min(steps), "mean": 42, "most": max(steps)},
-        "row_fill": None,
-    }
+    assert single.facts() == StepFacts(
+        step_tokens=StepTokens(least=min(steps), mean=42, most=max(steps)), row_fill=None
+    )
     assert [len(step) for step in single.document_lengths(99)] == [2, 2, 1]
     assert len(list(single.document_lengths(2))) == 2
     packed = first_steps(50)
     # 40 + 10, 30 + 20 and 25 in three rows of 50.
-    assert packed.facts()["row_fill"] == pytest.approx(125 / 150)
+    assert packed.facts().row_fill == pytest.approx(125 / 150)
     assert sorted(int(s.sum()) for s in packed.document_lengths(99)) in ([25, 100], [50, 75])
 
 
@@ -85,5 +85,5 @@ def test_padding_is_what_is_computed_beyond_the_tokens() -> None:
         2,
         None,
     )
-    assert nothing.facts() == {"step_tokens": None, "row_fill": None}
+    assert nothing.facts() == StepFacts(step_tokens=None, row_fill=None)
     assert nothing.padding(lambda lengths: 1) == 0

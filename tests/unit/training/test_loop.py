@@ -12,8 +12,12 @@ from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.batch import make_batch
 from phi3_lora.engine.batching import rank_share
 from phi3_lora.errors import TrainingError
-from phi3_lora.training.loop import Hooks, Progress, Task, fit
+from phi3_lora.inference.evaluation import Evaluation
+from phi3_lora.training.loop import Task, fit
+from phi3_lora.training.metrics import EvalMetrics, TrainMetrics
+from phi3_lora.training.observer import Observer
 from phi3_lora.training.plan.fixed import Plan
+from phi3_lora.training.progress import Progress
 from phi3_lora.training.signals import StopRequest
 from tests.tiny import random_documents
 from tests.unit.toy_engine import B_NAME, ToyEngine
@@ -36,14 +40,40 @@ def make_task(*, valid: bool = False, **changes: Any) -> Task:
     return Task(config, plan, held_out)
 
 
-def run(engine: ToyEngine, task: Task, progress: Progress | None = None, **hooks: Any) -> Progress:
-    return fit(engine, task, Hooks(**hooks), progress or Progress(), StopRequest())
+class Listener(Observer):
+    """Observer that passes events to callables and keeps the lines of metrics."""
+
+    def __init__(self, lines: list[dict[str, Any]] | None = None, **callables: Any) -> None:
+        self.lines = [] if lines is None else lines
+        self.callables = callables
+
+    def on_metrics(self, metrics: TrainMetrics | EvalMetrics) -> None:
+        self.lines.append(metrics.to_dict())
+
+    def on_step(self, progress: Progress, loss: float) -> None:
+        self._call("on_step", progress, loss)
+
+    def on_best(self, progress: Progress, evaluation: Evaluation) -> None:
+        self._call("on_best", progress, evaluation)
+
+    def on_checkpoint_due(self, progress: Progress) -> None:
+        self._call("on_checkpoint_due", progress)
+
+    def _call(self, name: str, *values: Any) -> None:
+        if name in self.callables:
+            self.callables[name](*values)
+
+
+def run(
+    engine: ToyEngine, task: Task, progress: Progress | None = None, **listener: Any
+) -> Progress:
+    return fit(engine, task, Listener(**listener), progress or Progress(), StopRequest())
 
 
 def test_loss_falls() -> None:
     task = make_task(num_train_epochs=60, logging_steps=3, learning_rate=0.1)
     lines: list[dict[str, Any]] = []
-    progress = run(ToyEngine(), task, on_metrics=lines.append)
+    progress = run(ToyEngine(), task, lines=lines)
     assert progress.step == task.plan.total_steps == 180
     assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
 
@@ -55,7 +85,7 @@ def test_logged_loss_is_the_token_weighted_mean_of_its_window() -> None:
     run(
         ToyEngine(),
         task,
-        on_metrics=lines.append,
+        lines=lines,
         on_step=lambda progress, loss: losses.append(loss),
     )
     counts = [sum(d.loss_tokens for d in step.documents) for step in task.plan.steps()]
@@ -77,15 +107,15 @@ def test_resumed_run_is_bit_equal() -> None:
         state = json.loads(json.dumps(progress.to_dict()))
         saved.append((state, first.read_adapter(), first.read_optimizer()))
 
-    run(whole, task, on_metrics=whole_lines.append)
-    run(first, task, on_checkpoint=save)
+    run(whole, task, lines=whole_lines)
+    run(first, task, on_checkpoint_due=save)
     state, weights, moments = saved[0]
     assert state["step"] == 5 and state["window"]["steps"] == 2
     second = ToyEngine()
     second.write_adapter(weights)
     second.write_optimizer(moments)
     lines: list[dict[str, Any]] = []
-    progress = run(second, task, Progress.from_dict(state), on_metrics=lines.append)
+    progress = run(second, task, Progress.from_dict(state), lines=lines)
     assert progress.step == 9
     expected, found = whole.read_adapter(), second.read_adapter()
     for name in expected:
@@ -102,7 +132,7 @@ def test_nan_loss_names_the_step_and_its_rows() -> None:
     engine.nan_at_step = 3
     saved: list[int] = []
     with pytest.raises(TrainingError, match=r"step 3: the loss is nan") as problem:
-        run(engine, task, on_checkpoint=lambda p: saved.append(p.step))
+        run(engine, task, on_checkpoint_due=lambda p: saved.append(p.step))
     assert saved == [1, 2]
     assert task.plan.step(3).documents[0].source in str(problem.value)
 
@@ -154,7 +184,7 @@ def test_toy_gradient_is_the_finite_difference() -> None:
 def test_evaluates_when_the_strategy_says(settings: dict[str, Any], steps: list[int]) -> None:
     engine = ToyEngine()
     lines: list[dict[str, Any]] = []
-    run(engine, make_task(valid=True, **settings), on_metrics=lines.append)
+    run(engine, make_task(valid=True, **settings), lines=lines)
     assert [line["step"] for line in lines if "eval_loss" in line] == steps
     assert engine.num_scored == len(steps)
 
@@ -171,7 +201,7 @@ def test_best_is_called_for_better_evaluations_only() -> None:
     run(
         ToyEngine(),
         make_task(valid=True, eval_strategy="steps", eval_steps=1),
-        on_metrics=lines.append,
+        lines=lines,
         on_best=lambda progress, evaluation: found.append(evaluation.loss),
     )
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -186,8 +216,8 @@ def test_stop_finishes_the_step_and_saves() -> None:
         if progress.step == 2:
             stop.signal_number = 15
 
-    hooks = Hooks(on_step=on_step, on_checkpoint=lambda p: saved.append(p.step))
-    progress = fit(ToyEngine(), make_task(), hooks, Progress(), stop)
+    listener = Listener(on_step=on_step, on_checkpoint_due=lambda p: saved.append(p.step))
+    progress = fit(ToyEngine(), make_task(), listener, Progress(), stop)
     assert progress.step == 2 and saved == [2] and stop.exit_code == 143
 
 
@@ -201,5 +231,5 @@ def test_stop_finishes_the_step_and_saves() -> None:
 )
 def test_saves_when_the_strategy_says(settings: dict[str, Any], steps: list[int]) -> None:
     saved: list[int] = []
-    run(ToyEngine(), make_task(**settings), on_checkpoint=lambda p: saved.append(p.step))
+    run(ToyEngine(), make_task(**settings), on_checkpoint_due=lambda p: saved.append(p.step))
     assert saved == steps

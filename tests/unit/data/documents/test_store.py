@@ -97,7 +97,7 @@ def assert_same(found: Splits, expected: Splits) -> None:
         assert size_of(ours) == size_of(theirs)
         assert documents_digest(ours.documents) == documents_digest(theirs.documents)
         assert plan_of(ours).hash() == plan_of(theirs).hash()
-        packed: dict[str, Any] = {"packing": True, "max_length": 64}
+        packed: dict[str, Any] = {"row_tokens": 64}
         assert plan_of(ours, **packed).hash() == plan_of(theirs, **packed).hash()
         for a, b in zip(ours.documents, theirs.documents, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -365,7 +365,7 @@ def test_a_plan_of_documents_on_the_disk_reads_no_document(
     monkeypatch.setattr(DocumentStore, "__getitem__", fails)
     num_tokens, loss_tokens = size_of(train)
     assert num_tokens > loss_tokens > 0
-    assert len(plan_of(train, packing=True, max_length=64).hash()) == 64
+    assert len(plan_of(train, row_tokens=64).hash()) == 64
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from phi3_lora.training.plan.fixed import Plan
 from phi3_lora.training.plan.protocol import Step
 from phi3_lora.training.plan.streamed import StreamedPlan
 from tests.tiny import chat, write_rows
+from tests.unit.streams import as_stored
 
 MAX_LENGTH = 60
 ENCODING = Encoding(max_length=MAX_LENGTH, on_bad_row="skip")
@@ -88,12 +88,12 @@ def test_wherever_a_stream_is_cut_it_goes_on_as_if_it_had_not_been(
         assert [step.number for step in whole] == list(range(1, shape["max_steps"] + 1))
         for cut in range(1, len(whole) + 1):
             again = plan_of(tokenizer, named, **shape)
-            position = json.loads(json.dumps(whole[cut - 1].position))
+            position = as_stored(whole[cut - 1].position)
             rest = list(again.steps(after=cut, position=position))
             # Numbers, epochs, documents' numbers and positions, and with them hashes.
             assert rest == whole[cut:]
             assert lines(rest) == lines(whole[cut:])
-            last = json.loads(json.dumps(whole[-1].position))
+            last = as_stored(whole[-1].position)
             assert again.notes(last) == plan.notes(whole[-1].position)
 
 
@@ -121,9 +121,9 @@ def test_each_pass_takes_every_usable_row_once_and_counts_the_others(
             assert all(step.documents for step in steps)
         position = first_pass[0][-1].position
         assert position is not None
-        counts = position["tally"]["counts"]
+        counts = position.tally.counts
         all_kinds = [k for some, _ in kinds for k in some]
-        assert position["tally"]["num_rows"] == len(all_kinds)
+        assert position.tally.num_rows == len(all_kinds)
         assert counts.get("bad", 0) == all_kinds.count("bad")
         assert counts.get("dropped", 0) == all_kinds.count("too long")
 
@@ -151,8 +151,7 @@ def test_a_buffer_that_holds_all_rows_gives_the_steps_of_a_plan_of_all(
             num_epochs=1,
             max_steps=shape["max_steps"],
             seed=shape["seed"],
-            packing=shape["row_tokens"] is not None,
-            max_length=MAX_LENGTH,
+            row_tokens=None if shape["row_tokens"] is None else MAX_LENGTH,
         )
         for mine, theirs in zip(found.steps(), whole.steps(), strict=True):
             assert (mine.indices, mine.ends_epoch) == (theirs.indices, theirs.ends_epoch)

@@ -107,8 +107,8 @@ def test_a_run_on_rows_has_the_plan_of_the_same_rows_in_a_file(
             resolve_data(data), tokenizer, encoding, valid_fraction=0.1, seed=3
         )
         assert valid is not None and len(valid.documents) > 0
-        shape = {"rows_per_step": 4, "num_epochs": 2, "max_steps": 0, "seed": 3, "max_length": 60}
-        return Plan(train.documents, packing=packing, **shape).hash()
+        shape = {"rows_per_step": 4, "num_epochs": 2, "max_steps": 0, "seed": 3}
+        return Plan(train.documents, row_tokens=60 if packing else None, **shape).hash()
 
     assert plan_hash(rows) == plan_hash(str(path))
 
@@ -119,7 +119,7 @@ def test_rows_are_streamed_as_a_file_is(tokenizer: ChatTokenizer, path: Path) ->
     # The steps take several passes.
     for step, expected in zip(held.steps(), from_file.steps(), strict=True):
         assert step.position is not None and expected.position is not None
-        assert step.position["plan_hash"] == expected.position["plan_hash"]
+        assert step.position.plan_hash == expected.position.plan_hash
 
 
 def test_tokens_of_rows_in_memory_are_never_cached(

@@ -31,7 +31,7 @@ def test_hash_is_the_same_for_the_same_run() -> None:
         {"rows_per_step": 5},
         {"num_epochs": 3},
         {"max_steps": 3},
-        {"packing": True, "max_length": 64},
+        {"row_tokens": 64},
     ],
 )
 def test_hash_changes_with(changes: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_steps_after_a_step_are_the_rest() -> None:
 
 @pytest.mark.parametrize("max_length", [32, 64])
 def test_packing_takes_every_document_once_in_rows_that_fit(max_length: int) -> None:
-    plan = make_plan(rows_per_step=1, num_epochs=3, packing=True, max_length=max_length)
+    plan = make_plan(rows_per_step=1, num_epochs=3, row_tokens=max_length)
     rows = [step.indices for step in plan.steps()]
     count = plan.steps_per_epoch
     assert len(rows) == 3 * count
@@ -95,7 +95,7 @@ def test_packing_takes_every_document_once_in_rows_that_fit(max_length: int) -> 
 
 
 def test_packed_step_holds_the_rows_of_single_row_steps() -> None:
-    packed: dict[str, Any] = {"packing": True, "max_length": 32, "num_epochs": 1}
+    packed: dict[str, Any] = {"row_tokens": 32, "num_epochs": 1}
     rows = [s.indices for s in make_plan(rows_per_step=1, **packed).steps()]
     first = make_plan(rows_per_step=3, **packed).step(1)
     assert first.indices == tuple(i for row in rows[:3] for i in row)
@@ -125,7 +125,7 @@ def test_ranks_cover_a_step_once(world_size: int) -> None:
     [
         ({}, "6ebceef2b2b10b3864eae95fbdaa192aa20817d8c83a1d720aae69b2bb6fe74b"),
         (
-            {"packing": True, "max_length": 32},
+            {"row_tokens": 32},
             "75a56aed737bc19cde1ba8a0a7d26c77e255ec6fc579aacb016fedb36e25c973",
         ),
     ],

@@ -1,0 +1,1 @@
+"""The observers that write the files of a run."""
