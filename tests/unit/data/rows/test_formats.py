@@ -316,7 +316,7 @@ def check_read(row: Any, name: str = "auto") -> None:
     try:
         found = read(row, name)
     except RowError as problem:
-        # One line that cannot drive a terminal, however long or strange the row is.
+        # A message is one printable line, however long or strange the row is.
         assert str(problem).isprintable() and 0 < len(str(problem)) < 500
         return
     assert any(m["role"] == "assistant" for m in found.messages)
