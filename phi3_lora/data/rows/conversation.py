@@ -92,7 +92,7 @@ class RawRow(NamedTuple):
 
 
 class RowError(ValueError):
-    """A row cannot be used; the message gives the reason."""
+    """Error for a row that cannot be used; the message gives the reason."""
 
     def __init__(self, problem: str, kind: str = BAD) -> None:
         """Store the problem and its kind."""
