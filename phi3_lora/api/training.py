@@ -15,7 +15,7 @@ from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
 from phi3_lora.models.config import Quantization
-from phi3_lora.training.data import RowsInMemory
+from phi3_lora.training.data import PassedRows
 from phi3_lora.training.facts import RunFacts
 from phi3_lora.training.observer import LoggingObserver, Observer
 from phi3_lora.training.prepare import prepare
@@ -246,10 +246,10 @@ def _data_flags(settings: TrainSettings) -> dict[str, Any]:
     return flags
 
 
-def _rows(settings: TrainSettings) -> RowsInMemory:
+def _rows(settings: TrainSettings) -> PassedRows:
     """Rows that the caller passes in memory."""
     data, valid = settings.get("data"), settings.get("valid")
-    return RowsInMemory(
+    return PassedRows(
         None if data is None or is_named(data) else data,
         None if valid is None or is_named(valid) else valid,
     )

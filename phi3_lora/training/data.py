@@ -34,7 +34,7 @@ class RunData(NamedTuple):
     """None where nothing is validated."""
 
 
-class RowsInMemory(NamedTuple):
+class PassedRows(NamedTuple):
     """Rows that the caller passes in memory; a configuration cannot hold them."""
 
     train: Data | None = None
@@ -43,10 +43,10 @@ class RowsInMemory(NamedTuple):
     """Rows to validate on; None where the configuration names them, if any."""
 
 
-NO_ROWS = RowsInMemory()
+NO_PASSED_ROWS = PassedRows()
 
 
-def read_data(config: RunConfig, base: FoundModel, note: Note, rows: RowsInMemory) -> RunData:
+def read_data(config: RunConfig, base: FoundModel, note: Note, rows: PassedRows) -> RunData:
     """Read the training data (of a stream, the first block) and the validation data.
 
     Args:

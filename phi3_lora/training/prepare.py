@@ -22,7 +22,7 @@ from phi3_lora.inference.loading import with_adapter
 from phi3_lora.models.family import recognise
 from phi3_lora.models.weights import num_parameters
 from phi3_lora.storage.cache import Note
-from phi3_lora.training.data import NO_ROWS, RowsInMemory, read_data
+from phi3_lora.training.data import NO_PASSED_ROWS, PassedRows, read_data
 from phi3_lora.training.facts import RunFacts
 from phi3_lora.training.identity import RunIdentity
 from phi3_lora.training.loop import Task
@@ -100,7 +100,7 @@ def prepare(
     start_dir: str | None = None,
     *,
     with_weights: bool = True,
-    rows: RowsInMemory = NO_ROWS,
+    rows: PassedRows = NO_PASSED_ROWS,
 ) -> Prepared:
     """Read and check everything but the weights: model shape, adapter, data and plan.
 

@@ -14,7 +14,7 @@ from phi3_lora.engine.registry import choose_backend
 from phi3_lora.errors import DataError, TrainingError, TrainingInterrupted
 from phi3_lora.inference.loading import check_for_backend, other_base_notes
 from phi3_lora.training.checkpoint import Checkpoint, CheckpointFolder
-from phi3_lora.training.data import NO_ROWS, RowsInMemory
+from phi3_lora.training.data import NO_PASSED_ROWS, PassedRows
 from phi3_lora.training.environment import read_environment
 from phi3_lora.training.facts import RunStart
 from phi3_lora.training.loop import fit
@@ -56,7 +56,7 @@ def train(
     *,
     resume: bool = False,
     observer: Observer | None = None,
-    rows: RowsInMemory = NO_ROWS,
+    rows: PassedRows = NO_PASSED_ROWS,
 ) -> TrainResult:
     """Fine-tune a model and write the run folder.
 

@@ -86,7 +86,7 @@ FAULTS = {
     ),
     "row of 10 MB": bad(
         lambda: GOOD + lines(chat("q" * 10**7, "a")),
-        "has 10,000,001 characters, more than any model takes (8,388,608 are read): make several",
+        "has 10,000,001 characters, more than the limit of 8,388,608: split it into several",
     ),
     "list at the top": taken(json.dumps([chat(q, "a") for q in "abc"]).encode()),
     "missing key": bad(

@@ -74,8 +74,8 @@ class Renderer:
         prompt = self.template.render(_PROBE[:-1], add_generation_prompt=True)
         if text[: contents[-1][0]] != prompt:
             found.append(
-                "the chat template opens an answer differently when it is asked for one "
-                "(add_generation_prompt), so generate sees another text than training"
+                "the chat template begins an answer differently with add_generation_prompt, so "
+                "generate sees another text than training"
             )
         return found
 

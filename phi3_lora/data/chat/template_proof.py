@@ -98,7 +98,7 @@ def literals_around(
 
 
 class _ObservedError(Exception):
-    """A template read a content."""
+    """Error raised when a template reads a content."""
 
 
 class _Opaque:

@@ -58,7 +58,7 @@ def encoded_sources(
             write_store(folder, encode_in_parts(rows, tokenizer, encoding), read)
             # Files may also have been added or removed.
             if _key(sources, _files(sources) or (), tokenizer, encoding) != key:
-                raise DataError(f"{names} changed while being read: run again when it is whole")
+                raise DataError(f"{names} changed while being read: run again when it is complete")
 
         replace_folder(target, fill)
 
@@ -67,7 +67,7 @@ def encoded_sources(
         target, lambda: open_store(target), make, waiting=waiting, note=note
     )
     if store is None:
-        raise StorageError(f"{target} cannot be read back: is the disk sound?")
+        raise StorageError(f"{target} cannot be read back: check the disk")
     if not is_new:
         note(f"tokens of {names} found in {target}")
     return store

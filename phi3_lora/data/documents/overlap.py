@@ -45,7 +45,7 @@ def overlap_note(train: Sequence[Document], valid: Sequence[Document]) -> str | 
     return (
         f"validation data: {len(shared):,} of {len(known):,} different rows are in the training "
         f"data, too, so its loss is too low (first {first[1]}, trained on as "
-        f"{first[0].source}); phi3-lora data split splits without such rows"
+        f"{first[0].source}); phi3-lora data split keeps equal rows on one side"
     )
 
 

@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 class Stopped(Exception):
-    """Reading stopped on request, through StreamPass.is_stopped."""
+    """Signal that StreamPass.is_stopped asked to stop reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class StreamedRows:
     tokenizer: ChatTokenizer
     encoding: Encoding
     buffer_size: int
-    """Rows in a block."""
+    """Number of rows in a block."""
     held_out: DocumentIndex = field(default_factory=lambda: DocumentIndex(()))
     """The validation documents; training rows that are among them are counted."""
 

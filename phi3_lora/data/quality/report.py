@@ -92,7 +92,7 @@ class Report:
 
     files: list[str]
     num_rows: int
-    """Rows of training and validation data that can be read."""
+    """Number of usable rows of training and validation data."""
     num_valid_rows: int
     problems: list[Problem]
     lengths: Lengths

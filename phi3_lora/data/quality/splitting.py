@@ -160,7 +160,7 @@ def as_json(value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair under a key that is not read: UTF-8 cannot hold it, an escape can.
+        # Half a surrogate pair under a key that is not read: UTF-8 has no form for it, JSON has.
         return json.dumps(value, default=str).encode()
 
 

@@ -92,7 +92,7 @@ class RawRow(NamedTuple):
 
 
 class RowError(ValueError):
-    """A row cannot be used; the message gives the reason."""
+    """Error for a row that cannot be used; the message gives the reason."""
 
     def __init__(self, problem: str, kind: str = BAD) -> None:
         """Store the problem and its kind."""
@@ -154,7 +154,7 @@ def _check_order(roles: Sequence[str], calls: Sequence[bool]) -> None:
         allowed = _FOLLOWS[before]
         if role not in allowed:
             rule = (
-                f"after a call of a tool must come {' or '.join(allowed)}"
+                f"a tool call must be followed by {' or '.join(allowed)}"
                 if before in ("call", "tool")
                 else "a tool message must follow an assistant's tool_calls"
                 if role == "tool"

@@ -187,8 +187,8 @@ class RowReader:
         size = sum([len(message["content"]) for message in turns.messages])
         if size > LONGEST_ROW:
             raise RowError(
-                f"has {size:,} characters, more than any model takes ({LONGEST_ROW:,} are read): "
-                "make several rows of it"
+                f"has {size:,} characters, more than the limit of {LONGEST_ROW:,}: split it into "
+                "several rows"
             )
         if self.name == "auto":
             self.name, self._first = name, source
@@ -255,8 +255,8 @@ class RowReader:
         if self.name in ("auto", found) or (FORMATS[self.name].is_chat and FORMATS[found].is_chat):
             return found
         raise RowError(
-            f"is {found}, but {self._first} makes the file {self.name}: split the file, or set "
-            "data.format"
+            f"is {found}, but the file is {self.name} because of {self._first}: split the file, or "
+            "set data.format"
         )
 
     def _refuse_incomplete(self, row: Row) -> None:
@@ -265,7 +265,7 @@ class RowReader:
         missing = [key for key in needs if key not in row]
         if missing and len(missing) < len(needs):
             raise RowError(
-                f"`{'`, `'.join(missing)}` is missing or empty; the file is {self.name} by "
+                f"`{'`, `'.join(missing)}` is missing or empty; the file is {self.name} because of "
                 f"{self._first}",
                 EMPTY,
             )

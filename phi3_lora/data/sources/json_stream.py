@@ -183,7 +183,7 @@ class _Text:
                 self._fill()
                 continue
             except RecursionError:
-                raise self.fail("not JSON that can be read: nested too deep") from None
+                raise self.fail("cannot read this JSON: it is nested too deep") from None
             # A number at the end of the current part may continue in the next one.
             if end < len(self._text) or self._ended:
                 self._advance(end)

@@ -96,7 +96,7 @@ def check_columns(columns: dict[str, str]) -> None:
     unknown = sorted(columns.keys() - set(COLUMNS))
     if unknown:
         raise ConfigError(
-            f"data.columns maps our names to those of the file; {', '.join(unknown)} is not ours "
+            f"data.columns maps our names to the file's names; {', '.join(unknown)} is not ours "
             f"({', '.join(COLUMNS)})"
         )
 
@@ -123,7 +123,9 @@ def parts_of(source: Source) -> list[Part]:
     if place.hub is not None:
         return [_hub_part(place.hub, place.subset, place.split or "train", source.streaming)]
     if source.subset is not None:
-        raise DataError(f"{source.path} has no subset {source.subset!r}: only data sets of the hub")
+        raise DataError(
+            f"{source.path} has no subset {source.subset!r}: only data sets of the hub have subsets"
+        )
     if place.root is not None and is_saved_data_set(place.root):
         return [_saved_part(place.root, _saved_split(place))]
     return [_file_part(path) for path in _files(place)]
@@ -241,7 +243,7 @@ def _files(place: _Place) -> Sequence[Path]:
     if place.root is None:
         if place.split is not None:
             raise DataError(
-                f"{place.path} has no split {place.split!r}: only folders and data sets"
+                f"{place.path} has no split {place.split!r}: only folders and data sets have splits"
             )
         return place.files
     splits = _folder_splits(place.root)
@@ -284,7 +286,7 @@ def _saved_split(place: _Place) -> str | None:
     names = saved_splits(place.root)
     if not names:
         if place.split is not None:
-            raise DataError(f"{place.path} has no split {place.split!r}: it is one split alone")
+            raise DataError(f"{place.path} has no split {place.split!r}: it is a single split")
         return None
     wanted = place.split or "train"
     own = _SPLIT_OF.get(wanted)

@@ -1,4 +1,4 @@
-"""Chat templates of one's own: what works, and what is said where one cannot be followed."""
+"""Custom chat templates: usable ones, and the errors for templates that cannot be used."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def learnt(tokenizer: ChatTokenizer, document: Document) -> str:
 
 
 def with_merges(folder: Path, *, like_llama: bool) -> None:
-    """A tokenizer whose tokens reach over borders, of the kind of Phi-4's or of Phi-3's."""
+    """Write a tokenizer like Phi-4's or Phi-3's with tokens that cross borders."""
     tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=like_llama))
     if like_llama:
         tokenizer.normalizer = normalizers.Sequence(
@@ -169,7 +169,7 @@ def test_white_space_that_a_template_trims_is_counted(
 
 
 def test_a_row_that_a_template_rewrites_only_sometimes_is_named(tmp_path: Path) -> None:
-    # As templates of reasoning models do with what was thought in earlier turns.
+    # Templates of reasoning models remove the thoughts of earlier turns in this way.
     template = TEMPLATE.replace(
         "message['content'] +", "message['content'].split('</think>')[-1] +"
     )
@@ -189,9 +189,7 @@ def test_a_row_that_a_template_rewrites_only_sometimes_is_named(tmp_path: Path) 
         ("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>\n<think>' }}", "add_generation_prompt"),
     ],
 )
-def test_what_a_template_does_not_teach_is_told(
-    tmp_path: Path, old: str, new: str, phrase: str
-) -> None:
+def test_each_fault_of_a_template_is_noted(tmp_path: Path, old: str, new: str, phrase: str) -> None:
     template = TEMPLATE.replace("{% else %}{{ eos_token }}", "").replace(old, new)
     (note,) = with_file(tmp_path, template).notes
     assert phrase in note
@@ -229,7 +227,7 @@ def test_a_call_of_a_tool_is_learnt_with_its_turn(tmp_path: Path, content: str) 
     assert learnt(tokenizer, document) == f"{content}{call}{END}It rains.{END}"
 
 
-def test_tools_are_told_to_templates_that_ask_for_them(tmp_path: Path) -> None:
+def test_tools_are_passed_to_templates_that_ask_for_them(tmp_path: Path) -> None:
     tokenizer = with_file(tmp_path, WITH_TOOLS)
     tools = json.dumps([{"name": "weather"}])
     messages = ({"role": "system", "content": "", "tools": tools}, *CALLING)

@@ -1,6 +1,7 @@
-"""The chat templates that the family was published with, on a tokenizer of bytes.
+"""The published chat templates of the family, on a tokenizer of bytes.
 
-Source: tokenizer_config.json of each model on the hub; reasoning's system prompt is cut short.
+Source: tokenizer_config.json of each model on the hub; the reasoning model's system prompt is
+shortened.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from tests.tiny import MARKERS, TEMPLATE, write_tokenizer
 
 
 class Published(NamedTuple):
-    """A template, its end of turn, and how a short conversation looks in it."""
+    """A template, its end of turn, and its text of a short conversation."""
 
     template: str
     end: str
     rendered: str
-    """With user a, assistant b, user c, assistant d."""
+    """Text of user a, assistant b, user c, assistant d."""
 
 
 PHI4_MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>")

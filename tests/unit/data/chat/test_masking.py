@@ -1,4 +1,4 @@
-"""What is in the loss, proven by decoding the supervised tokens."""
+"""Loss masks, checked by decoding the supervised tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EATING = ("nothing", "after", "both sides")
 
 @functools.cache
 def family_tokenizer(name: str, eats: str) -> ChatTokenizer:
-    """A published template on bytes; its markers eat the white space beside them, or not."""
+    """Return a published template on bytes; `eats` sets the white space that markers strip."""
     template = TEMPLATES[name].template
     markers = PHI4_MARKERS if "im_sep" in template else MARKERS
     with tempfile.TemporaryDirectory() as name:
@@ -104,13 +104,13 @@ def test_the_answers_and_their_ends_are_learnt_whatever_the_texts_hold(
     said = [left_after_eating(m["content"], eats) for m in messages if m["role"] == "assistant"]
     end = TEMPLATES[name].end
     assert learnt(tokenizer, document) == "".join(text + end for text in said)
-    # No message writes a marker: they are those of a harmless conversation of the same shape.
+    # No message adds a marker: the markers equal those of a harmless conversation.
     shape = [
         {**m, "content": "x"} for m in messages if m["role"] != "system" or m["content"].strip()
     ]
     markers = [i for i in document.tokens if i >= 256]
     assert markers == [i for i in encode(tokenizer, tuple(shape)).tokens if i >= 256]
-    # What generate sees is the start of it.
+    # The prompt of generate is the start of the document.
     prompt = tokenizer.encode_prompt(messages[:-1])
     expected = [*prompt, *tokenizer.encode_text(said[-1]), tokenizer.end_of_turn_id]
     assert document.tokens[: len(expected)].tolist() == expected
@@ -121,7 +121,7 @@ def test_the_answers_and_their_ends_are_learnt_whatever_the_texts_hold(
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
 def test_eaten_white_space_is_counted(name: str, eats: str, messages: Messages) -> None:
-    # The first release has no place for a system message, which is told apart from this.
+    # The first release leaves out system messages, which another note counts.
     has_place = "first release" not in name
     messages = tuple(
         m for m in messages if m["role"] != "system" or (has_place and m["content"].strip())

@@ -1,6 +1,6 @@
-"""From a file to what is learnt of it: random hostile rows, bad ones among them.
+"""The path from a file to the loss mask, with random hostile rows and bad rows.
 
-The tokenizers are of the kinds of Phi-3's and Phi-4's, with tokens of several characters.
+The tokenizers are built like Phi-3's and Phi-4's, with tokens of several characters.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tests.unit.data.chat.test_masking import (
 )
 
 PAIRS = ("a b", "e f", "\n\n", "\na", ".\n", "ab e", "<|", "|>", "en d", "> \n")
-"""Merges: of letters, of line ends with what follows them, of pieces of markers."""
+"""Merges of letters, of line ends with the next character, and of pieces of markers."""
 EATS = {"like Phi-3's": "after", "like Phi-4's": "nothing"}
 PHI3_SPACE = "▁"
 
 
 @functools.cache
 def merging_tokenizer(name: str, kind: str) -> ChatTokenizer:
-    """A published template on a tokenizer whose tokens could reach over borders."""
+    """Return a published template on a tokenizer with tokens that could cross borders."""
     published = TEMPLATES[name]
     markers = PHI4_MARKERS if "im_sep" in published.template else MARKERS
     tokenizer = _like_phi3() if kind == "like Phi-3's" else _like_phi4()
@@ -68,7 +68,7 @@ def _merged(alphabet: list[str], pairs: list[tuple[str, str]]) -> models.BPE:
 
 
 def _like_phi3() -> Tokenizer:
-    """Characters, bytes for those it has not, and a space that is put before every text.
+    """Return a tokenizer of characters and bytes that prepends a space to every text.
 
     Source: tokenizer.json of microsoft/Phi-3-mini-4k-instruct.
     """
@@ -91,9 +91,9 @@ def _like_phi3() -> Tokenizer:
 
 
 def _like_phi4() -> Tokenizer:
-    """Bytes, of which any may be joined, line ends included.
+    """Return a tokenizer of bytes whose merges may cross words and lines.
 
-    Source: tokenizer.json of microsoft/phi-4, but for its pattern, which joins less.
+    Source: tokenizer.json of microsoft/phi-4, without its pattern, which allows fewer merges.
     """
     line, space = "Ċ", "Ġ"
     pairs = [(line, line), (line, "a"), (line, space), (space, "a"), ("a", "b"), ("e", "n")]
@@ -105,18 +105,18 @@ def _like_phi4() -> Tokenizer:
 
 
 class Row(NamedTuple):
-    """A row of a file, and what is wrong with it."""
+    """A row of a file, and its problem."""
 
     messages: Messages
     kind: str | None = None
-    """Of the problem."""
+    """Kind of the problem; None for a good row."""
     message: int = 0
-    """Number of the message that has it."""
+    """Number of the message with the problem."""
 
 
 @st.composite
 def bad_rows(draw: st.DrawFn) -> Row:
-    """A good conversation of which one message was spoilt."""
+    """Draw a conversation with one damaged message."""
     messages = [*draw(conversations())]
     kind = draw(st.sampled_from(["encoding", "empty"]))
     places = [i for i, m in enumerate(messages) if kind == "encoding" or m["role"] == "assistant"]
@@ -138,7 +138,7 @@ def file_of(rows: list[Row], folder: Path, *, ascii_only: bool) -> Path:
 
 
 def learnt_answers(tokenizer: ChatTokenizer, document: Document) -> list[str]:
-    """What is supervised, decoded answer by answer: Phi-3's kind puts a space before each."""
+    """Decode the supervised tokens of each answer alone: Phi-3's decoder strips a first space."""
     runs: list[list[int]] = [[]]
     for token in document.tokens[document.supervised].tolist():
         runs[-1].append(token)
@@ -149,7 +149,7 @@ def learnt_answers(tokenizer: ChatTokenizer, document: Document) -> list[str]:
 
 
 def written(row: Row, name: str) -> list[dict[str, Any]]:
-    """The messages that the template has a place for."""
+    """Return the messages that the template writes."""
     has_place = "first release" not in name
     return [
         m for m in row.messages if m["role"] != "system" or (has_place and m["content"].strip())
@@ -157,7 +157,7 @@ def written(row: Row, name: str) -> list[dict[str, Any]]:
 
 
 def check_notes(dataset: Dataset, rows: list[Row], name: str, eats: str) -> None:
-    """What is said of rows, counted anew."""
+    """Check the notes of a data set with independent counts."""
     markers = PHI4_MARKERS if "im_sep" in TEMPLATES[name].template else MARKERS
     texts = [[m["content"] for m in written(row, name)] for row in rows]
     marked = sum(any(marker in t for marker in markers for t in found) for found in texts)
@@ -165,11 +165,11 @@ def check_notes(dataset: Dataset, rows: list[Row], name: str, eats: str) -> None
     notes = "\n".join(dataset.notes)
     assert (f"d: {marked} of {len(rows)} rows hold markers as text" in notes) == bool(marked)
     eaten = sum(count > 0 for count in lost)
-    told = f"d: {eaten} of {len(rows)} rows lose white space that markers beside a message strip ("
-    assert (f"{told}{sum(lost):,} in all; " in notes) == bool(eaten)
+    note = f"d: {eaten} of {len(rows)} rows lose white space that markers beside a message strip ("
+    assert (f"{note}{sum(lost):,} in all; " in notes) == bool(eaten)
 
 
-# What the tokenizer like Phi-3's takes for a space is no text that comes back.
+# The tokenizer like Phi-3's decodes this character as a space.
 def _comes_back(row: Row) -> bool:
     return all(PHI3_SPACE not in m["content"] for m in row.messages)
 
@@ -183,7 +183,7 @@ some_rows = st.lists(
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=some_rows, last=answers.filter(lambda t: PHI3_SPACE not in t), ascii_only=st.booleans())
-def test_of_any_file_the_answers_are_learnt_and_bad_rows_named(
+def test_answers_of_any_file_are_learnt_and_bad_rows_are_named(
     name: str, kind: str, rows: list[Row], last: str, ascii_only: bool
 ) -> None:
     tokenizer, eats = merging_tokenizer(name, kind), EATS[kind]
@@ -206,7 +206,7 @@ def test_of_any_file_the_answers_are_learnt_and_bad_rows_named(
         said = [m["content"] for m in row.messages if m["role"] == "assistant"]
         expected = [left_after_eating(text, eats) + end for text in said]
         assert learnt_answers(tokenizer, document) == expected
-        # The last answer begins where generate would begin to write it.
+        # The last answer begins at the end of the prompt that generate uses.
         prompt = tokenizer.encode_prompt(row.messages[:-1])
         assert document.tokens[: len(prompt)].tolist() == prompt
         assert document.supervised[len(prompt)] and not document.supervised[len(prompt) - 1]

@@ -1,4 +1,4 @@
-"""Rows taken as like others: the very documents that the template gives, or none."""
+"""Cached shapes of rows: documents equal the documents of the full renderer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def demo_tokenizer() -> ChatTokenizer:
 
 
 def in_full(tokenizer: ChatTokenizer, row: Conversation, loss_on: str) -> Document:
-    """A row's document as the template, run for this row alone, has it."""
+    """Return a row's document with the template run for this row alone."""
     rendered = tokenizer._renderer.conversation(row, loss_on)
     return tokenizer._encode_rendered({0: rendered}, [row])[0]
 
@@ -49,7 +49,7 @@ def assert_equal(found: Document, expected: Document) -> None:
 
 
 def teach(tokenizer: ChatTokenizer, row: Conversation, loss_on: str = "assistant") -> None:
-    """Have a harmless row of the same shape seen first."""
+    """Let the tokenizer learn the row's shape from a harmless row."""
     harmless = tuple({**m, "content": "x"} for m in row.messages)
     tokenizer.encode_rows([Conversation(harmless, "x:1", row.weights)], loss_on=loss_on)
 
@@ -77,7 +77,9 @@ def test_a_row_like_another_is_the_document_that_its_template_gives(
 
 @settings(max_examples=100, deadline=None)
 @given(row=rows(), loss_on=st.sampled_from(["assistant", "last", "all"]))
-def test_so_it_is_with_a_trained_tokenizer(row: Conversation, loss_on: str) -> None:
+def test_a_row_like_another_is_the_same_document_with_a_trained_tokenizer(
+    row: Conversation, loss_on: str
+) -> None:
     teach(demo_tokenizer(), row, loss_on)
     (found,), _ = demo_tokenizer().encode_rows([row], loss_on=loss_on)
     assert found is not None
@@ -169,7 +171,7 @@ def test_problems_of_rows_are_in_the_order_of_the_rows(tokenizer: ChatTokenizer)
 def test_markers_that_the_tokenizer_does_not_see_leave_nothing_known(
     tmp_path: Path, answer: str
 ) -> None:
-    """A marker that counts only between words is none where a word touches it."""
+    """A marker that counts only between words does not count next to a word."""
     template = TEMPLATE.replace("'<|user|>\n'", "'<|user|>'")
     write_tokenizer(tmp_path, MARKERS, template, eats_space=False)
     raw: dict[str, Any] = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""The settings by which rows become documents."""
+"""Settings of the encoding of rows."""
 
 from __future__ import annotations
 

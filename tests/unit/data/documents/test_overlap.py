@@ -1,4 +1,4 @@
-"""Rows that are trained on and validated on are told."""
+"""The note on rows that are in both the training and the validation data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def test_shared_documents_are_counted_once_each_and_the_first_is_named() -> None
     assert f"(first v:1, trained on as {train[2].source})" in note
 
 
-def test_nothing_is_said_of_data_that_shares_nothing() -> None:
+def test_data_without_shared_rows_has_no_note() -> None:
     assert overlap_note(random_documents([5, 9]), random_documents([5, 9], seed=5)) is None
     assert overlap_note([], random_documents([5])) is None
     assert overlap_note(random_documents([5]), []) is None
 
 
-def test_the_mask_makes_no_other_document() -> None:
+def test_documents_with_different_masks_are_equal() -> None:
     document = random_documents([8])[0]
     other = document._replace(supervised=~document.supervised)
     assert [source for _, source in DocumentIndex([document]).among([other])] == [document.source]

@@ -1,4 +1,4 @@
-"""The cache of tokens: the same documents, notes and plan as in memory, made once, safely."""
+"""The cache of tokens: equal documents, notes and plans as in memory; written once and safely."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def size_of(dataset: Dataset) -> tuple[int, int]:
 
 
 def rows_of_all_kinds(count: int = 300) -> list[Any]:
-    """Good rows, and every thing that is told of a row."""
+    """Return good rows, and one row for each kind of note."""
     odd = {
         5: chat("q", "a" * 100),
         6: {"messages": [*chat("q", "b" * 50)["messages"], *chat("r", "c")["messages"]]},
@@ -148,7 +148,7 @@ FAILURES: dict[str, tuple[list[Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_cannot_be_used_is_told_in_the_same_words(
+def test_unusable_data_gives_the_same_error_in_the_cache(
     tmp_path: Path, tokenizer: ChatTokenizer, failure: str
 ) -> None:
     rows, options = FAILURES[failure]
@@ -165,7 +165,7 @@ def stores() -> list[Path]:
     return sorted(p for p in (cache_root() / "tokens").iterdir() if p.is_dir())
 
 
-def test_tokens_are_made_once_and_where_they_lie_is_told(
+def test_tokens_are_made_once_and_their_folder_is_noted(
     tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "data.jsonl", [chat(f"q{i}", "a") for i in range(9)])
@@ -256,7 +256,9 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["no meta", "cut", "cut, and said so", "other version", "no JSON"])
-def test_a_damaged_store_is_made_anew(tmp_path: Path, tokenizer: ChatTokenizer, how: str) -> None:
+def test_a_damaged_store_is_written_again(
+    tmp_path: Path, tokenizer: ChatTokenizer, how: str
+) -> None:
     path = write_rows(tmp_path / "data.jsonl", rows_of_all_kinds())
     expected = load(path, tokenizer, cached=False, on_bad_row="skip")
     load(path, tokenizer, cached=True, on_bad_row="skip")
@@ -332,7 +334,7 @@ def test_a_template_that_asks_for_the_time_is_not_cached(tmp_path: Path) -> None
     assert isinstance(train.documents, list)
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_what_to_do(
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(
     tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "data.jsonl", [chat("q", "a")])

@@ -1,4 +1,4 @@
-"""Data sets of the hub and saved ones go through the cache of tokens, as files do."""
+"""Data sets, saved or of the hub, are read through the cache of tokens, as files are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pairs(count: int, answer: str = "a") -> Rows:
 
 
 def write_data_set(root: Path, kind: str, rows: Rows, test: Rows) -> str:
-    """Rows to train on and others, as a folder or as what stands for a hub's repository."""
+    """Write training and test rows to a folder, which may stand for a repository of the hub."""
     table, other = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(test)
     if kind == "saved":
         datasets.DatasetDict({"train": table, "test": other}).save_to_disk(str(root))
@@ -48,7 +48,7 @@ def write_data_set(root: Path, kind: str, rows: Rows, test: Rows) -> str:
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that owner/name is read from."""
+    """Return the folder from which owner/name is read."""
     load = datasets.load_dataset
     root = tmp_path / "repository"
     root.mkdir()
@@ -108,7 +108,7 @@ def test_tokens_of_a_data_set_are_made_once_and_found_by_the_next_run(
     found = load(name, tokenizer, said, seed=4)
     assert said[1:] == [f"tokens of {name} found in {stores()[0]}"]
     for dataset in (made, found):
-        # What is on the disk is not held.
+        # The documents are on the disk, not in memory.
         assert isinstance(dataset.documents, DocumentStore)
         assert dataset.notes == expected.notes
         assert documents_digest(dataset.documents) == documents_digest(expected.documents)
@@ -116,7 +116,7 @@ def test_tokens_of_a_data_set_are_made_once_and_found_by_the_next_run(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_data_set_of_other_rows_in_the_same_place_is_tokenised_anew(
+def test_a_data_set_of_other_rows_in_the_same_place_is_tokenised_again(
     root: Path, kind: str, tokenizer: ChatTokenizer
 ) -> None:
     name = write_data_set(root, kind, pairs(4), pairs(1))
@@ -153,7 +153,7 @@ def test_other_names_of_classes_make_other_tokens(tmp_path: Path, tokenizer: Cha
         description = (tmp_path / "new" / "dataset_info.json").read_text()
         if not folder.exists():
             (tmp_path / "new").rename(folder)
-        # The rows' own files stay as they were.
+        # The files of the rows do not change.
         (folder / "dataset_info.json").write_text(description)
         document = load(str(folder), tokenizer).documents[0]
         answers.append(tokenizer.decode(document.tokens[document.supervised].tolist()))
@@ -172,7 +172,7 @@ def test_a_data_set_is_cached_from_its_size_on_the_disk_on(
     assert isinstance(load(name, tokenizer).documents, DocumentStore)
 
 
-def test_what_arrives_as_a_stream_is_not_cached(hub: Path, tokenizer: ChatTokenizer) -> None:
+def test_streamed_data_sets_are_not_cached(hub: Path, tokenizer: ChatTokenizer) -> None:
     name = write_data_set(hub, "hub", pairs(4), pairs(1))
     found = load(Source(path=name, streaming=True), tokenizer)
     assert isinstance(found.documents, list) and len(found.documents) == 4 and stores() == []

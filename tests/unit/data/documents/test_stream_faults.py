@@ -1,4 +1,4 @@
-"""What may go wrong while data is read as it goes: it is said, and no whole step is lost."""
+"""Faults during streaming: each is reported, and no complete step is lost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_steps_before_a_bad_row_are_taken_first(
     plan = stream(tokenizer, path, buffer_size=8, max_steps=number)
     steps = plan.steps()
     assert [next(steps).number for _ in range(2)] == [1, 2]
-    # Two steps need no more than the eight rows before it.
+    # Two steps need only the eight rows before the bad row.
     if number == 2:
         assert list(steps) == []
         return
@@ -93,13 +93,13 @@ def good() -> dict[str, Any]:
         {"tally": {"counts": 3}},
     ],
 )
-def test_a_damaged_position_is_told(changes: dict[str, Any]) -> None:
+def test_a_damaged_position_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="position in the data is damaged"):
         StreamPosition.from_dict({**good(), **changes})
 
 
 @pytest.mark.parametrize("changes", [{}, {"row": 10**9}, {"block": 10**30}, {"epoch": 10**30}])
-def test_a_position_of_other_rows_is_told(
+def test_a_position_of_other_rows_is_refused(
     tokenizer: ChatTokenizer, path: Path, changes: dict[str, Any]
 ) -> None:
     position = StreamPosition.from_dict({**good(), **changes})
@@ -107,7 +107,7 @@ def test_a_position_of_other_rows_is_told(
         list(stream(tokenizer, path).steps(after=1, position=position))
 
 
-def test_a_row_beyond_its_block_is_told(tokenizer: ChatTokenizer, path: Path) -> None:
+def test_a_row_beyond_its_block_is_refused(tokenizer: ChatTokenizer, path: Path) -> None:
     step = next(stream(tokenizer, path).steps())
     assert step.position is not None
     position = dataclasses.replace(step.position, row=10**9)
@@ -131,7 +131,7 @@ def test_every_part_of_a_row_that_is_read_past_counts(
         list(plan.steps(after=3, position=step.position))
 
 
-def test_a_step_without_its_position_is_told(tokenizer: ChatTokenizer, path: Path) -> None:
+def test_a_step_without_its_position_is_refused(tokenizer: ChatTokenizer, path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is none after step 3"):
         list(stream(tokenizer, path).steps(after=3))
 
@@ -151,13 +151,13 @@ def test_reading_stops_when_it_is_asked_to(tokenizer: ChatTokenizer, path: Path,
     found = list(plan.steps(cut, position, is_stopped=is_stopped))
     assert asked == 26
     assert 0 < len(found) < 40 - cut if not cut else found == []
-    # What was given is whole, and the rest follows.
+    # The steps before the stop are complete, and the other steps follow.
     position = found[-1].position if found else position
     plan = stream(tokenizer, path, max_steps=40)
     assert found + list(plan.steps(cut + len(found), position)) == whole[cut:]
 
 
-def test_a_pipe_that_is_used_up_is_told(tokenizer: ChatTokenizer) -> None:
+def test_a_pipe_that_is_used_up_is_reported(tokenizer: ChatTokenizer) -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as file:
         file.write("".join('{"prompt": "q", "completion": "a"}\n' for _ in range(8)))
@@ -181,7 +181,7 @@ def test_a_buffer_may_be_larger_than_any_data(tokenizer: ChatTokenizer, path: Pa
     assert found[11].ends_epoch and len(found) == 30
 
 
-def test_plain_text_is_told_at_once_and_once(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_plain_text_is_noted_at_once_and_once(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "text.jsonl", [{"text": "abc"}] * 20)
     said: list[str] = []
     plan = stream(tokenizer, path, said=said)
@@ -192,7 +192,7 @@ def test_plain_text_is_told_at_once_and_once(tokenizer: ChatTokenizer, tmp_path:
 
 
 @pytest.mark.parametrize("count", [20, 23])
-def test_keys_that_are_not_read_are_told_when_their_file_ends(
+def test_keys_that_are_not_read_are_noted_at_the_end_of_their_file(
     tokenizer: ChatTokenizer, tmp_path: Path, count: int
 ) -> None:
     rows = [{"text": "abc", "stars": 3}] * count
@@ -258,7 +258,7 @@ def test_the_first_row_that_is_validated_on_is_named(
     assert f"(first {path}:2)" in said[0]
 
 
-def test_the_longest_row_and_rows_without_loss_are_told(
+def test_the_longest_row_and_rows_without_loss_are_noted(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     silent = chat("q", "a")

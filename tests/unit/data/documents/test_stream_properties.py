@@ -1,4 +1,4 @@
-"""Whatever the rows, the buffer, the weights and the cut: the steps of a stream are the same."""
+"""The steps of a stream are the same for any buffer and any point of resumption."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def lines(steps: list[Step]) -> list[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(kinds=sources, shape=shapes)
-def test_wherever_a_stream_is_cut_it_goes_on_as_if_it_had_not_been(
+def test_a_stream_resumed_at_any_step_gives_the_same_steps(
     tokenizer: ChatTokenizer, kinds: list[tuple[list[str], float]], shape: dict[str, Any]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def test_wherever_a_stream_is_cut_it_goes_on_as_if_it_had_not_been(
             again = plan_of(tokenizer, named, **shape)
             position = as_stored(whole[cut - 1].position)
             rest = list(again.steps(after=cut, position=position))
-            # Numbers, epochs, documents' numbers and positions, and with them hashes.
+            # Steps hold numbers, epochs, documents and positions, and hashes of them.
             assert rest == whole[cut:]
             assert lines(rest) == lines(whole[cut:])
             last = as_stored(whole[-1].position)

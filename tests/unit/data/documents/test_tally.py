@@ -1,4 +1,4 @@
-"""What became of rows: parts add up to the whole, and each kind is told of those it is among."""
+"""Tallies: parts add up to the whole, and each note names the right total."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = [
 
 
 def counted(kinds: list[str | None], start: int = 1) -> Tally:
-    """One row of each kind, named by its number."""
+    """Return the tally of one row of each kind, named by its number."""
     tally = Tally()
     for number, kind in enumerate(kinds, start):
         tally += Tally(num_rows=1, longest=number if kind == tallies.DROPPED else 0)
@@ -41,7 +41,7 @@ def test_parts_add_up_to_the_whole(kinds: list[str | None], cut: int) -> None:
     assert Tally.from_dict(kept) == whole
 
 
-def test_each_kind_is_told_of_the_rows_it_is_among() -> None:
+def test_each_note_names_the_total_of_its_kind() -> None:
     kinds = [
         None,
         tallies.BAD,
@@ -63,7 +63,7 @@ def test_each_kind_is_told_of_the_rows_it_is_among() -> None:
 
 
 @pytest.mark.parametrize("values", [{"num_rows": -1}, {"longest": True}, {"x": 1}, [], None])
-def test_what_is_no_tally_is_told(values: Any) -> None:
+def test_a_damaged_tally_is_refused(values: Any) -> None:
     with pytest.raises(ValueError, match="not counts of rows"):
         Tally.from_dict(values)
 

@@ -1,4 +1,4 @@
-"""Rows that are too long: dropped, shortened by whole turns, or refused; never cut in a turn."""
+"""Rows that are too long: dropped, shortened by whole turns, or refused; a turn is never cut."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_row_without_a_supervised_token_is_dropped_and_counted(
         build(tokenizer, [silent], 50, "drop")
 
 
-def test_what_is_noticed_in_rows_is_counted_once_a_kind(tokenizer: ChatTokenizer) -> None:
+def test_each_remark_on_rows_is_counted_in_one_note(tokenizer: ChatTokenizer) -> None:
     rows = [SHORT, row(f"say {END}", "  r", source="f:3"), row("\nq", " r", source="f:4")]
     dataset = build(tokenizer, rows, 50, "drop")
     assert dataset.notes == [

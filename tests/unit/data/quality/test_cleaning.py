@@ -1,4 +1,4 @@
-"""Each cleaning step: what it drops or changes, what it says, and that the rows given stay."""
+"""Cleaning steps: rows they drop or change, their messages, and unchanged input rows."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_every_step_tells_what_it_did_to_which_row_and_is_counted() -> None:
     )
     before = copy.deepcopy(rows)
     cleaned = clean(rows, steps)
-    assert rows == before, "the rows given are as they were"
+    assert rows == before, "the input rows changed"
     assert texts(cleaned.rows) == [["caf\u00e9", "yes"], ["two", "yes"], ["hello", "yes"]]
     assert [(c.step, c.source, c.after is None) for c in cleaned.changes] == [
         ("unicode", "d.jsonl:1", False),
@@ -187,8 +187,8 @@ def test_limits_in_characters_count_every_turn() -> None:
     rows = [row("a", "b"), row("aa", "bb"), row("aaa", "bbb")]
     cleaned = clean(rows, Cleaning(min_chars=3, max_chars=5))
     assert cleaned.rows == rows[1:2]
-    told = [c.message for c in cleaned.changes]
-    assert told == ["2 characters, fewer than 3", "6 characters, more than 5"]
+    messages = [c.message for c in cleaned.changes]
+    assert messages == ["2 characters, fewer than 3", "6 characters, more than 5"]
 
 
 def test_limits_in_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:

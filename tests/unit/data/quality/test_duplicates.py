@@ -1,4 +1,4 @@
-"""Exact and near duplicates, and leaks, against what comparing every pair finds."""
+"""Exact and near duplicates, and leaks, compared with a search over all pairs."""
 
 from __future__ import annotations
 

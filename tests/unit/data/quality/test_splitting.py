@@ -1,4 +1,4 @@
-"""Splits: sizes, groups, labels, seeds, no leaks, and the rows' own bytes."""
+"""Splits: sizes, groups, labels, seeds, absence of leaks, and unchanged lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[Any]) -> list[SplitRow]:
 
 
 def sides_of(path: Path, found: Split) -> tuple[list[Conversation], list[Conversation]]:
-    """The rows of a file to train and to validate on."""
+    """Return the training and validation rows of a file."""
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])
     for i, row in enumerate(read_conversations(path)):
         sides[i in found.valid].append(row)
@@ -78,7 +78,7 @@ def test_the_seed_alone_decides(tmp_path: Path) -> None:
     rows = write(tmp_path / "d.jsonl", random_rows(200))
     assert split(rows).valid == split(rows).valid
     assert split(rows).valid != split(rows, seed=1).valid
-    # Known on every machine: numpy's raw draws are stable.
+    # The value is the same on every machine: numpy's raw draws are stable.
     assert split(rows).valid[:5] == [4, 11, 55, 73, 76]
 
 
@@ -240,7 +240,7 @@ def test_one_row_alone_is_told_as_that(tmp_path: Path) -> None:
 
 
 def test_of_a_row_only_what_a_split_needs_is_kept(tmp_path: Path) -> None:
-    """All rows are in memory: 4 KB of each would be 4 GB for a million."""
+    """All rows are in memory: 4 KB per row would be 4 GB for a million rows."""
     rows = random_rows(2000, user=["a", "b"], other=["x" * 500])
     tracemalloc.start()
     read = write(tmp_path / "d.jsonl", rows)

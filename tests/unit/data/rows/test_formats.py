@@ -149,7 +149,7 @@ RESULT = {"role": "tool", "content": "3"}
         ({"messages": "[1"}, "`messages` is not JSON"),
         ({"messages": "hello"}, "`messages` must be a list"),
         ({"messages": [USER, ANSWER, RESULT]}, "must follow an assistant's tool_calls"),
-        ({"messages": [USER, CALLING, USER]}, "after a call of a tool must come tool"),
+        ({"messages": [USER, CALLING, USER]}, "a tool call must be followed by tool"),
         ({"messages": [USER, CALLING, RESULT]}, "ends with a tool message"),
         (
             {"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]},
@@ -268,7 +268,9 @@ def test_first_usable_row_decides_the_format_of_a_file() -> None:
     assert not reader.read({"text": "q", "label": "a"}, "f:2").whole
     with pytest.raises(RowError, match="`label` is missing or empty; the file is classification"):
         reader.read({"text": "q"}, "f:3")
-    with pytest.raises(RowError, match="is prompt-completion, but f:2 makes the file class"):
+    with pytest.raises(
+        RowError, match="is prompt-completion, but the file is classification because of f:2"
+    ):
         reader.read({"prompt": "q", "completion": "a"}, "f:4")
 
 
@@ -316,7 +318,7 @@ def check_read(row: Any, name: str = "auto") -> None:
     try:
         found = read(row, name)
     except RowError as problem:
-        # One line that cannot drive a terminal, however long or strange the row is.
+        # A message is one printable line, however long or strange the row is.
         assert str(problem).isprintable() and 0 < len(str(problem)) < 500
         return
     assert any(m["role"] == "assistant" for m in found.messages)

@@ -23,7 +23,7 @@ from phi3_lora.data.sources.files import read_raw_rows
 from phi3_lora.errors import DataError
 from tests.tiny import chat
 
-# The time in the header is part of a test's name, which each worker must give alike.
+# Without mtime=0 the content, and with it the name of a test, differs between workers.
 gzipped = functools.partial(gzip.compress, mtime=0)
 ROWS = [{"prompt": f"q{i}", "completion": f"ä{i}"} for i in range(3)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -137,7 +137,7 @@ def test_cut_last_line_is_a_problem(tmp_path: Path) -> None:
 def test_quote_that_is_not_closed_is_named_by_its_line(tmp_path: Path) -> None:
     found = rows_of(tmp_path / "d.csv", b'a,b\n1,1\n"x,2\n3,3\n')
     assert found[1].line == 3 and "not CSV" in str(found[1].problem)
-    # What lies within the quotes may be rows, which must not be lost in silence.
+    # The text within the quotes may be rows, whose loss must be reported.
     lost = "; lost with it: lines 4 to 4; is a quote not closed?"
     assert len(found) == 2 and str(found[1].problem).endswith(lost)
 
@@ -151,7 +151,7 @@ def test_quote_that_is_not_closed_ends_where_a_row_would_be_too_long(
     problem = found[1].problem or ""
     last = int(problem.split("to ")[1].split(";")[0])
     assert "field larger than field limit (1000)" in problem and 120 < last < 140
-    # The next row is on the line after those that were lost, and none is lost later.
+    # Reading continues on the line after the lost ones, and loses no other line.
     assert found[2] == RawRow(last + 1, {"a": str(last + 97), "b": str(last + 97)})
     assert len(found) == 2 + 303 - last and all(row.problem is None for row in found[2:])
 
@@ -250,7 +250,7 @@ def test_file_is_not_held_in_memory(tmp_path: Path, name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 20_000
-    # The file has 20 MB; a part at hand is of 1 MiB, and is there as bytes and as text.
+    # The file has 20 MB; one part of 1 MiB is in memory, as bytes and as text.
     assert peak < 8_000_000
 
 

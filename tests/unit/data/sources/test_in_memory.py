@@ -1,4 +1,4 @@
-"""Rows in memory: read as the same rows in a file, wherever data is taken."""
+"""Rows in memory: every function reads them like equal rows in a file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_run_on_rows_has_the_plan_of_the_same_rows_in_a_file(
 def test_rows_are_streamed_as_a_file_is(tokenizer: ChatTokenizer, path: Path) -> None:
     held, from_file = stream(tokenizer, as_source(ROWS)), stream(tokenizer, path)
     assert held.hash() == from_file.hash()
-    # The steps take several passes.
+    # The steps need several passes over the rows.
     for step, expected in zip(held.steps(), from_file.steps(), strict=True):
         assert step.position is not None and expected.position is not None
         assert step.position.plan_hash == expected.position.plan_hash

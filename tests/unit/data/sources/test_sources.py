@@ -31,7 +31,7 @@ def places(named: Any) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a file of each split, as data sets are laid out."""
+    """Return a folder with files of each split, in a layout of the hub."""
     root = tmp_path / "data"
     write_rows(root / "train-00000-of-00002.jsonl", ROWS[:2])
     write_rows(root / "train-00001-of-00002.jsonl", ROWS[2:])
