@@ -201,7 +201,7 @@ def _checked(
 
 
 def _entries(kind: type[Any], label: str, value: Any, problems: list[str]) -> tuple[Any, ...]:
-    """Return a list of records; each entry is a mapping, or the first field alone."""
+    """Return the records of a list; an entry is a mapping, or a string for the first field."""
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):

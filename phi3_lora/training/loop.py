@@ -42,7 +42,7 @@ class Task:
         )
 
     def is_due(self, step: Step, strategy: Strategy, every_steps: int) -> bool:
-        """Return whether a strategy has an event at a step; all but `no` have one at the last."""
+        """Return whether an event is due at a step; at the last step it is, except for `no`."""
         if strategy == "no":
             return False
         is_time = step.ends_epoch if strategy == "epoch" else step.number % every_steps == 0
@@ -86,7 +86,7 @@ def fit(
             saved = number
         if stop:
             break
-    # A stop while data was read ended the steps above.
+    # If the stop came while data was read, the loop ended without saving its last step.
     if stop and saved < progress.step:
         observer.on_checkpoint_due(progress)
     return progress
@@ -129,7 +129,7 @@ def _take_step(engine: Engine, task: Task, step: Step, progress: Progress) -> tu
 def _train_metrics(
     engine: Engine, task: Task, step: Step, window: Window, grad_norm: float
 ) -> TrainMetrics:
-    """Take the metrics of the steps in a window, the last of which is this one."""
+    """Return the metrics of the steps in a window; its last step is this step."""
     return TrainMetrics(
         step=step.number,
         epoch=round(step.epoch, 6),

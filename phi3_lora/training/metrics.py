@@ -45,7 +45,7 @@ class EvalMetrics:
     """Metrics of an evaluation on the validation data."""
 
     step: int
-    """The optimizer step that it follows."""
+    """The optimizer step after which the evaluation ran."""
     eval_loss: float
     """Nats per supervised token."""
     eval_perplexity: float

@@ -117,7 +117,7 @@ def _train(run: OpenRun, checkpoint: Checkpoint | None, observer: Observer) -> T
     metrics = MetricsFile(run.run_dir)
     checkpoints = CheckpointFolder(run.run_dir, keep=config.training_config.save_total_limit)
     listeners = Observers(metrics, AdapterWriter(run, observer.on_note), observer)
-    # A checkpoint is saved after every other observer has heard that it is due.
+    # Every other observer receives on_checkpoint_due before the checkpoint is saved.
     observers = Observers(listeners, CheckpointWriter(run, checkpoints, listeners))
 
     write_config(run.run_dir, config)

@@ -84,7 +84,7 @@ class Shapes:
         literals = self._renderer.template.literals([message["role"] for message in row.messages])
         if literals is None or rendered.borders or rendered.remarks.system_dropped:
             return None
-        # A content could complete a marker that the template's text begins.
+        # A content could complete a marker whose first characters the template writes.
         if rendered.text != _joined(literals, contents) or any(
             map(self._markers.may_begin_at_end, literals)
         ):
@@ -93,7 +93,7 @@ class Shapes:
         return None if loss is None else _Shape(literals, loss)
 
     def _between(self, text: str, contents: Sequence[Span], loss: LossSpans) -> Between | None:
-        """Return the loss as ranges between markers; None if a span has other ends."""
+        """Return the loss as ranges between markers; None if a span does not end at markers."""
         written = list(self._markers.written(text, contents))
         ends = [end for _, end, _ in written]
         opening: list[int] = []

@@ -24,7 +24,7 @@ class DocumentIndex:
         return len(self._sources)
 
     def among(self, documents: Sequence[Document]) -> Iterator[tuple[Document, str]]:
-        """Find documents that are in the index, each with the source of its equal there."""
+        """Find the documents that are in the index; give the source of the equal document."""
         # The length is a cheap first test: it is known without reading the document.
         for i in np.flatnonzero(np.isin(document_lengths(documents), self._lengths)).tolist():
             source = self._sources.get(_key(documents[i]))

@@ -198,7 +198,7 @@ class NearIndex:
                     break
 
     def leaks(self, boundary: int) -> Iterator[Match]:
-        """Find rows from the boundary on that nearly repeat a row before it, each with the best."""
+        """Match rows from the boundary on to their best near duplicate before the boundary."""
         for row in self._crowded[self._crowded >= boundary].tolist():
             candidates = self._candidates(row, 0, boundary)[:_TRIES]
             scored = [(self._similarity(row, other), -other) for other in candidates]

@@ -1,4 +1,4 @@
-"""Search for validation rows that repeat training rows, which makes the loss too low."""
+"""Search for validation rows that repeat training rows; they make the validation loss too low."""
 
 from __future__ import annotations
 

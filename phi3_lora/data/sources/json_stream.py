@@ -127,7 +127,7 @@ class _Text:
         return DataError(f"{self._path}:{self.line}: {problem}")
 
     def _fill(self) -> None:
-        """Read at least as much as is left; parsing a long value then costs twice its length."""
+        """Read at least as much as is left, so that parsing a long value costs twice its length."""
         rest = self._text[self._at :]
         raw = self._read(max(_CHUNK, len(rest)))
         self._ended = not raw

@@ -67,7 +67,7 @@ class RowReader:
         self._pass_on_notes(first_pass)
 
     def first_block(self) -> Block:
-        """Return the first block; it is there until the first row is read."""
+        """Return the first block; call this before rows_of_pass, which frees it."""
         assert self._begun is not None
         return self._begun[1]
 
@@ -90,7 +90,7 @@ class RowReader:
             is_stopped: polled while data is read; True raises Stopped.
 
         Yields:
-            Each row, and None; with the last row the position at which the next pass begins.
+            Each row with None; the last row with the position at which the next pass begins.
 
         Raises:
             DataError: when a row cannot be used, or a whole pass has nothing to learn from.

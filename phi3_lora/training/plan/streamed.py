@@ -103,7 +103,7 @@ class StreamedPlan:
 
         Raises:
             DataError: when a row cannot be used, or a whole pass has nothing to learn from.
-            CheckpointError: when the rows up to the position have changed, or it is missing.
+            CheckpointError: when the rows up to the position have changed, or no position is given.
         """
         if position is None and after:
             raise damaged_position(f"there is none after step {after}")
