@@ -17,11 +17,7 @@ from phi3_lora.arrays import Float32, Int32, Tensors
 from phi3_lora.engine.batching import micro_batches
 from phi3_lora.engine.decoding import PrefixCache, decode
 from phi3_lora.engine.dropout import row_keys
-from phi3_lora.engine.limits import (
-    out_of_memory_advice,
-    process_peak_bytes,
-    unused_precision,
-)
+from phi3_lora.engine.memory import out_of_memory_advice, process_peak_bytes
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.engine.rope import rotary_tables
@@ -81,7 +77,7 @@ class CudaEngine:
     @property
     def notes(self) -> list[str]:
         """What of the request has no effect here."""
-        notes = unused_precision(self._request, self.dtype)
+        notes = self._request.unused_precision(self.dtype)
         if self._request.compile and not self._model.is_compiled:
             notes.append(
                 "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton, "
@@ -268,8 +264,8 @@ class CudaEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
         """Index of a prompt and its next id, all prompts together."""
-        self._model.causal_lm.eval()
-        # The decoder turns gradients off itself: a context here would stay open between tokens.
+        # The decoder sets eval mode and turns gradients off in each pass: between two tokens the
+        # caller may take a training step, and a context here would stay open.
         with self._memory_faults():
             yield from decode(
                 self._decoder,

@@ -17,11 +17,7 @@ from phi3_lora.adapters.names import is_b, lora_a_name, lora_b_name, magnitude_n
 from phi3_lora.arrays import Float32, Int32, Tensors
 from phi3_lora.engine.batching import micro_batch_documents, micro_batches
 from phi3_lora.engine.decoding import PrefixCache, decode
-from phi3_lora.engine.limits import (
-    out_of_memory_advice,
-    process_peak_bytes,
-    unused_precision,
-)
+from phi3_lora.engine.memory import out_of_memory_advice, process_peak_bytes
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.engine.scoring import (
@@ -107,7 +103,7 @@ class MlxEngine:
     @property
     def notes(self) -> list[str]:
         """What of the request has no effect here."""
-        notes = unused_precision(self._request, self.dtype)
+        notes = self._request.unused_precision(self.dtype)
         if self._request.compile:
             notes.append("torch_compile has no effect: MLX compiles every step on a GPU by itself")
         return notes

@@ -21,6 +21,7 @@ from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
+from phi3_lora_cuda.dropout import HashDropout
 from phi3_lora_mlx import MlxBackend
 from tests.backends.test_conformance import OPENERS
 from tests.tiny import random_documents, write_model
@@ -155,6 +156,27 @@ def test_two_models_in_one_process_give_the_numbers_that_each_gives_alone(
         engine.gradients(batch, loss_tokens=10, step=1)
     for engine, expected in zip(reversed(engines), reversed(alone), strict=True):
         assert_same(everything(engine), expected)
+
+
+def test_a_step_between_two_tokens_leaves_the_rest_of_the_answer_in_eval_mode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sampling = opened(folder, "cuda"), Sampling(max_new_tokens=6)
+    expected = [token for _, token in engine.generate([[5, 6, 7]], sampling)]
+    answer = engine.generate([[5, 6, 7]], sampling)
+    found = [next(answer)[1]]
+    engine.train_step(batch_of(12, 25), loss_tokens=20, lr=0.0, step=1)
+    real, modes = HashDropout.forward, []
+
+    def forward(self: HashDropout, x: torch.Tensor) -> torch.Tensor:
+        modes.append(self.training)
+        return real(self, x)
+
+    monkeypatch.setattr(HashDropout, "forward", forward)
+    found += [token for _, token in answer]
+    assert found == expected
+    assert modes
+    assert not any(modes)
 
 
 @pytest.mark.parametrize("opener", ON_CPU)
