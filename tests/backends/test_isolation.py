@@ -1,4 +1,4 @@
-"""Engines share nothing: neither a failed step nor another engine leaves a trace."""
+"""Engines share no state: a failed step or another engine changes no numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batch_of(*lengths: int) -> Batch:
 
 
 def opened(folder: Path, opener: str) -> Engine:
-    """An engine with DoRA and dropout, whose micro-batches hold 30 tokens."""
+    """Open an engine with DoRA, dropout and micro-batches of 30 tokens."""
     config = read_model_config(folder)
     layer = LoraLayer(r=4, lora_alpha=8.0)
     spec = LoraSpec(layers=dict.fromkeys(config.linear_shapes(), layer), use_dora=True, dropout=0.3)
@@ -58,7 +58,7 @@ def opened(folder: Path, opener: str) -> Engine:
 
 
 def everything(engine: Engine) -> dict[str, np.ndarray]:
-    """All that an engine says, and the adapter after a step."""
+    """Collect all outputs of an engine, and its adapter after a step."""
     batch = batch_of(12, 25, 7)
     scores = engine.score(batch)
     found = {"nats": scores.nats, "correct": scores.correct, "logprobs": engine.logprobs(batch)}
@@ -117,7 +117,7 @@ def test_an_engine_that_survives_a_failed_step_is_as_a_fresh_one(
         survivor.train_step(good, loss_tokens=20, lr=1e-2, step=1)
     break_it(opener, monkeypatch)
     if opener == "mlx-padded" and break_it is break_at_the_head:
-        # A compiled step calls the head only for a shape that is new to it.
+        # A compiled step calls the head only for a new shape.
         bad = batch_of(700, 129)
     with pytest.raises(RuntimeError, match="half-way"):
         survivor.train_step(bad, loss_tokens=40, lr=1e-2, step=1 if is_first else 2)
