@@ -2,7 +2,7 @@
 
 import logging
 
-# PEFT imports bitsandbytes where it is installed, which tells of kernels that nobody asked for.
+# PEFT imports bitsandbytes if it is installed; bitsandbytes then logs messages about its kernels.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from phi3_lora_cuda.backend import CudaBackend  # noqa: E402

@@ -1,4 +1,4 @@
-"""Opening engines on PyTorch, and what doctor wants to know about it."""
+"""The PyTorch backend: it opens engines and describes this machine for `doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft  # noqa: F401
 
-# PyTorch first, so that a missing package is named before anything heavy is imported.
+# PEFT and PyTorch first: a missing package is reported before slow imports.
 import torch
 import transformers  # noqa: F401
 
@@ -30,7 +30,7 @@ class CudaBackend:
     stock_layout = "peft"
 
     def check(self, device: str = "auto") -> None:
-        """Make sure that the device exists.
+        """Check that the device exists.
 
         Raises:
             BackendUnavailableError: when a GPU is asked for and PyTorch sees none.
@@ -43,14 +43,14 @@ class CudaBackend:
             )
 
     def open(self, request: LoadRequest) -> CudaEngine:
-        """Load a base model and put the LoRA layers on it."""
+        """Load a base model and add the LoRA layers."""
         self.check(request.device)
         use_gpu = request.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if use_gpu else "cpu")
         return CudaEngine(load_model(request, device), request, device)
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
-        """Logits (T, vocabulary) of one document by transformers with PEFT.
+        """Compute the logits (T, vocabulary) of one document with transformers and PEFT.
 
         Raises:
             AdapterError: when PEFT does not load the adapter.
@@ -58,7 +58,7 @@ class CudaBackend:
         return stock_logits(model_dir, adapter_dir, tokens)
 
     def describe(self) -> BackendDescription:
-        """Describe versions, devices and thread count."""
+        """Return versions, devices and the number of threads."""
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return BackendDescription(
             versions={name: version(name) for name in ("torch", "transformers", "peft")},
@@ -67,7 +67,7 @@ class CudaBackend:
         )
 
     def diagnose(self) -> list[str]:
-        """A GPU that PyTorch was not built for."""
+        """Return a message if there is an NVIDIA GPU that this PyTorch cannot use."""
         if shutil.which("nvidia-smi") and not torch.cuda.is_available():
             return [
                 f"there is an NVIDIA GPU, but PyTorch {torch.__version__} cannot use it: "

@@ -1,4 +1,4 @@
-"""transformers' Phi-3 with a folder's weights, streamed onto the device."""
+"""Load transformers' Phi-3; the weights are streamed onto the device."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from phi3_lora_cuda.quantized import Nf4Linear, use_stored
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A context without transformers' notes (generation flags, unused buffers) and progress bars.
+    """Enter a context in which transformers shows no warnings and no progress bars.
 
-    They are not for our users. Other code in the process hears of its own models as before.
+    The warnings (generation flags, unused buffers) mean nothing to our users. The old settings
+    return at the end, for other models in the process.
     """
     log = logging.getLogger("transformers")
     level, has_bar = log.level, transformers.utils.logging.is_progress_bar_enabled()
@@ -42,11 +43,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) -> Any:
-    """Phi3ForCausalLM by name: the folder's auto_map is never followed.
+    """Load Phi3ForCausalLM from a folder; code that its auto_map names is never run.
 
     Raises:
-        ModelError: when the folder holds weights that are quantised otherwise than on a shared
-            grid, or nf4 is asked for and bitsandbytes is missing.
+        ModelError: when the folder's weights are quantised, but not on a shared grid; or when nf4
+            is requested and bitsandbytes is missing.
     """
     config = request.model.config
     if config.quantization is not None and config.grid_bits is None:
@@ -68,10 +69,10 @@ def load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) ->
 
 
 def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
-    """The model without memory for its weights."""
+    """Make the model on the meta device: its weights have no memory yet."""
     config = transformers.Phi3Config.from_pretrained(
         request.model.path,
-        # Dropout is the adapter's alone, and rows are never padded.
+        # Only the adapter has dropout, and rows are never padded.
         resid_pdrop=0.0,
         attention_dropout=0.0,
         embd_pdrop=0.0,
@@ -79,7 +80,7 @@ def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
         local_files_only=True,
     )
     if hasattr(config, "quantization_config"):
-        # The words are read here, not by transformers' own quantisers.
+        # This module reads the quantised words; transformers' quantisers must not.
         del config.quantization_config
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
@@ -90,9 +91,10 @@ def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
 def _stream_weights(
     model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give a model on the meta device its weights, one tensor at a time."""
+    """Load the weights into a model on the meta device, one tensor at a time."""
     wanted = model.state_dict().keys()
-    # Old exports also store the tied head and rotary buffers; a grid's biases say nothing new.
+    # Old exports also store the tied head and rotary buffers. A grid's biases follow from its
+    # scales. All of these are skipped.
     for name in wanted & tensors.keys():
         value = _to_torch(tensors[name], dtype, device)
         layer = model.get_submodule(name.rpartition(".")[0])
@@ -102,11 +104,11 @@ def _stream_weights(
             model.load_state_dict({name: value}, strict=False, assign=True)
     model.tie_weights()
     left = [n for n, p in model.named_parameters() if p.is_meta]
-    assert not left, f"weights were checked, and yet these are missing: {left}"
+    assert not left, f"the weights were checked, but these are missing: {left}"
 
 
 def _to_torch(info: TensorInfo, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A stored tensor on a device; floats in the given dtype, words as they are."""
+    """Read a stored tensor onto a device; floats get the given dtype, quantised words int32."""
     is_words = info.dtype == "U32"
     kind = torch.int32 if is_words else dtype
     out = torch.empty(math.prod(info.shape), dtype=kind, device=device)

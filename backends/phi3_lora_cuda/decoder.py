@@ -1,4 +1,4 @@
-"""Cached decoding of several sequences on transformers' Phi-3."""
+"""Decoding of several sequences with cached keys and values, on transformers' Phi-3."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from phi3_lora_cuda.model import LoadedPhi3
 
 
 class CachedDecoder:
-    """Feeds new ids laid end to end, as documents are in training."""
+    """Transformers' Phi-3 on new ids laid end to end, with the layout of training."""
 
     def __init__(self, model: LoadedPhi3, device: torch.device) -> None:
         self._model = model
         self._device = device
 
     def new_cache(self) -> KeyValues:
-        """An empty cache."""
+        """Return an empty cache."""
         return KeyValues()
 
     @torch.no_grad()
     def forward(self, rows: DecodingPass[KeyValues]) -> Float32:
-        """Logits after each row's last id, (R, vocabulary)."""
+        """Return the logits after each row's last id, (R, vocabulary)."""
         model, device = self._model, self._device
+        # A training step between two passes leaves the model in train mode.
+        if model.causal_lm.training:
+            model.causal_lm.eval()
         model.rotary.set_tables(*tables_at(model.config, rows.positions, rows.is_long), device)
         with model.uncompiled():
             out = model.causal_lm.model(

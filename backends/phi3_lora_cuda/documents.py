@@ -1,7 +1,7 @@
-"""Documents laid end to end in transformers' Phi-3: each attends to itself and its cache alone.
+"""Documents laid end to end in transformers' Phi-3: each attends only to itself and its cache.
 
-Two public extension points are used: a registered attention function, and the model's one
-rotary module. Source: transformers, AttentionInterface.
+Two public extension points are used: a registered attention function, and the rotary module of the
+model. Source: transformers, AttentionInterface.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ _VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters if varle
 
 ATTENTION_NAME = "phi3_lora_documents"
 _CACHE_STEP = 256
-"""Tokens by which a cache grows, so that most new ids are written in place."""
+"""Tokens by which a cache grows; most new ids then fit without a copy."""
 
 
 class GivenRotary(nn.Module):
-    """Gives the layers the angles that the core computed for the tokens at hand."""
+    """A rotary module that returns the angles that the core computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def set_tables(self, cos: Float32, sin: Float32, device: torch.device) -> None:
-        """Take cos and sin of the next forward pass, each (T, rotary_dim / 2)."""
+        """Set cos and sin for the next forward pass, each (T, rotary_dim / 2)."""
         tables = (torch.from_numpy(table).to(device) for table in (cos, sin))
         cos_full, sin_full = (torch.cat([t, t], dim=-1)[None] for t in tables)
         self._tables = (cos_full, sin_full)
 
     def forward(self, x: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cos and sin, each (1, T, rotary_dim), in the dtype of x as transformers gives them."""
+        """Return cos and sin, each (1, T, rotary_dim), in the dtype of x, as transformers does."""
         assert self._tables is not None
         cos, sin = self._tables
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class KeyValues:
-    """Keys and values of one sequence, by layer."""
+    """Cached keys and values of one sequence, by layer."""
 
     def __init__(self) -> None:
         # Each (2, key-value heads, capacity, head_dim).
@@ -65,7 +65,13 @@ class KeyValues:
         return not self._lengths
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a layer's new ones, each (1, key-value heads, T, head_dim); returns all of them."""
+        """Add new keys and values to a layer; return all of the layer's keys and values.
+
+        Args:
+            layer: index of the layer.
+            key: new keys, (1, key-value heads, T, head_dim).
+            value: new values, with the shape of key.
+        """
         start = self._lengths.get(layer, 0)
         end = start + key.shape[2]
         store = self._stores.get(layer)
@@ -80,16 +86,16 @@ class KeyValues:
         return store[:1, :, :end], store[1:, :, :end]
 
     def prefix(self, length: int) -> KeyValues:
-        """Return the keys and values of the first `length` tokens."""
+        """Return a cache of the first `length` tokens."""
         found = KeyValues()
-        # A view has no room left, so that the next append copies it and never writes to it.
+        # A view has no room left: the next append copies it and never writes to it.
         found._stores = {i: store[:, :, :length] for i, store in self._stores.items()}
         found._lengths = dict.fromkeys(self._stores, length)
         return found
 
 
 class Documents:
-    """The bounds of the documents in a row, and their cached tokens."""
+    """The bounds of D documents laid end to end, and their caches."""
 
     def __init__(
         self,
@@ -99,17 +105,17 @@ class Documents:
         caches: Sequence[KeyValues] | None = None,
     ) -> None:
         self.caches = caches
-        """(D,) caches of the tokens that precede each document; None: nothing is cached."""
+        """D caches; each holds the tokens before the document's first one. None: no caches."""
         self.starts: list[int] = doc_starts.tolist()
         """D + 1 bounds."""
         self.longest = int(np.diff(doc_starts).max())
-        """Tokens."""
+        """Tokens of the longest document."""
         self.kernel_starts = (
             torch.from_numpy(doc_starts).to(device, torch.int32)
             if has_flash(device, dtype) and all(cache.is_empty for cache in caches or ())
             else None
         )
-        """The bounds for the kernel that takes all documents at once, where there is one."""
+        """The bounds on the device, for one kernel over all documents; None: no such kernel."""
 
 
 def document_attention(
@@ -124,22 +130,22 @@ def document_attention(
     documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document.
+    """Compute causal attention within each document.
 
     Args:
         module: the attention layer.
         query: (1, heads, T, head_dim).
         key: (1, key-value heads, T, head_dim).
-        value: as key.
+        value: (1, key-value heads, T, head_dim).
         attention_mask: always None for this function.
-        scaling: of the scores.
+        scaling: factor of the attention scores.
         dropout: always 0 for Phi-3.
-        sliding_window: keys a query sees at most, itself included.
-        documents: where they lie; always given.
-        kwargs: what other attention functions read.
+        sliding_window: most keys that a query sees, itself included; None: all earlier keys.
+        documents: the documents; never None.
+        kwargs: arguments of other attention functions, ignored here.
 
     Returns:
-        (1, T, heads, head_dim), and no weights.
+        The output, (1, T, heads, head_dim), and None in place of the attention weights.
     """
     assert documents is not None
     spans = list(itertools.pairwise(documents.starts))
@@ -160,7 +166,7 @@ def document_attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Attention of the last tokens of one document to all of it."""
+    """Compute attention of a document's last tokens to the whole document."""
     new, total = q.shape[2], k.shape[2]
     mask = None
     if new == 1:
@@ -174,7 +180,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this device has a kernel for documents of different lengths."""
+    """Return whether this device has one kernel for documents of any length."""
     if varlen_attn is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -189,7 +195,7 @@ def _in_one_kernel(
     scaling: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """All documents at once, (1, T, heads, head_dim); no mask is made."""
+    """Compute attention of all documents in one kernel without a mask, (1, T, heads, head_dim)."""
     heads = query.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     options: dict[str, Any] = {}
@@ -206,7 +212,7 @@ def _in_one_kernel(
 
 
 def window_mask(new: int, total: int, window: int | None, device: torch.device) -> Tensor:
-    """True where each of the last tokens may look, (new, total)."""
+    """Return a mask that is True where a new token may look, (new, total)."""
     index = torch.arange(total, device=device)
     distance = index[total - new :, None] - index[None, :]
     return (distance >= 0) & (distance < (window or total))

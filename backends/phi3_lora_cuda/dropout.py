@@ -1,7 +1,7 @@
-"""The core's counter-hash dropout in PyTorch, bit-equal to phi3_lora.engine.dropout.
+"""Counter-hash dropout in PyTorch, bit-equal to phi3_lora.engine.dropout.
 
-PyTorch has no full uint32 arithmetic: int32 multiplies with the same wrap-around, and a logical
-shift is an arithmetic one with the copied sign bits masked away.
+PyTorch has no full uint32 arithmetic. int32 products wrap around in the same way. A logical shift
+is an arithmetic shift whose copied sign bits are masked.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from phi3_lora.engine.dropout import MULTIPLIERS, UInt32, feature_keys, module_k
 
 
 class DropoutKeys:
-    """The keys of the tokens at hand, shared by every layer."""
+    """The keys of the tokens in the current forward pass, shared by all layers."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
 
     def set(self, rows: UInt32, device: torch.device) -> None:
-        """Take the keys of the next forward pass, (T,)."""
+        """Set the keys for the next forward pass, (T,)."""
         self.rows = _to_tensor(rows).to(device)
 
     def forget(self) -> None:
-        """Turn dropout off until the next keys come."""
+        """Turn dropout off until keys are set again."""
         self.rows = None
 
 
 class HashDropout(nn.Module):
-    """Zeroes features by the hash of their token, module and index; off in eval mode."""
+    """Dropout by a hash of token, module and feature; off in eval mode."""
 
     def __init__(
         self, module: str, num_features: int, probability: float, keys: DropoutKeys
@@ -42,7 +42,7 @@ class HashDropout(nn.Module):
         self._features = _to_tensor(feature_keys(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (1, T, in) with dropped features zeroed and the others scaled up."""
+        """Set dropped features of x (1, T, in) to zero and scale the others up."""
         if not self.training or self._keys.rows is None:
             return x
         rows = _lowbias32(self._keys.rows ^ self._module)

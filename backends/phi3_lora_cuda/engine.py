@@ -1,4 +1,4 @@
-"""The PyTorch engine: one optimizer step, scores and tensors at the border."""
+"""The PyTorch engine: optimizer steps, scores, generation, and numpy arrays for the core."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from phi3_lora.arrays import Float32, Int32, Tensors
 from phi3_lora.engine.batching import micro_batches
 from phi3_lora.engine.decoding import PrefixCache, decode
 from phi3_lora.engine.dropout import row_keys
-from phi3_lora.engine.limits import (
-    out_of_memory_advice,
-    process_peak_bytes,
-    unused_precision,
-)
+from phi3_lora.engine.memory import out_of_memory_advice, process_peak_bytes
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.engine.rope import rotary_tables
@@ -62,7 +58,7 @@ class CudaEngine:
         optim = self._request.optim
         slow = [p for name, p in self._parameters.items() if not is_b(name)]
         fast = [p for name, p in self._parameters.items() if is_b(name)]
-        # The rate of each step comes with the step.
+        # train_step sets the learning rate of each step.
         parameters = [
             {"params": group, "ratio": ratio}
             for group, ratio in ((slow, 1.0), (fast, optim.lr_ratio))
@@ -80,8 +76,8 @@ class CudaEngine:
 
     @property
     def notes(self) -> list[str]:
-        """Parts of the request that have no effect here, for the user."""
-        notes = unused_precision(self._request, self.dtype)
+        """Messages on the options of the request that have no effect here."""
+        notes = self._request.unused_precision(self.dtype)
         if self._request.compile and not self._model.is_compiled:
             notes.append(
                 "torch_compile has no effect: it needs an NVIDIA GPU, bfloat16 or float16, Triton, "
@@ -91,7 +87,7 @@ class CudaEngine:
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Module path -> (out, in)."""
+        """Module path -> (out, in) of each LoRA layer."""
         return {path: self._model.config.adaptable_shapes()[path] for path in self._model.layers}
 
     @property
@@ -105,12 +101,12 @@ class CudaEngine:
         return str(self._model.dtype).removeprefix("torch.")
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states of a batch's tokens, (T, hidden)."""
+        """Compute the final hidden states of a batch's tokens, (T, hidden)."""
         self._model.rotary.set_tables(
             *rotary_tables(self._model.config, batch.doc_starts), self._device
         )
         tokens = torch.from_numpy(batch.tokens).to(self._device, torch.long)[None]
-        # Positions only satisfy the signature; the angles come from the rotary module.
+        # The signature needs positions, but GivenRotary ignores them.
         positions = torch.zeros_like(tokens)
         out = self._model.causal_lm.model(
             input_ids=tokens,
@@ -121,13 +117,13 @@ class CudaEngine:
         return out.last_hidden_state[0]
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Indices and targets of the supervised rows, each (S,)."""
+        """Return positions and targets of the supervised tokens, each (S,)."""
         rows = np.flatnonzero(batch.loss_mask)
         index = torch.from_numpy(rows).to(self._device)
         return index, torch.from_numpy(batch.targets[rows]).to(self._device, torch.long)
 
     def _dropout_keys(self, batch: Batch, step: int) -> np.ndarray | None:
-        """Keys of a batch's tokens, (T,); None without dropout."""
+        """Return the dropout keys of a batch's tokens, (T,); None without dropout."""
         if self._request.lora is None or self._request.lora.dropout == 0:
             return None
         return row_keys(batch, seed=self._request.seed, step=step)
@@ -138,7 +134,7 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def _dropping(self, keys: np.ndarray | None) -> Iterator[None]:
-        """A context for one forward and backward pass with dropout by these keys."""
+        """Enter a context for one forward and backward pass with these dropout keys."""
         self._set_dropout(keys)
         try:
             yield
@@ -146,7 +142,7 @@ class CudaEngine:
             self._model.dropout_keys.forget()
 
     def _head(self, keys: np.ndarray | None = None, index: Tensor | None = None) -> Head:
-        """The head, with dropout by the keys of just those rows that it sees."""
+        """Return the head; it uses the dropout keys of the rows that it receives."""
         chosen = None if keys is None or index is None else keys[index.cpu().numpy()]
 
         def head(rows: Tensor, part: slice) -> Tensor:
@@ -156,7 +152,7 @@ class CudaEngine:
         return head
 
     def _backward(self, batch: Batch, *, loss_tokens: int, step: int) -> Tensor:
-        """Add the gradients of sum(nats) / loss_tokens; returns sum(nats)."""
+        """Add the gradients of sum(nats) / loss_tokens and return sum(nats)."""
         self._model.causal_lm.train()
         vocab_size = self._model.config.vocab_size
         nats = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -168,9 +164,9 @@ class CudaEngine:
             with self._memory_faults(), self._model.compiled(), self._dropping(keys):
                 hidden = self._hidden(part).index_select(0, index)
                 loss = head_loss(hidden.detach(), self._head(keys, index), targets, vocab_size)
-                # Checkpointing runs the layers again, on all rows.
+                # With gradient checkpointing, backward runs the layers again, on all rows.
                 self._set_dropout(keys)
-                # Without a LoRA layer below the head, nothing there needs a gradient.
+                # If only the head trains, the layers below it need no gradient.
                 if hidden.requires_grad:
                     hidden.backward(loss.grad)
             nats += loss.nats
@@ -178,7 +174,7 @@ class CudaEngine:
             gradient = self._parameters[name].grad
             if gradient is not None:
                 gradient.mul_(mask)
-        # Last and in float32: a half-precision gradient of a large step's mean would vanish.
+        # Divided last and in float32: in half precision, the mean of a large step would vanish.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if gradients:
             torch._foreach_div_(gradients, float(loss_tokens))
@@ -200,18 +196,18 @@ class CudaEngine:
         before = {name: self._parameters[name].detach().clone() for name in self._masks}
         self._optimizer.step()
         with torch.no_grad():
-            # Weight decay shrinks also what has no gradient.
+            # Weight decay also shrinks elements whose gradient is masked; restore them.
             for name, mask in self._masks.items():
                 parameter = self._parameters[name]
                 parameter.copy_(torch.where(mask, parameter, before[name]))
         return StepResult(nats / loss_tokens, norm)
 
     def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that a step computes on: documents lie end to end, without padding."""
+        """Return the sum of the lengths: documents are laid end to end, without padding."""
         return int(lengths.sum())
 
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
-        """Gradients under PEFT names; nothing is updated."""
+        """Return the gradients under PEFT names; update nothing."""
         for parameter in self._parameters.values():
             parameter.grad = None
         self._backward(batch, loss_tokens=loss_tokens, step=step)
@@ -246,19 +242,19 @@ class CudaEngine:
         return score_documents(self._score_rows, batch, max_tokens=limit)
 
     def logprobs(self, batch: Batch) -> Float32:
-        """Log-probability of each target, (T,)."""
+        """Return the log-probability of each target, (T,)."""
         limit = self._request.micro_batch_tokens
         return target_logprobs(self._score_rows, batch, max_tokens=limit)
 
     def logits(self, batch: Batch, rows: Int32) -> Float32:
-        """Logits at the chosen positions, (len(rows), vocabulary)."""
+        """Return the logits at the chosen positions, (len(rows), vocabulary)."""
         with self._inference():
             index = torch.from_numpy(np.asarray(rows, np.int64)).to(self._device)
             hidden = self._hidden(batch)[index]
             return np.asarray(self._model.head(hidden).float().cpu().numpy())
 
     def base_only(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model answers without its adapter."""
+        """Return a context that turns the adapter off."""
         return forgetting_prefixes(self._model.base_only(), self._forget_prefixes)
 
     def _forget_prefixes(self) -> None:
@@ -267,9 +263,9 @@ class CudaEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
-        """Index of a prompt and its next id, all prompts together."""
-        self._model.causal_lm.eval()
-        # The decoder turns gradients off itself: a context here would stay open between tokens.
+        """Generate answers to all prompts together; yield index of a prompt and its next id."""
+        # The decoder sets eval mode and turns gradients off in each pass: between two tokens the
+        # caller may take a training step, and a context here would stay open.
         with self._memory_faults():
             yield from decode(
                 self._decoder,
@@ -281,7 +277,7 @@ class CudaEngine:
             )
 
     def read_adapter(self) -> Tensors:
-        """The adapter under PEFT names."""
+        """Return the adapter in float32 under PEFT names."""
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._parameters.items()}
 
     def write_adapter(self, weights: Tensors) -> None:
@@ -293,7 +289,7 @@ class CudaEngine:
                 parameter.copy_(torch.from_numpy(weights[name].copy()))
 
     def read_optimizer(self) -> Tensors:
-        """Moments under the adapter's names."""
+        """Return the optimizer's moments under the adapter's names."""
         if self._optimizer is None:
             return {}
         found = {}
@@ -305,7 +301,7 @@ class CudaEngine:
         return found
 
     def write_optimizer(self, state: Tensors) -> None:
-        """Replace the moments; the number of the next step comes with the step."""
+        """Replace the moments; train_step sets the number of the step."""
         assert self._optimizer is not None
         self._optimizer.state.clear()
         if not state:
@@ -316,7 +312,7 @@ class CudaEngine:
             self._optimizer.state[parameter] = {"step": torch.zeros(()), **on_device}
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory held: the GPU's allocations, or the process on a CPU."""
+        """Return the peak memory: PyTorch's allocations on a GPU, the process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return process_peak_bytes()

@@ -1,7 +1,7 @@
-"""The output head and cross-entropy, only where the loss counts, a chunk of rows at a time.
+"""The output head and cross-entropy on the supervised rows, one chunk of rows at a time.
 
-The gradient of the head's input is made at once, and those of what trains in the head with it: no
-logits are kept and none are recomputed.
+The forward pass of a chunk also computes the gradients of the head's input and of the head's
+trained parameters. So logits are neither kept nor recomputed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from phi3_lora.engine.scoring import RowScores
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits that a chunk holds at most; fewer would leave a GPU idle, more a CPU's cache."""
+"""Most logits in a chunk: fewer would leave a GPU idle, more would not fit a CPU's cache."""
 
 
 class HeadLoss(NamedTuple):
-    """The loss of S supervised rows, and its gradient."""
+    """Loss of S supervised rows and its gradient."""
 
     nats: Tensor
     """Sum of the negative log-probabilities, a float64 scalar."""
@@ -28,7 +28,7 @@ class HeadLoss(NamedTuple):
 
 
 Head = Callable[[Tensor, slice], Tensor]
-"""Logits (n, vocabulary) of some of the rows, and which of them they are."""
+"""A function of hidden states (n, hidden) and their slice of the rows that returns logits."""
 
 
 def _chunks(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
@@ -38,9 +38,9 @@ def _chunks(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - max) and the log of its sum plus max; sums in float64 on a CPU.
+    """Return the probabilities and log(sum(exp(logits))); sums are in float64 on a CPU.
 
-    A CPU sums a row of the vocabulary in one running float32, which loses 2e-5.
+    A CPU adds a row of logits in one running float32 total, with an error of 2e-5.
     """
     largest = logits.amax(dim=-1, keepdim=True)
     exp = torch.exp(logits - largest)
@@ -51,13 +51,13 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def head_loss(hidden: Tensor, head: Head, targets: Tensor, vocab_size: int) -> HeadLoss:
-    """Cross-entropy of the rows and its gradient; what trains in the head gets its own at once.
+    """Compute cross-entropy and its gradient; add to the gradients of the head's parameters.
 
     Args:
         hidden: (S, hidden) final hidden states of the supervised rows.
-        head: of the model.
+        head: the model's output head.
         targets: (S,) next tokens.
-        vocab_size: of the model.
+        vocab_size: size of the model's vocabulary.
     """
     grad = torch.empty_like(hidden)
     nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -78,7 +78,7 @@ def head_loss(hidden: Tensor, head: Head, targets: Tensor, vocab_size: int) -> H
 
 @torch.no_grad()
 def head_scores(hidden: Tensor, head: Head, targets: Tensor, vocab_size: int) -> RowScores:
-    """Log-probability of each row's target and whether its logit is the largest."""
+    """Return each target's log-probability, and whether its logit is the largest."""
     logprob = torch.empty(len(hidden), dtype=torch.float64)
     is_correct = torch.empty(len(hidden), dtype=torch.bool)
     for part in _chunks(hidden, vocab_size):

@@ -1,8 +1,8 @@
-"""PEFT's LoRA layer with a forward pass that computes in the base model's dtype.
+"""PEFT's LoRA layer with a forward pass in the base model's dtype.
 
 PEFT casts the input to the adapter's float32 and adds the update in three passes over the output.
-Here A and B are cast instead, the update is added inside the product, and only the gradients
-of A and B are float32. In float32 both are the same sum.
+Here A and B are cast instead, and the update is added inside the matrix product. Only the
+gradients of A and B are float32. With a float32 model, both ways compute the same sum.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from phi3_lora_cuda.quantized import Decode, StoredLinear
 
 
 class LoraLinear(peft.tuners.lora.Linear):
-    """y = W x + scaling B A x for one active adapter; everything else is PEFT's."""
+    """PEFT's layer with its own y = W x + scaling B A x, for one active adapter."""
 
     _norms: tuple[tuple[int, int], Tensor] | None = None
     _base_squares: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """X (..., in) to (..., out), in the dtype of the base layer."""
+        """Map x (..., in) to (..., out), in the dtype of the base layer."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
@@ -31,7 +31,7 @@ class LoraLinear(peft.tuners.lora.Linear):
         linear = self.get_base_layer()
         y: Tensor = _LoraProduct.apply(
             x,
-            # Given twice, a tensor loses its gradient in torch.compile of PyTorch 2.11.
+            # torch.compile of PyTorch 2.11 loses the gradient of a tensor that is passed twice.
             None if dropped is x else dropped,
             linear.weight,
             linear.decode if isinstance(linear, StoredLinear) else None,
@@ -46,25 +46,25 @@ class LoraLinear(peft.tuners.lora.Linear):
 
     @property
     def magnitude(self) -> torch.nn.Parameter | None:
-        """The magnitude (out,) of DoRA, if it has one."""
+        """DoRA's magnitude (out,); None without DoRA."""
         return self._parameters.get("lora_magnitude")
 
     def add_magnitude(self) -> None:
-        """Make it a layer of DoRA; the values come with the adapter."""
+        """Add DoRA's magnitude; write_adapter sets its values."""
         device = self.get_base_layer().weight.device
         ones = torch.ones(self.out_features, device=device)
         self.register_parameter("lora_magnitude", torch.nn.Parameter(ones))
 
     @torch.no_grad()
     def _row_norms(self, name: str) -> Tensor:
-        """Norms of the rows of W + scaling B A, (out,); constants to the gradient.
+        """Return the norms of the rows of W + scaling B A, (out,), without a gradient.
 
-        From the squares, without that matrix: |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b).
+        The squares are |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b); the sum W + s B A is never made.
 
         Source: DoRA, arXiv 2402.09353, equations 5 and 11.
         """
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        # Decoding would make the norms anew for every token.
+        # Without this cache, decoding would compute the norms for every token.
         version = (a._version, b._version)
         if self._norms is None or self._norms[0] != version:
             linear = self.get_base_layer()
@@ -81,10 +81,10 @@ class LoraLinear(peft.tuners.lora.Linear):
 
 
 class TrainedWeight(torch.nn.Module):
-    """A module whose own weight trains in float32, while it computes in the base's dtype."""
+    """A module whose whole weight trains in float32; it computes in the base model's dtype."""
 
     def __init__(self, base: torch.nn.Module) -> None:
-        """Take the module, whose weight stays as it is."""
+        """Wrap a module; its weight is copied and stays frozen."""
         super().__init__()
         self.base = base
         original = base.weight
@@ -94,7 +94,7 @@ class TrainedWeight(torch.nn.Module):
         self.is_enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the module with the trained weight in place of its own."""
+        """Run the module with the trained weight instead of its original weight."""
         if not self.is_enabled:
             return self.base(x)
         weight = self.weight.to(self._dtype)
@@ -102,9 +102,9 @@ class TrainedWeight(torch.nn.Module):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """W x + scaling B A dropped, where dropped is x after dropout; None means x.
+    """W x + scaling B A dropped, where `dropped` is x after dropout; None means x.
 
-    W is kept as it is stored: decode makes it dense, in both passes; None means that it is.
+    W stays in its stored form, and both passes make it dense with `decode`. None: W is dense.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -150,7 +150,7 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """A product over all tokens, not rounded to half precision."""
+    """Multiply two matrices and return float32; on a GPU without rounding to half precision."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()

@@ -1,4 +1,4 @@
-"""Loading transformers' Phi-3 and putting PEFT's LoRA layers on it."""
+"""Load transformers' Phi-3 and add PEFT's LoRA layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ADAPTER = "default"
 
 
 class LoadedPhi3:
-    """transformers' model, its rotary module, and the LoRA layers by module path."""
+    """transformers' model, its rotary module, and its LoRA layers by module path."""
 
     def __init__(self, request: LoadRequest, device: torch.device) -> None:
         self.config = request.model.config
@@ -48,10 +48,10 @@ class LoadedPhi3:
             self._add_lora(request.lora)
         if request.gradient_checkpointing:
             with warnings.catch_warnings():
-                # Its name changes in transformers 6; its ways do not.
+                # transformers warns that the name of this option changes in version 6.
                 warnings.simplefilter("ignore")
                 self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            # Without an adapter below the first layer, its inputs need no gradient of their own.
+            # Without an adapter below the first layer, its input has no gradient by itself.
             self.causal_lm.enable_input_require_grads()
         is_dense = self.config.quantization is None and request.quantize == "none"
         is_plain = is_dense and not (request.lora is not None and request.lora.use_dora)
@@ -61,31 +61,31 @@ class LoadedPhi3:
         self.causal_lm.train(request.lora is not None)
 
     def _compile_layers(self) -> None:
-        """Let one graph serve all layers and all lengths."""
-        # The first layer's input would need no gradient, and a second graph.
+        """Compile the layers; one graph serves all layers and all lengths."""
+        # Without a gradient at its input, the first layer would need a second graph.
         self.causal_lm.enable_input_require_grads()
         for layer in self.causal_lm.model.layers:
             layer.compile(dynamic=True)
 
     def compiled(self) -> AbstractContextManager[None]:
-        """A context for training: where a graph cannot be made, the layer runs as it is."""
+        """Return a context for training; a layer that cannot be compiled runs uncompiled."""
         if not self.is_compiled:
             return contextlib.nullcontext()
         return torch._dynamo.config.patch(suppress_errors=True)
 
     def uncompiled(self) -> AbstractContextManager[None]:
-        """A context for scoring and decoding, which would need graphs of their own."""
+        """Return a context for scoring and decoding, which would need other graphs."""
         if not self.is_compiled:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states (S, hidden), (S, vocabulary)."""
+        """Map hidden states (S, hidden) to logits (S, vocabulary)."""
         return self.causal_lm.lm_head(hidden)
 
     @contextlib.contextmanager
     def base_only(self) -> Iterator[None]:
-        """A context in which the model answers without its adapter."""
+        """Enter a context that turns the adapter off."""
         for module in self.saved.values():
             module.is_enabled = False
         peft_model = self.peft_model
@@ -118,7 +118,7 @@ class LoadedPhi3:
         )
         config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
-            # PEFT asks transformers for attributes under older names.
+            # PEFT reads transformers' attributes under deprecated names.
             warnings.simplefilter("ignore")
             self.peft_model = peft.get_peft_model(self.causal_lm, config)
         for path in spec.modules:
@@ -135,7 +135,10 @@ class LoadedPhi3:
                 )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that trains, under PEFT names: A (r, in), B (out, r), magnitudes, weights."""
+        """Return all trained parameters under PEFT names.
+
+        They are A (r, in), B (out, r), magnitudes (out,), and the weights of modules_to_save.
+        """
         named = {}
         for path, layer in self.layers.items():
             if path == EMBEDDING:
@@ -151,13 +154,13 @@ class LoadedPhi3:
 
 
 def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether layers can be compiled, which needs a kernel, Triton and a C compiler."""
+    """Return whether layers can be compiled: this needs has_flash, Triton and a C compiler."""
     tools = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
     return has_flash(device, dtype) and bool(tools)
 
 
 def load_model(request: LoadRequest, device: torch.device) -> LoadedPhi3:
-    """The model of a request on a device.
+    """Load the model of a request onto a device.
 
     Raises:
         ModelError: when transformers cannot load the folder.

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in few bits and made dense when used.
+"""Linear layers with quantised weights, which are made dense in each pass.
 
 Source: phi3_lora.models.quantization.grid for the shared grids;
 bitsandbytes for nf4, QLoRA, arXiv 2305.14314.
@@ -16,29 +16,29 @@ Decode = Callable[[Tensor], Tensor]
 
 
 class StoredLinear(nn.Linear):
-    """y = W x with W kept as it is stored, in weight, and made dense in both passes."""
+    """y = W x; `weight` holds the stored form of W, and both passes make W dense."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        """Take the sizes; what is stored comes while loading."""
+        """Make a layer without weights; loading sets them."""
         super().__init__(in_features, out_features, bias=False, device="meta")
 
     def decode(self, stored: Tensor) -> Tensor:
-        """The weight (out, in) in the compute dtype."""
+        """Return the weight (out, in) in the compute dtype."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., in) to (..., out)."""
+        """Map x (..., in) to (..., out)."""
         return _FrozenProduct.apply(x, self.weight, self.decode)
 
 
 class GridLinear(StoredLinear):
-    """W on a shared grid: weight holds the words, (out, in * bits / 32) int32."""
+    """A layer on a shared grid; `weight` holds the words, (out, in * bits / 32) int32."""
 
     scales: Tensor
-    """(out, in / 32), in the compute dtype."""
+    """(out, in / 32) in the compute dtype."""
 
     def __init__(self, in_features: int, out_features: int, *, bits: int) -> None:
-        """Take the sizes; words and scales come with load_state_dict."""
+        """Make a layer without weights; load_state_dict sets words and scales."""
         super().__init__(in_features, out_features)
         shape = (out_features, in_features * bits // 32)
         words = torch.empty(shape, dtype=torch.int32, device="meta")
@@ -48,7 +48,7 @@ class GridLinear(StoredLinear):
         self.bits = bits
 
     def decode(self, stored: Tensor) -> Tensor:
-        """The weight (out, in) in the dtype of the scales; exact in all of them."""
+        """Return the weight (out, in) in the dtype of the scales; exact in every dtype."""
         codes = stored.view(torch.uint8)
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1)
@@ -58,28 +58,28 @@ class GridLinear(StoredLinear):
 
 
 class Nf4Linear(StoredLinear):
-    """W in bitsandbytes' nf4.
+    """A layer in bitsandbytes' nf4.
 
-    Its own layer is not used: on a CPU it packs the weight anew at the first inference, for a
+    bitsandbytes' own layer is not used: on a CPU, its first inference repacks the weight for a
     kernel that rounds to bfloat16.
     """
 
     def quantize(self, weight: Tensor) -> None:
-        """Take a dense weight (out, in) in the compute dtype."""
+        """Quantise and store a dense weight (out, in) in the compute dtype."""
         from bitsandbytes.functional import quantize_4bit
 
         stored, self._state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
         self.weight = nn.Parameter(stored, requires_grad=False)
 
     def decode(self, stored: Tensor) -> Tensor:
-        """The weight (out, in) in the dtype that it was given in."""
+        """Return the weight (out, in) in the dtype that quantize() received."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(stored, self._state)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """W x for a stored W; autograd's own product would keep W dense for the backward pass."""
+    """W x for a stored W; autograd's product would keep the dense W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stored: Tensor, decode: Decode) -> Tensor:
@@ -94,7 +94,13 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def use_stored(model: nn.Module, paths: list[str], *, bits: int | None) -> None:
-    """Put layers for words (or, without bits, for nf4) in the place of a model's dense ones."""
+    """Replace dense linear layers by layers for quantised weights.
+
+    Args:
+        model: the model.
+        paths: module paths of the layers to replace.
+        bits: bits of the shared grid; None for nf4.
+    """
     for path in paths:
         parent_path, _, name = path.rpartition(".")
         dense = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Logits of stock transformers and stock PEFT, without our own layers."""
+"""Logits from unchanged transformers and PEFT, without our layers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from phi3_lora.errors import AdapterError
 
 
 def stock_logits(model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
-    """Logits (T, vocabulary) of one document, in float32 on a CPU.
+    """Compute the logits (T, vocabulary) of one document, in float32 on a CPU.
 
     Raises:
-        AdapterError: when PEFT does not load the adapter, or not all of it.
+        AdapterError: when PEFT does not load the adapter, or only a part of it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = transformers.Phi3ForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, local_files_only=True
         )
-        # PEFT only warns of tensors that are missing.
+        # PEFT only warns about missing tensors; here this is an error.
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         try:
             model = peft.PeftModel.from_pretrained(base, str(adapter_dir)).eval()

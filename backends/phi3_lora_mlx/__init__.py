@@ -1,11 +1,12 @@
 """The MLX backend: a Phi-3 forward with native LoRA layers, on Apple silicon (and Linux).
 
-`import phi3_lora_mlx as lora` also gives loralib's layers and verbs, for training code of your own.
+`import phi3_lora_mlx as lora` also offers loralib's layers and functions, for your own training
+code.
 """
 
 from phi3_lora_mlx.blas import preload_blas
 
-# Before the first import of mlx.core: what MLX links on Linux is one thread of textbook loops.
+# Before the first import of mlx.core: on Linux, MLX links a slow BLAS with a single thread.
 BLAS = preload_blas()
 
 from phi3_lora_mlx.backend import MlxBackend  # noqa: E402

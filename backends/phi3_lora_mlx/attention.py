@@ -1,4 +1,4 @@
-"""Attention within documents, on the two layouts that layout.py makes."""
+"""Attention within documents, for both layouts of layout.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mlx_lm.models.cache import KVCache
 from phi3_lora_mlx.numerics import on_cpu, staged_sum
 
 Attention = Sequence[int] | mx.array | str
-"""Bounds of documents laid end to end; a mask (T, T), True where a query may look; or causal."""
+"""Bounds of documents laid end to end; or a mask (T, T), True where a query may look; or "causal":
+one document."""
 
 
 def attend(
@@ -24,16 +25,16 @@ def attend(
     window: int | None,
     caches: Sequence[KVCache] | None = None,
 ) -> mx.array:
-    """Causal attention of each document to itself and what is cached of it.
+    """Compute causal attention of each document to itself and to its cache.
 
     Args:
         q: (heads, T, head_dim).
         k: (key-value heads, T, head_dim).
-        v: as k.
-        attention: the documents.
-        scale: of the scores.
-        window: keys a query sees at most, itself included.
-        caches: of each document, where attention is their bounds.
+        v: (key-value heads, T, head_dim).
+        attention: the documents, as bounds, a mask or "causal".
+        scale: factor of the attention scores.
+        window: most keys that a query sees, itself included; None: all earlier keys.
+        caches: one cache for each document; only with bounds.
 
     Returns:
         (heads, T, head_dim).
@@ -52,12 +53,12 @@ def attend(
 
 
 def _causal(q: mx.array, k: mx.array, v: mx.array, *, scale: float, window: int | None) -> mx.array:
-    """Attention of the last tokens of one document to all of it."""
+    """Compute attention of a document's last tokens to the whole document."""
     new, total = q.shape[1], k.shape[1]
     if new == 1 < total:
         first = max(0, total - (window or total))
         return _masked(q, k[:, first:], v[:, first:], scale=scale, mask=None)
-    # MLX's CPU sums a softmax in one running total; a GPU sums in stages of its own.
+    # On a CPU, MLX sums a softmax in one running total. On a GPU it sums in stages.
     if on_cpu():
         return staged_attention(q, k, v, scale=scale, mask=window_mask(new, total, window))
     if window is not None and total > window:
@@ -73,7 +74,7 @@ def _masked(
 
 
 def window_mask(new: int, total: int, window: int | None) -> mx.array:
-    """True where each of the last tokens may look, (new, total)."""
+    """Return a mask that is True where a new token may look, (new, total)."""
     index = mx.arange(total)
     distance = index[total - new :, None] - index[None, :]
     return (distance >= 0) & (distance < (window or total))
@@ -82,7 +83,7 @@ def window_mask(new: int, total: int, window: int | None) -> mx.array:
 def staged_attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array
 ) -> mx.array:
-    """Attention whose softmax sums in stages; for a CPU."""
+    """Compute attention whose softmax sums in stages; for a CPU."""
     heads, length, head_dim = q.shape
     groups = heads // k.shape[0]
     q = (q * scale).reshape(k.shape[0], groups, length, head_dim)

@@ -1,4 +1,4 @@
-"""Opening engines on MLX, and what doctor wants to know about it."""
+"""The MLX backend: it opens engines and describes this machine for `doctor`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MlxBackend:
     stock_layout = "mlx"
 
     def check(self, device: str = "auto") -> None:
-        """Make sure that the device exists.
+        """Check that the device exists.
 
         Raises:
             BackendUnavailableError: when a GPU is asked for and MLX has none.
@@ -46,13 +46,13 @@ class MlxBackend:
             )
 
     def open(self, request: LoadRequest) -> MlxEngine:
-        """Load a base model and put the LoRA layers on it."""
+        """Load a base model and add the LoRA layers."""
         self.check(request.device)
         on_gpu = request.device != "cpu" and has_gpu()
         return MlxEngine(load_model(request, on_gpu=on_gpu), request, on_gpu=on_gpu)
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
-        """Logits (T, vocabulary) of one document by mlx-lm.
+        """Compute the logits (T, vocabulary) of one document with mlx-lm.
 
         Raises:
             AdapterError: when mlx-lm does not load the adapter.
@@ -68,7 +68,7 @@ class MlxBackend:
             return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
 
     def describe(self) -> BackendDescription:
-        """Describe versions, devices, BLAS and thread count."""
+        """Return versions, devices, BLAS and the number of threads."""
         from phi3_lora_mlx import BLAS
 
         return BackendDescription(
@@ -79,7 +79,7 @@ class MlxBackend:
         )
 
     def diagnose(self) -> list[str]:
-        """A slow BLAS under MLX, with the line that mends it."""
+        """Return a message if MLX uses a slow BLAS, with the command that installs a fast one."""
         if has_gpu() or not uses_reference_blas():
             return []
         return [

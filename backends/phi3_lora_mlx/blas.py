@@ -1,4 +1,4 @@
-"""A fast BLAS under MLX on Linux, whose wheel links the reference one (31 times slower)."""
+"""A fast BLAS for MLX on Linux: MLX's wheel links the reference BLAS, which is 31 times slower."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 _OPENBLAS = "libopenblas.so.0"
 OPENBLAS_WHEEL = "cmeel-openblas==0.3.29"
-"""Other releases hold AVX-512 code outside their dispatch."""
+"""Other releases run AVX-512 code without a check of the CPU."""
 _GFORTRAN = "libgfortran.so.5"
 _PROBE = Path(__file__).with_name("blas_probe.py")
 
 
 def preload_blas() -> str | None:
-    """Load OpenBLAS with global symbols, so that MLX's calls resolve to it.
+    """Load OpenBLAS with global symbols; MLX then calls it instead of its own BLAS.
 
-    The wheel cmeel-openblas comes first, then the system's library; one that crashes on this
-    machine is passed over. It must run before the first import of mlx.core.
+    The wheel cmeel-openblas is tried first, then the system's library. A library that crashes on
+    this machine is skipped. Call this before the first import of mlx.core.
 
     Returns:
-        What was loaded, or None (always so on macOS, where MLX uses Accelerate).
+        The loaded library, or None. On macOS always None: MLX uses Accelerate there.
     """
     if not sys.platform.startswith("linux") or "mlx.core" in sys.modules:
         return None
@@ -38,9 +38,8 @@ def preload_blas() -> str | None:
 def uses_reference_blas() -> bool:
     """Return whether MLX uses the slow BLAS of its Linux wheel.
 
-    A fast library, preloaded by us or by the user, answers for the symbol in the process's global
-    scope; the wheel's own is known to MLX alone. Told so and not by a timing, which a busy machine
-    distorts.
+    A fast library that was preloaded has its symbols in the global scope of the process. The
+    wheel's library is visible only to MLX. A timing is not used: a busy machine distorts it.
     """
     bundled = any(
         next((Path(folder) / "mlx_cpu.libs").glob("libblas-*"), None)
@@ -50,7 +49,7 @@ def uses_reference_blas() -> bool:
 
 
 def _load(libraries: Sequence[Path]) -> bool:
-    """Load libraries in order, if a process of its own survives a product with the last one."""
+    """Load libraries in order, if a matrix product with the last one works in a test process."""
     paths = [str(path) for path in libraries]
     probe = subprocess.run(
         [sys.executable, "-I", "-S", str(_PROBE), *paths], capture_output=True, check=False
@@ -63,11 +62,11 @@ def _load(libraries: Sequence[Path]) -> bool:
 
 
 def _load_with_gfortran(openblas: Path, site_packages: Path) -> bool:
-    """Load OpenBLAS on a machine without libgfortran, with the copy that MLX's wheel brings.
+    """Load OpenBLAS on a machine without libgfortran, with the copy in MLX's wheel.
 
-    OpenBLAS asks for the name libgfortran.so.5, while wheels carry that library under a name with
-    a hash. The loader matches by the name inside the file (its SONAME), so a temporary copy with
-    the plain name, loaded first, is taken.
+    OpenBLAS needs libgfortran.so.5. The wheel has this library under a name with a hash. The loader
+    compares the name inside the file (its SONAME). So a temporary copy with the plain name is
+    loaded first.
     """
     bundled = site_packages / "mlx_cpu.libs"
     fortran = next(bundled.glob("libgfortran-*"), None)

@@ -1,7 +1,7 @@
-"""Multiplies two matrices with given libraries, in a process of its own.
+"""Script that multiplies matrices with the given libraries, in a separate process.
 
-Some builds of OpenBLAS hold instructions that this machine lacks; then this process dies, not the
-user's. Run as a script with the libraries' paths; only the standard library is imported.
+Some builds of OpenBLAS use instructions that this machine lacks; then only this process crashes.
+The arguments are the libraries' paths. Only the standard library is imported.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ _ROW_MAJOR, _PLAIN = 101, 111
 
 
 def multiply(blas: ctypes.CDLL, size: int) -> float:
-    """One element of the product of two matrices of ones."""
+    """Return one element of the product of two matrices of ones."""
     matrix = ctypes.c_float * (size * size)
     a, b, c = matrix(*([1.0] * size * size)), matrix(*([1.0] * size * size)), matrix()
     one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
@@ -24,5 +24,5 @@ def multiply(blas: ctypes.CDLL, size: int) -> float:
 
 if __name__ == "__main__":
     libraries = [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in sys.argv[1:]]
-    # Small and large products take different kernels.
+    # Small and large products use different kernels.
     sys.exit(0 if all(multiply(libraries[-1], n) == n for n in (8, 33, 200)) else 1)

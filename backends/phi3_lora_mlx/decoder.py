@@ -1,4 +1,4 @@
-"""Cached decoding of several sequences, with mlx-lm's caches."""
+"""Decoding of several sequences with mlx-lm's key-value caches."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from phi3_lora_mlx.phi3 import Angles
 
 
 class KeyValues:
-    """Keys and values of one sequence: mlx-lm's cache of each layer."""
+    """Cached keys and values of one sequence: one cache of mlx-lm for each layer."""
 
     def __init__(self, num_layers: int, device: mx.Device) -> None:
         self.layers = [KVCache() for _ in range(num_layers)]
         self._device = device
 
     def prefix(self, length: int) -> KeyValues:
-        """Return the keys and values of the first tokens, at most `length`."""
+        """Return a cache of the first `length` tokens."""
         found = KeyValues(len(self.layers), self._device)
         with mx.stream(self._device):
             for new, old in zip(found.layers, self.layers, strict=True):
-                # Full as they are, so that the next token goes to a copy.
+                # These slices have no room left, so the next token is written to a copy.
                 new.keys, new.values = old.keys[..., :length, :], old.values[..., :length, :]
                 new.offset = length
         return found
 
 
 class CachedDecoder:
-    """Feeds new ids laid end to end, as documents are in training."""
+    """The model on new ids laid end to end, with the layout of training."""
 
     def __init__(self, loaded: LoadedPhi3) -> None:
         self._loaded = loaded
 
     def new_cache(self) -> KeyValues:
-        """An empty cache."""
+        """Return an empty cache."""
         return KeyValues(self._loaded.config.num_hidden_layers, self._loaded.device)
 
     def forward(self, rows: DecodingPass[KeyValues]) -> Float32:
-        """Logits after each row's last id, (R, vocabulary)."""
+        """Return the logits after each row's last id, (R, vocabulary)."""
         with mx.stream(self._loaded.device):
             model = self._loaded.model
             tables = tables_at(self._loaded.config, rows.positions, rows.is_long)

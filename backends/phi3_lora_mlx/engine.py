@@ -1,11 +1,11 @@
-"""The MLX engine: one optimizer step, scores and tensors at the border."""
+"""The MLX engine: optimizer steps, scores, generation, and numpy arrays for the core."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,11 +17,7 @@ from phi3_lora.adapters.names import is_b, lora_a_name, lora_b_name, magnitude_n
 from phi3_lora.arrays import Float32, Int32, Tensors
 from phi3_lora.engine.batching import micro_batch_documents, micro_batches
 from phi3_lora.engine.decoding import PrefixCache, decode
-from phi3_lora.engine.limits import (
-    out_of_memory_advice,
-    process_peak_bytes,
-    unused_precision,
-)
+from phi3_lora.engine.memory import out_of_memory_advice, process_peak_bytes
 from phi3_lora.engine.protocol import Batch, Scores, StepResult
 from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.engine.scoring import (
@@ -53,7 +49,7 @@ R = TypeVar("R")
 def _on_device(
     method: Callable[Concatenate[MlxEngine, P], R],
 ) -> Callable[Concatenate[MlxEngine, P], R]:
-    """Run a method on the engine's device; the default device of the process stays as it is."""
+    """Run a method on the engine's device; the default device of the process does not change."""
 
     @wraps(method)
     def run(self: MlxEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -64,18 +60,18 @@ def _on_device(
 
 
 class MlxEngine:
-    """Our Phi-3 forward with native LoRA layers and optimizer."""
+    """Phi-3 in MLX with LoRA layers and our own optimizer."""
 
     rank = 0
     world_size = 1
 
     def __init__(self, loaded: LoadedPhi3, request: LoadRequest, *, on_gpu: bool) -> None:
-        """Take a loaded model.
+        """Make an engine for a loaded model.
 
         Args:
             loaded: the model.
-            request: what was asked for.
-            on_gpu: use the padded layout and compile; works on a CPU too, which tests rely on.
+            request: the request that the model was loaded for.
+            on_gpu: use the padded layout and compile; this works on a CPU too, for tests.
         """
         self._loaded = loaded
         self._request = request
@@ -106,15 +102,15 @@ class MlxEngine:
 
     @property
     def notes(self) -> list[str]:
-        """Parts of the request that have no effect here, for the user."""
-        notes = unused_precision(self._request, self.dtype)
+        """Messages on the options of the request that have no effect here."""
+        notes = self._request.unused_precision(self.dtype)
         if self._request.compile:
             notes.append("torch_compile has no effect: MLX compiles every step on a GPU by itself")
         return notes
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Module path -> (out, in)."""
+        """Module path -> (out, in) of each LoRA layer."""
         shapes = self._loaded.config.adaptable_shapes()
         return {path: shapes[path] for path in self._loaded.layers}
 
@@ -130,11 +126,12 @@ class MlxEngine:
         """The base model's compute dtype."""
         return self._loaded.dtype
 
-    def _surrogate(self, parameters: Arrays, rows: Rows) -> tuple[Any, mx.array]:
-        """A number whose gradient is that of nats, and nats.
+    def _surrogate(self, parameters: Arrays, rows: Rows) -> tuple[mx.array, mx.array]:
+        """Return a number that has the gradient of nats, and nats.
 
-        The head gives the gradients of its input and of its own arrays at once, so the sum of
-        each times its gradient has the right gradient, and its value is never computed.
+        head_loss computes the gradients of the head's input and of the head's own arrays. The
+        number is the sum of each of these arrays times its gradient. MLX takes only the number's
+        gradient and never computes its value.
         """
         model = self._loaded.model
         model.update(tree_unflatten(list(parameters.items())))
@@ -156,7 +153,7 @@ class MlxEngine:
         return surrogate, loss.nats
 
     def _head(self, rows: Rows, own: Arrays, hidden: mx.array, part: slice) -> mx.array:
-        """Logits of some of the supervised rows, with the head's own arrays as given."""
+        """Compute logits of some supervised rows with the given arrays of the head."""
         model, state = self._loaded.model, self._loaded.state
         if own:
             model.update(tree_unflatten(list(own.items())))
@@ -171,7 +168,7 @@ class MlxEngine:
         return make(batch, self._loaded.config, dropout)
 
     def _backward(self, batch: Batch, *, loss_tokens: int, step: int) -> tuple[Arrays, mx.array]:
-        """Gradients of sum(nats) / loss_tokens, and sum(nats)."""
+        """Return the gradients of sum(nats) / loss_tokens, and sum(nats)."""
         request = self._request
         has_dropout = request.lora is not None and request.lora.dropout > 0
         key = DropoutKey(request.seed, step) if has_dropout else None
@@ -195,16 +192,17 @@ class MlxEngine:
                 mx.eval(gradients, part_nats)
         if not gradients:
             return {n: mx.zeros_like(p) for n, p in self._parameters.items()}, mx.array(0.0)
-        # Last and in float32: a half-precision gradient of a large step's mean would vanish.
+        # Divided last and in float32: in half precision, the mean of a large step would vanish.
         gradients = {name: g / loss_tokens for name, g in gradients.items()}
         gradients |= {name: gradients[name] * mask for name, mask in self._masks.items()}
         return gradients, staged_sum(mx.stack(nats))
 
     @contextlib.contextmanager
     def _trace(self) -> Iterator[None]:
-        """A context for a forward and backward pass, which leaves its own arrays in the model.
+        """Enter a context for a forward and backward pass.
 
-        They are taken out again, also after a pass that failed.
+        The pass leaves traced arrays in the model. The end of the context puts the parameters back,
+        also after a pass that failed.
         """
         state = self._loaded.state
         state.is_tracing = True
@@ -238,7 +236,7 @@ class MlxEngine:
         return StepResult(_Deferred(loss), _Deferred(norm))
 
     def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that a step computes on, padding included."""
+        """Return the tokens that a step computes, with padding."""
         if not self._on_gpu:
             return int(lengths.sum())
         parts = micro_batch_documents(lengths, self._part_tokens)
@@ -246,13 +244,13 @@ class MlxEngine:
 
     @_on_device
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
-        """Gradients under PEFT names; nothing is updated."""
+        """Return the gradients under PEFT names; update nothing."""
         gradients, _ = self._backward(batch, loss_tokens=loss_tokens, step=step)
         return self._to_peft(gradients)
 
     @contextlib.contextmanager
     def _memory_faults(self) -> Iterator[None]:
-        """MLX tells a full memory only by the text of a RuntimeError."""
+        """Turn MLX's error for a full memory, known only by its text, into a TrainingError."""
         try:
             yield
         except RuntimeError as cause:
@@ -261,7 +259,7 @@ class MlxEngine:
             raise TrainingError(out_of_memory_advice(self._request)) from cause
 
     def _hidden(self, batch: Batch, select: np.ndarray) -> mx.array:
-        """Final hidden states at chosen positions, (len(select), hidden)."""
+        """Compute the final hidden states at chosen positions, (len(select), hidden)."""
         rows = self._rows(batch)
         return self._loaded.model(rows.tokens, rows.angles, rows.attention)[mx.array(select)]
 
@@ -278,18 +276,18 @@ class MlxEngine:
 
     @_on_device
     def logprobs(self, batch: Batch) -> Float32:
-        """Log-probability of each target, (T,)."""
+        """Return the log-probability of each target, (T,)."""
         return target_logprobs(self._score_rows, batch, max_tokens=self._part_tokens)
 
     @_on_device
     def logits(self, batch: Batch, rows: Int32) -> Float32:
-        """Logits at the chosen positions, (len(rows), vocabulary)."""
+        """Return the logits at the chosen positions, (len(rows), vocabulary)."""
         with self._memory_faults():
             hidden = self._hidden(batch, np.asarray(rows))
             return np.array(self._loaded.model.head(hidden).astype(mx.float32))
 
     def base_only(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model answers without its adapter."""
+        """Return a context that turns the adapter off."""
         return forgetting_prefixes(self._loaded.base_only(), self._forget_prefixes)
 
     def _forget_prefixes(self) -> None:
@@ -298,7 +296,7 @@ class MlxEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
-        """Index of a prompt and its next id, all prompts together."""
+        """Generate answers to all prompts together; yield index of a prompt and its next id."""
         with self._memory_faults():
             yield from decode(
                 self._decoder,
@@ -323,7 +321,7 @@ class MlxEngine:
 
     @_on_device
     def read_adapter(self) -> Tensors:
-        """The adapter under PEFT names."""
+        """Return the adapter in float32 under PEFT names."""
         return self._to_peft(self._parameters)
 
     @_on_device
@@ -335,7 +333,7 @@ class MlxEngine:
 
     @_on_device
     def read_optimizer(self) -> Tensors:
-        """Moments under the adapter's names."""
+        """Return the optimizer's moments under the adapter's names."""
         moments = {"exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
         return {
             f"{name}.{moment}": value
@@ -345,12 +343,12 @@ class MlxEngine:
 
     @_on_device
     def write_optimizer(self, state: Tensors) -> None:
-        """Replace the moments; the number of the next step comes with the step."""
+        """Replace the moments; train_step receives the number of the step."""
         self._optimizer.exp_avg = self._from_peft(state, ".exp_avg") if state else {}
         self._optimizer.exp_avg_sq = self._from_peft(state, ".exp_avg_sq") if state else {}
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory held: MLX's on a GPU, the process on a CPU."""
+        """Return the peak memory: MLX's arrays on a GPU, the process on a CPU."""
         if self._on_gpu:
             return int(mx.get_peak_memory())
         return process_peak_bytes()
@@ -364,19 +362,19 @@ class MlxEngine:
 
 
 def _peft_name(name: str) -> str:
-    """PEFT's name of a trainable array."""
+    """Return PEFT's name of a trainable array."""
     module, _, kind = name.rpartition(".")
     names = {"lora_a": lora_a_name, "lora_b": lora_b_name, "m": magnitude_name}
     return names.get(kind, saved_name)(module)
 
 
 def _turned(name: str, value: np.ndarray) -> np.ndarray:
-    """From MLX's orientation to PEFT's and back: A and B are transposed, whole weights are not."""
+    """Convert between MLX's and PEFT's orientation: transpose A and B, but not whole weights."""
     return np.ascontiguousarray(value.T if name.endswith((".lora_a", ".lora_b")) else value)
 
 
 class _Deferred:
-    """A number that is on its way; float() waits for it."""
+    """A number that the device still computes; float() waits for it."""
 
     def __init__(self, value: mx.array) -> None:
         self._value = value

@@ -1,7 +1,7 @@
-"""The output head and cross-entropy, only where the loss counts, a chunk of rows at a time.
+"""The output head and cross-entropy on the supervised rows, one chunk of rows at a time.
 
-The gradient of the head's input is made at once, and those of what trains in the head with it: no
-logits are kept.
+The forward pass of a chunk also computes the gradients of the head's input and of the head's
+trained arrays. So no logits are kept.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from phi3_lora_mlx.numerics import staged_sum
 from phi3_lora_mlx.phi3 import Phi3
 
 _CHUNK_ELEMENTS = 1 << 24
-"""Logits that a chunk holds at most."""
-
+"""Most logits in a chunk."""
 
 Head = Callable[[dict[str, mx.array], mx.array, slice], mx.array]
-"""Logits (n, vocabulary) of some of the rows, from what trains in the head and which rows."""
+"""A function that returns logits (n, vocabulary).
+
+Its arguments are the head's trained arrays by name, hidden states (n, hidden), and their slice of
+the S rows.
+"""
 
 
 class HeadLoss(NamedTuple):
-    """The loss of S supervised rows, and its gradients."""
+    """Loss of S supervised rows and its gradients."""
 
     nats: mx.array
     """Sum of the negative log-probabilities."""
     grad: mx.array
     """Gradient of nats with respect to the rows, (S, hidden)."""
     head_grads: dict[str, mx.array]
-    """Gradients of nats with respect to the arrays that train in the head, by name."""
+    """Gradients of nats with respect to the head's trained arrays, by name."""
 
 
 def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -42,7 +45,7 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _softmax(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Largest logit, exp(logits - largest), and the staged sum of that, each with a last axis."""
+    """Return the largest logit (n, 1), exp(logits - largest), and its staged sum (n, 1)."""
     largest = logits.max(axis=-1, keepdims=True)
     exp = mx.exp(logits - largest)
     return largest, exp, staged_sum(exp)[:, None]
@@ -56,15 +59,15 @@ def head_loss(
     weights: mx.array,
     vocab_size: int,
 ) -> HeadLoss:
-    """Cross-entropy of the rows and its gradients.
+    """Compute cross-entropy of the rows and its gradients.
 
     Args:
-        head: of the model.
-        trained: what trains in it, by name.
+        head: the model's output head.
+        trained: the head's trained arrays, by name.
         hidden: (S, hidden) final hidden states.
-        targets: (S,).
-        weights: (S,) 1, or 0 for a row that is padding.
-        vocab_size: of the model.
+        targets: (S,) next tokens.
+        weights: (S,) 1, or 0 for a row of padding.
+        vocab_size: size of the model's vocabulary.
     """
     nats, grads = [], []
     head_grads: dict[str, mx.array] = {}
@@ -83,7 +86,7 @@ def head_loss(
         )
         slope = (slope * weights[part][:, None]).astype(hidden.dtype)
 
-        # Only the transposed product is evaluated; the primal output is not used.
+        # Only the gradients are evaluated; the output of logits_of is not used.
         def logits_of(x: mx.array, *values: mx.array, part: slice = part) -> mx.array:
             return head(dict(zip(names, values, strict=True)), x, part)
 
@@ -96,7 +99,7 @@ def head_loss(
 
 
 def head_scores(model: Phi3, hidden: mx.array, targets: mx.array, vocab_size: int) -> RowScores:
-    """Log-probability of each row's target and whether its logit is the largest."""
+    """Return each target's log-probability, and whether its logit is the largest."""
     logprobs, correct = [], []
     for part in _chunks(hidden.shape[0], vocab_size):
         logits = model.head(hidden[part]).astype(mx.float32)

@@ -1,7 +1,7 @@
-"""The layout of a micro-batch on the device: a pure function of its documents.
+"""Layout of a micro-batch on the device: a pure function of its documents.
 
-On a CPU nothing is padded: attention slices the documents. A GPU compiles a step per shape, so
-rows are padded to few lengths and a mask keeps documents apart.
+On a CPU nothing is padded, and attention slices the documents. On a GPU each shape needs a compiled
+step. So rows are padded to a few lengths, and a mask separates the documents.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from phi3_lora_mlx.attention import Attention
 from phi3_lora_mlx.phi3 import Angles
 
 ROW_TOKENS = 2048
-"""Padded rows hold at most this, or one longer document: a mask grows with the square."""
+"""Most tokens in a padded row of several documents: a mask grows with the square of the length."""
 _BUCKET = 256
-"""Up to ROW_TOKENS there are 8 lengths and 2 numbers of supervised rows each: 16 shapes."""
+"""Step between padded lengths. Up to ROW_TOKENS: 8 lengths x 2 numbers of supervised rows."""
 
 
 class Rows(NamedTuple):
-    """A micro-batch as device arrays. S supervised rows, some of weight 0 where padded."""
+    """A micro-batch as device arrays, with T tokens and S supervised rows (padding included)."""
 
     tokens: mx.array
     angles: Angles
@@ -33,22 +33,22 @@ class Rows(NamedTuple):
     select: mx.array
     """(S,) positions of the supervised rows."""
     targets: mx.array
-    """(S,)."""
+    """(S,) next tokens."""
     weights: mx.array
     """(S,) 1.0, or 0.0 for padding."""
     dropout_rows: mx.array | None
-    """(T,) keys, or None."""
+    """(T,) dropout keys; None without dropout."""
 
 
 class DropoutKey(NamedTuple):
-    """The inputs of dropout masks other than the documents."""
+    """Seed and step of the dropout masks; the documents are their other input."""
 
     seed: int
     step: int
 
 
 def ragged_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -> Rows:
-    """Documents end to end, as they are."""
+    """Lay documents end to end without padding."""
     select = np.flatnonzero(batch.loss_mask)
     return Rows(
         tokens=mx.array(batch.tokens),
@@ -62,7 +62,7 @@ def ragged_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -
 
 
 def padded_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -> Rows:
-    """Documents end to end, padded to a bucket; the padding is a document of its own."""
+    """Lay documents end to end and pad them to a bucket; the padding is one more document."""
     length = len(batch.tokens)
     total = padded_length(length)
     starts = batch.doc_starts
@@ -81,7 +81,7 @@ def padded_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -
     weights[: len(select)] = 1.0
     select = np.pad(select, (0, count - len(select)))
     attention: Attention = "causal"
-    # One long document's padding comes after it, and a mask of its length squared is large.
+    # A single long document needs no mask: its padding follows it, and the mask would be large.
     if total <= ROW_TOKENS or len(batch.doc_starts) > 2:
         attention = mx.array(_mask(padded, config.sliding_window))
     return Rows(
@@ -96,14 +96,14 @@ def padded_rows(batch: Batch, config: ModelConfig, dropout: DropoutKey | None) -
 
 
 def padded_length(length: int) -> int:
-    """The bucket of a row: a multiple of 256 up to ROW_TOKENS, then powers of two."""
+    """Return the padded length: a multiple of 256 up to ROW_TOKENS, then a power of two."""
     if length <= ROW_TOKENS:
         return -(-length // _BUCKET) * _BUCKET
     return int(2 ** np.ceil(np.log2(length)))
 
 
 def part_tokens(limit: int, *, is_padded: bool) -> int:
-    """Tokens of a micro-batch: it must fit the token budget and, padded, one row."""
+    """Return the most tokens in a micro-batch: the token budget, and if padded, one row."""
     return min(limit, ROW_TOKENS) if is_padded else limit
 
 

@@ -1,4 +1,4 @@
-"""LoRA layers native in MLX, over plain and quantised linear layers."""
+"""LoRA layers in MLX, on plain and quantised linear layers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from phi3_lora_mlx.phi3 import dequantized
 
 
 class LoraState:
-    """State that all LoRA layers of a model share; the engine sets it between calls."""
+    """State that the LoRA layers of a model share; the engine sets it between calls."""
 
     def __init__(self) -> None:
         self.is_enabled = True
         self.is_tracing = False
-        """True while a pass is traced: its arrays are placeholders and must not be kept."""
+        """True while arrays are placeholders of a traced function; layers must not keep them."""
         self.dropout_rows: mx.array | None = None
-        """Keys of the tokens at hand, (T,) uint32; None turns dropout off."""
+        """Dropout keys of the current pass, (T,) uint32; None turns dropout off."""
 
 
 class LoRALinear(nn.Module):
     """y = W x + scaling B A x, with only A and B trainable.
 
-    lora_a is (in, r) and lora_b (r, out), mlx-lm's orientation: transposes of PEFT's.
+    lora_a is (in, r) and lora_b is (r, out), as in mlx-lm. PEFT has their transposes.
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -56,18 +56,18 @@ class LoRALinear(nn.Module):
         self._module_key = module_key(module)
         self._scaling = scaling
         self._dropout = dropout
-        # In a tuple so that mlx.nn does not take it for a child module or a parameter.
+        # In a tuple, because mlx.nn would treat a bare attribute as a child or a parameter.
         self._shared = (state or LoraState(),)
         self.freeze()
         self.unfreeze(keys=["lora_a", "lora_b", *(["m"] if use_dora else [])], recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (..., in) to (..., out), in the dtype of the base layer's output."""
+        """Map x (..., in) to (..., out), in the dtype of the base layer's output."""
         y = self.linear(x)
         state = self._shared[0]
         if not state.is_enabled:
             return y
-        # A and B are float32 and small; casting x to them would cost more than the products.
+        # A and B are small float32 arrays. Casting x to float32 would cost more than the products.
         low = self._drop(x, state) @ self.lora_a.astype(x.dtype)
         y = mx.addmm(y, low, (self._scaling * self.lora_b).astype(x.dtype))
         if not self._use_dora:
@@ -75,14 +75,14 @@ class LoRALinear(nn.Module):
         return y * (self.m / self._row_norms()).astype(y.dtype)
 
     def _row_norms(self) -> mx.array:
-        """Norms of the rows of W + scaling B A, (out,); constants to the gradient.
+        """Return the norms of the rows of W + scaling B A, (out,), without a gradient.
 
-        From the squares, without that matrix: |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b).
+        The squares are |w|^2 + 2 s b.(A w) + s^2 b.(A A^T b); the sum W + s B A is never made.
 
         Source: DoRA, arXiv 2402.09353, equations 5 and 11.
         """
         known = self._norms
-        # Decoding would make the norms anew for every token.
+        # Without this cache, decoding would compute the norms for every token.
         if known is not None and known[0] is self.lora_a and known[1] is self.lora_b:
             return known[2]
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).T
@@ -105,7 +105,7 @@ class LoRALinear(nn.Module):
 
 
 class LoRAEmbedding(nn.Module):
-    """E[token] + scaling B A[token]: lora_a is (vocabulary, r) and lora_b (r, hidden)."""
+    """E[token] + scaling B A[token]; lora_a is (vocabulary, r) and lora_b is (r, hidden)."""
 
     def __init__(
         self,
@@ -119,11 +119,11 @@ class LoRAEmbedding(nn.Module):
         """Wrap an embedding.
 
         Args:
-            embedding: plain or quantised; stays as it is.
+            embedding: a plain or quantised embedding; it stays frozen.
             shape: (vocabulary, hidden).
             r: the rank.
-            scaling: what B A is multiplied by.
-            state: of the model.
+            scaling: the factor that multiplies B A.
+            state: the shared state of the model's LoRA layers.
         """
         super().__init__()
         self.embedding = embedding
@@ -135,7 +135,7 @@ class LoRAEmbedding(nn.Module):
         self.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Tokens (T,) to (T, hidden), in the dtype of the base's embedding."""
+        """Map tokens (T,) to (T, hidden), in the dtype of the base model's embedding."""
         y = self.embedding(tokens)
         if not self._shared[0].is_enabled:
             return y
@@ -143,13 +143,13 @@ class LoRAEmbedding(nn.Module):
 
 
 def dense_weight(linear: Any) -> mx.array:
-    """The weight (out, in) of a plain or quantised linear layer, in float32."""
+    """Return the weight (out, in) of a plain or quantised linear layer, in float32."""
     is_quantised = isinstance(linear, nn.QuantizedLinear)
     return (dequantized(linear) if is_quantised else linear.weight).astype(mx.float32)
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:
-    """(out, in) of a plain or quantised linear layer."""
+    """Return (out, in) of a plain or quantised linear layer."""
     out_features, in_features = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
         in_features = in_features * 32 // linear.bits
@@ -157,7 +157,7 @@ def linear_shape(linear: Any) -> tuple[int, int]:
 
 
 def _lowbias32(x: mx.array) -> mx.array:
-    """Mix 32 bits; bit-equal to phi3_lora.engine.dropout.lowbias32."""
+    """Return a hash of each 32-bit value, bit-equal to phi3_lora.engine.dropout.lowbias32."""
     first, second = (mx.array(m, mx.uint32) for m in MULTIPLIERS)
     x = (x ^ (x >> 16)) * first
     x = (x ^ (x >> 15)) * second

@@ -1,7 +1,7 @@
-"""loralib's verbs in MLX: its layers, what of a model is trained, and what is saved and loaded.
+"""loralib's layers and functions in MLX: choose what trains, and save and load it.
 
-`from phi3_lora_mlx import loralib as lora` stands where `import loralib as lora` stands in torch
-code. There is no Conv2d: Phi-3 has no convolution.
+Use `from phi3_lora_mlx import loralib as lora` where torch code has `import loralib as lora`.
+Conv2d is left out, because Phi-3 has no convolution.
 Source: microsoft/LoRA, loralib 0.1.2, loralib/utils.py.
 """
 
@@ -35,23 +35,23 @@ _BIAS = ("none", "all", "lora_only")
 
 
 class LoadResult(NamedTuple):
-    """Names that the model and the state do not share, as torch's load_state_dict returns them."""
+    """Names without a partner after loading, as in torch's load_state_dict."""
 
     missing_keys: list[str]
-    """LoRA arrays of the model that the state lacks; they are as they were."""
+    """LoRA arrays of the model that the state lacks; they did not change."""
     unexpected_keys: list[str]
-    """Names in the state that the model lacks; they were left aside."""
+    """Names in the state that the model lacks; they were ignored."""
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze all of a model but its LoRA arrays, and biases where asked.
+    """Freeze a model except for its LoRA arrays and the chosen biases.
 
     Args:
-        model: whose layers were replaced by those of this module.
-        bias: none; all, every bias of the model; lora_only, those of the layers with LoRA.
+        model: a model with layers of this module.
+        bias: none; all: every bias of the model; lora_only: the biases of layers with LoRA.
 
     Raises:
-        ConfigError: when bias is something else, or nothing would be left to train.
+        ConfigError: when bias has another value, or the model has no LoRA array.
     """
     chosen = _chosen(model, bias)
     model.freeze()
@@ -62,19 +62,23 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, mx.array]:
-    """The LoRA arrays of a model, and biases where asked, by name.
+    """Return a model's LoRA arrays and the chosen biases, by name.
 
-    With the same bias it holds what mark_only_lora_as_trainable leaves to train.
+    These are the arrays that mark_only_lora_as_trainable leaves trainable with the same bias.
+
+    Args:
+        model: a model with layers of this module.
+        bias: none, all or lora_only, as in mark_only_lora_as_trainable.
 
     Raises:
-        ConfigError: as mark_only_lora_as_trainable.
+        ConfigError: when bias has another value, or the model has no LoRA array.
     """
     chosen = _chosen(model, bias)
     return {name: value for name, value in _arrays(model).items() if name in chosen}
 
 
 def to_numpy(state: Mapping[str, mx.array]) -> Tensors:
-    """A state dict in float32, as torch_pickle.encode_torch_file takes it."""
+    """Convert a state dict to float32 numpy arrays, for torch_pickle.encode_torch_file."""
     return {name: np.array(value.astype(mx.float32)) for name, value in state.items()}
 
 
@@ -83,17 +87,17 @@ def load_lora_state_dict(
 ) -> LoadResult:
     """Put arrays into a model by name: a LoRA state dict, or pretrained weights before it.
 
-    The model's dtypes stay. Layers that are merged (after eval()) are merged anew: MLX's own
-    load_weights(strict=False) checks no shape and, on merged layers, would lose what it loads.
+    The model's dtypes do not change. Layers that are merged (after eval()) are merged again. MLX's
+    own load_weights(strict=False) checks no shapes, and merged layers would lose the loaded arrays.
 
     Args:
-        model: whose arrays are replaced.
-        state: arrays of MLX, numpy or torch by name; lora_state_dict's, read_torch_file's.
-        strict: whether every LoRA array of the model and every name of the state must meet.
+        model: the model whose arrays are replaced.
+        state: arrays of MLX, numpy or torch by name, from lora_state_dict or read_torch_file.
+        strict: require each LoRA array of the model in the state, and each name in the model.
 
     Raises:
         AdapterError: when a shape differs, a value is not finite, no name of the state is in the
-            model, or strict finds a difference. The model is then as it was.
+            model, or strict finds a difference. The model then does not change.
     """
     current = _arrays(model)
     values = {name: _as_array(state[name]) for name in state if name in current}
@@ -124,7 +128,7 @@ def _arrays(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _own_arrays(module: nn.Module) -> list[str]:
-    """Names of a module's arrays, without those of the modules inside it."""
+    """Return the names of a module's arrays, without the arrays of its child modules."""
 
     def is_own(owner: nn.Module, key: str, value: Any) -> bool:
         is_parameter = nn.Module.valid_parameter_filter(owner, key, value)
@@ -134,7 +138,7 @@ def _own_arrays(module: nn.Module) -> list[str]:
 
 
 def _chosen(model: nn.Module, bias: str) -> set[str]:
-    """Names of the arrays that are trained and saved."""
+    """Return the names of the arrays that are trained and saved."""
     if bias not in _BIAS:
         raise ConfigError(f"bias must be one of {', '.join(_BIAS)}; got {bias!r}")
     names = set(_arrays(model))
@@ -142,7 +146,7 @@ def _chosen(model: nn.Module, bias: str) -> set[str]:
     if bias == "lora_only":
         chosen |= {name.split("lora_")[0] + "bias" for name in chosen} & names
     if bias == "all":
-        # MLX calls the offsets of a quantised weight "biases"; they are no bias of the model.
+        # MLX calls the offsets of a quantised weight "biases"; these are not biases of the model.
         chosen |= {name for name in names if "bias" in name and not name.endswith("biases")}
     if not chosen:
         raise ConfigError(
@@ -165,7 +169,7 @@ def _misfits(values: Mapping[str, mx.array], current: Mapping[str, mx.array]) ->
 
 
 def _put(model: nn.Module, name: str, value: mx.array) -> None:
-    """Replace one array; modules are dicts, and their lists are lists."""
+    """Replace one array of a model; modules are dicts, and lists of modules are lists."""
     *path, last = [int(key) if key.isdigit() else key for key in name.split(".")]
     owner: Any = model
     for key in path:

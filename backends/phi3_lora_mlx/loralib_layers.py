@@ -1,7 +1,7 @@
 """loralib's Linear, Embedding and MergedLinear as mlx.nn modules: same names, shapes and scale.
 
-There is no Conv2d (nor Conv1d, Conv3d): Phi-3 has no convolution. A is (r, in) and B (out, r),
-loralib's and PEFT's orientation. The layers that `phi3-lora train` uses are those of lora.py.
+Conv1d, Conv2d and Conv3d are left out, because Phi-3 has no convolution. A is (r, in) and B is
+(out, r), as in loralib and PEFT. `phi3-lora train` uses the layers of lora.py instead.
 Source: microsoft/LoRA, loralib 0.1.2, loralib/layers.py.
 """
 
@@ -21,7 +21,7 @@ from phi3_lora.errors import ConfigError
 
 
 class LoRALayer(nn.Module):
-    """The common part of all layers: the scale alpha / r, and the merging of the weight."""
+    """Base of the layers: the scale alpha / r, and a delta that eval() merges into the weight."""
 
     weight: mx.array
     r: int
@@ -52,14 +52,14 @@ class LoRALayer(nn.Module):
 
     @abstractmethod
     def delta(self) -> mx.array:
-        """Return the delta that merging adds, in the shape of `weight`."""
+        """Return the delta that merging adds to `weight`, with the shape of `weight`."""
 
     def merge(self) -> None:
-        """Put the delta into `weight`; nothing if it is there.
+        """Add the delta to `weight`, if this is not done yet.
 
-        The weight as it was is kept beside it until unmerge(): subtracting the delta, as loralib
-        does, leaves another weight behind in half precision. That costs its memory once more; where
-        this is too much, merge_weights=False leaves the weight alone.
+        A copy of the old weight is kept until unmerge(). loralib subtracts the delta instead; in
+        half precision this does not give the old weight back. The copy needs the weight's memory
+        once more. With merge_weights=False, eval() does not merge.
         """
         if self.merged or not self.has_lora:
             return
@@ -69,7 +69,7 @@ class LoRALayer(nn.Module):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Bring back `weight` as it was before merge(), bit for bit."""
+        """Restore the `weight` from before merge(), bit for bit."""
         if not self.merged:
             return
         self.weight = self._unmerged_weight.astype(self.weight.dtype)
@@ -77,7 +77,7 @@ class LoRALayer(nn.Module):
         self.merged = False
 
     def _set_training_mode(self, mode: bool) -> None:
-        # Module.train and eval reach the layers inside a model by this method alone.
+        # Module.train and Module.eval call only this method on the layers of a model.
         super()._set_training_mode(mode)
         if mode and self.merge_weights:
             self.unmerge()
@@ -85,10 +85,10 @@ class LoRALayer(nn.Module):
             self.merge()
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the quantised layer for mlx.nn.quantize; a layer with LoRA is refused.
+        """Return the layer by which mlx.nn.quantize replaces this one.
 
         Raises:
-            ConfigError: with LoRA, for MLX's quantised layer would leave A and B out.
+            ConfigError: when the layer has LoRA: MLX's quantised layer would drop A and B.
         """
         if self.has_lora:
             raise ConfigError(
@@ -100,9 +100,9 @@ class LoRALayer(nn.Module):
 
 
 class Embedding(LoRALayer, nn.Embedding):
-    """weight[x] + scaling (B A[:, x])^T; A is (r, num_embeddings) and B (embedding_dim, r).
+    """weight[x] + scaling (B A[:, x])^T; A is (r, num_embeddings), B is (embedding_dim, r).
 
-    A starts as zeros and B as N(0, 1), so that the delta starts as zero.
+    A starts as zeros and B as N(0, 1), so the delta starts as zero.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Embedding(LoRALayer, nn.Embedding):
             self.freeze(keys=["weight"], recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Ids x (...) to (..., embedding_dim), in the weight's dtype."""
+        """Map ids x (...) to (..., embedding_dim), in the weight's dtype."""
         y = super().__call__(x)
         if self.merged or not self.has_lora:
             return y
@@ -129,9 +129,10 @@ class Embedding(LoRALayer, nn.Embedding):
         return (y + self.scaling * low).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Logits of x (..., embedding_dim) where the head is tied to this embedding, with its LoRA.
+        """Map x (..., embedding_dim) to logits, for a head that is tied to this embedding.
 
-        torch models with loralib read `weight` there, and so leave LoRA out until it is merged.
+        LoRA is included. A torch model with loralib reads only `weight` here, and so leaves LoRA
+        out until it is merged.
         """
         y = super().as_linear(x)
         if self.merged or not self.has_lora:
@@ -140,13 +141,13 @@ class Embedding(LoRALayer, nn.Embedding):
         return mx.addmm(y, low, self.lora_A.astype(x.dtype))
 
     def delta(self) -> mx.array:
-        """Return the delta that merging adds, (num_embeddings, embedding_dim)."""
+        """Return the delta that merging adds to `weight`, (num_embeddings, embedding_dim)."""
         return self.scaling * (self.lora_B @ self.lora_A).T
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The parts of a layer's output, and those with LoRA."""
+    """Parts of a layer's output: their sizes, and True for a part with LoRA."""
 
     sizes: tuple[int, ...]
     enabled: tuple[bool, ...]
@@ -161,9 +162,9 @@ class _Parts:
 
 
 class _PartwiseLinear(LoRALayer, nn.Linear):
-    """A linear layer with LoRA on some parts of its output, each with an A and a B of its own.
+    """A linear layer with LoRA on some parts of its output; each part has an A and a B.
 
-    The A of the parts are stacked in lora_A (r * parts, in), their B in lora_B (rows, r).
+    lora_A (r * parts, in) stacks the A of the parts. lora_B (rows, r) stacks the B.
     """
 
     def __init__(
@@ -197,13 +198,13 @@ class _PartwiseLinear(LoRALayer, nn.Linear):
         self.freeze(keys=["weight"], recurse=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (..., in) to (..., out)."""
+        """Map x (..., in) to (..., out)."""
         weight = self.weight if self.fan_in_fan_out else self.weight.T
         y = mx.addmm(self.bias, x, weight) if "bias" in self else x @ weight
         if self.merged or not self.has_lora:
             return y
         dropped = self.lora_dropout(x) if "lora_dropout" in self else x
-        # One product with all A. They and B may be float32 under half-precision x, and are small.
+        # One product with all A. A and B are small; they may be float32 while x is half precision.
         low = dropped @ self.lora_A.T.astype(x.dtype)
         scaled = (self.scaling * self.lora_B).astype(x.dtype)
         products = zip(*self._by_part(low, -1, scaled), strict=True)
@@ -216,7 +217,10 @@ class _PartwiseLinear(LoRALayer, nn.Linear):
         return mx.concatenate(found, axis=-1) if len(found) > 1 else found[0]
 
     def delta(self) -> mx.array:
-        """Return the delta that merging adds, (out, in), or (in, out) with fan_in_fan_out."""
+        """Return the delta that merging adds to `weight`: (out, in), transposed if fan_in_fan_out.
+
+        Parts without LoRA are zero.
+        """
         products = zip(*self._by_part(self.lora_A, 0, self.scaling * self.lora_B), strict=True)
         blocks = []
         for size, enabled in zip(self._parts.sizes, self._parts.enabled, strict=True):
@@ -231,13 +235,22 @@ class _PartwiseLinear(LoRALayer, nn.Linear):
     def _by_part(
         self, stacked: mx.array, axis: int, b: mx.array
     ) -> tuple[list[mx.array], list[mx.array]]:
-        """Return A (or its product) cut by part, and the transposed B of each part."""
+        """Cut a stack with r rows or columns for each part, and B, into the parts' own.
+
+        Args:
+            stacked: an array whose axis `axis` has r entries for each part.
+            axis: the axis to cut.
+            b: (rows, r).
+
+        Returns:
+            The pieces of `stacked`, and the transposed B (r, rows of the part) of each part.
+        """
         low = mx.split(stacked, self._parts.num_enabled, axis=axis)
         return list(low), [part.T for part in _cut(b, self._parts.enabled_sizes, axis=0)]
 
 
 class Linear(_PartwiseLinear):
-    """W x + bias + scaling B A dropout(x); A is (r, in_features) and B (out_features, r).
+    """W x + bias + scaling B A dropout(x); A is (r, in_features), B is (out_features, r).
 
     Source: LoRA, arXiv 2106.09685, equation 3.
     """
@@ -253,17 +266,17 @@ class Linear(_PartwiseLinear):
         merge_weights: bool = True,
         bias: bool = True,
     ) -> None:
-        """A layer with a random weight; load yours.
+        """Make a layer with a random weight; load your own weight after that.
 
         Args:
             in_features: length of x.
             out_features: length of the output.
             r: the rank; 0 for a plain layer.
             lora_alpha: the delta is scaled by lora_alpha / r.
-            lora_dropout: on the input of A, in training.
-            fan_in_fan_out: whether `weight` is (in_features, out_features), as GPT-2 stores it.
-            merge_weights: whether eval() merges the delta into `weight` and train() takes it out.
-            bias: whether there is one.
+            lora_dropout: probability of dropout on the input of A, in training.
+            fan_in_fan_out: True if `weight` is (in_features, out_features), as in GPT-2.
+            merge_weights: True if eval() merges the delta into `weight` and train() removes it.
+            bias: True for a layer with a bias.
 
         Raises:
             ConfigError: when r, lora_alpha or lora_dropout is out of range.
@@ -281,11 +294,11 @@ class Linear(_PartwiseLinear):
 
 
 class MergedLinear(_PartwiseLinear):
-    """A fused projection, such as q, k, v, with LoRA on some of its parts.
+    """A fused projection, for example q, k, v, with LoRA on some of its parts.
 
-    A is (r * n, in_features) for n parts with LoRA, and B (rows of those parts, r). loralib cuts
-    the output into equal parts. They are not q, k and v where a model has fewer key-value heads
-    than heads (Phi-3-medium, Phi-4): give `sizes` there.
+    A is (r * n, in_features) for n parts with LoRA, and B is (rows of these parts, r). By default,
+    as in loralib, all parts have equal size. If a model has fewer key-value heads than heads
+    (Phi-3-medium, Phi-4), equal parts are not q, k and v: pass `sizes` then.
     """
 
     def __init__(
@@ -301,22 +314,23 @@ class MergedLinear(_PartwiseLinear):
         bias: bool = True,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        """A layer with a random weight; load yours.
+        """Make a layer with a random weight; load your own weight after that.
 
         Args:
-            in_features: as in Linear, like all that is not below.
-            out_features: of all parts together.
+            in_features: see Linear.
+            out_features: length of the output, all parts together.
             r: the rank of each part.
             lora_alpha: see Linear.
             lora_dropout: see Linear.
-            enable_lora: for each part, whether it has LoRA.
+            enable_lora: True for each part with LoRA.
             fan_in_fan_out: see Linear.
             merge_weights: see Linear.
             bias: see Linear.
-            sizes: outputs of each part; None for equal parts.
+            sizes: output length of each part; None for equal parts.
 
         Raises:
-            ConfigError: when the parts do not make up the output, or as in Linear.
+            ConfigError: when the sizes do not add up to out_features, or r, lora_alpha or
+                lora_dropout is out of range.
         """
         super().__init__(
             in_features,
@@ -331,17 +345,17 @@ class MergedLinear(_PartwiseLinear):
 
     @property
     def enable_lora(self) -> list[bool]:
-        """For each part, whether it has LoRA."""
+        """True for each part with LoRA."""
         return list(self._parts.enabled)
 
     @property
     def sizes(self) -> list[int]:
-        """Outputs of each part."""
+        """Output length of each part."""
         return list(self._parts.sizes)
 
 
 def _cut(x: mx.array, sizes: Sequence[int], axis: int) -> list[mx.array]:
-    """An array cut into parts of these sizes."""
+    """Cut an array into parts of the given sizes."""
     return list(mx.split(x, list(itertools.accumulate(sizes))[:-1], axis=axis))
 
 

@@ -1,4 +1,4 @@
-"""Loading a base model with mlx-lm's loader into our forward, and putting LoRA layers on it."""
+"""Load a base model with mlx-lm's loader into our Phi-3, and add LoRA layers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from phi3_lora_mlx.lora import LoRAEmbedding, LoRALinear, LoraState
 from phi3_lora_mlx.phi3 import Embedding, Phi3
 
 _AFFINE_GROUP_SIZE, _AFFINE_BITS = 64, 4
-"""mlx-lm's defaults."""
+"""Group size and bits of mlx-affine: mlx-lm's defaults."""
 
 
 class LoadedPhi3:
-    """The model, its shape, and its LoRA layers by module path."""
+    """A model, its config, and its LoRA layers by module path."""
 
     def __init__(self, model: Phi3, config: ModelConfig, dtype: str, device: mx.Device) -> None:
         self.model = model
@@ -34,13 +34,13 @@ class LoadedPhi3:
         self.state = LoraState()
         self.layers: dict[str, LoRALinear | LoRAEmbedding] = {}
         self.base_weights: dict[str, mx.array] = {}
-        """Module path -> the base's weight, for modules whose whole weight trains."""
+        """Original weights of the modules whose whole weight trains, by module path."""
 
     def add_lora(self, spec: LoraSpec) -> None:
-        """Replace the named layers, and let the named weights train.
+        """Replace layers by LoRA layers, and unfreeze the weights of modules_to_save.
 
         Raises:
-            ModelError: when a weight that is to train is quantised.
+            ModelError: when modules_to_save names a quantised module.
         """
         for path in spec.modules:
             parent_path, _, name = path.rpartition(".")
@@ -76,7 +76,7 @@ class LoadedPhi3:
 
     @contextlib.contextmanager
     def base_only(self) -> Iterator[None]:
-        """A context in which the model answers without its adapter."""
+        """Enter a context that turns the adapter off."""
         modules = {path: _descend(self.model, path) for path in self.base_weights}
         trained = {path: module.weight for path, module in modules.items()}
         try:
@@ -112,7 +112,7 @@ def _load(request: LoadRequest, device: mx.Device, *, on_gpu: bool) -> LoadedPhi
     _check_quantization(config, request)
 
     class Arguments:
-        """A stand-in for mlx-lm's ModelArgs that returns the checked config."""
+        """Stand-in for mlx-lm's model arguments; returns the config that was checked already."""
 
         @classmethod
         def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -157,5 +157,5 @@ def _check_quantization(config: ModelConfig, request: LoadRequest) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """Dotted name -> trainable array."""
+    """Return the trainable arrays by dotted name."""
     return dict(tree_flatten(model.trainable_parameters()))

@@ -1,6 +1,6 @@
-"""Sums and softmax that stay exact in float32 on MLX's CPU, whose sum is one running total.
+"""Sums in stages for MLX on a CPU, where MLX's own sum is one running float32 total.
 
-Error of the running total: 2e-5 over a vocabulary of 32k, 6.6 % over 28 million terms.
+The error of a running total is 2e-5 over a vocabulary of 32k, and 6.6 % over 28 million terms.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ _STAGE = 64
 
 
 def on_cpu() -> bool:
-    """Return whether the default device is a CPU, on which sums must be staged."""
+    """Return whether the default device is a CPU, where sums must be staged."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def staged_sum(x: mx.array) -> mx.array:
-    """Sum over the last axis in stages of 64 terms, (...,)."""
+    """Sum over the last axis in stages of 64 terms."""
     while x.shape[-1] > _STAGE:
         rest = -x.shape[-1] % _STAGE
         if rest:
@@ -26,5 +26,5 @@ def staged_sum(x: mx.array) -> mx.array:
 
 
 def square_norm(x: mx.array) -> mx.array:
-    """Sum of the squares of all elements."""
+    """Return the sum of the squares of all elements."""
     return staged_sum(x.reshape(-1) ** 2)

@@ -1,7 +1,7 @@
-"""AdamW and SGD as torch computes them, on the adapter's arrays.
+"""AdamW and SGD on the adapter's arrays, with the formulas of torch.
 
-Bias corrections are made in Python's float64 and passed in: MLX's own AdamW leaves them out by
-default and, where asked, rounds 1 - beta2**t to float32.
+Bias corrections are computed in Python's float64. MLX's own AdamW skips them by default, and
+otherwise rounds 1 - beta2**t to float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Arrays = dict[str, mx.array]
 
 
 class Optimizer:
-    """One update rule; the moments are its only state."""
+    """An optimizer whose only state is its moments."""
 
     def __init__(
         self,
@@ -28,13 +28,13 @@ class Optimizer:
         masks: Mapping[str, mx.array] | None = None,
         fast: Collection[str] = (),
     ) -> None:
-        """Take the rule.
+        """Make an optimizer without moments.
 
         Args:
-            spec: the rule.
+            spec: name and settings of the optimizer.
             is_compiled: whether to compile the update.
-            masks: where arrays train that do not train as a whole, by name.
-            fast: arrays whose rate is lr_ratio times that of the others.
+            masks: True where an array trains, by name, for arrays that train only in part.
+            fast: names of the arrays whose learning rate is multiplied by lr_ratio.
         """
         self._spec = spec
         self._masks = masks or {}
@@ -46,13 +46,13 @@ class Optimizer:
     def step(
         self, parameters: Arrays, gradients: Arrays, *, lr: float, step: int
     ) -> tuple[Arrays, mx.array]:
-        """New parameters, and the gradients' global norm before clipping.
+        """Return new parameters, and the global norm of the gradients before clipping.
 
         Args:
-            parameters: by name.
-            gradients: by name.
-            lr: of this step.
-            step: from 1; bias correction needs nothing else of the past.
+            parameters: the parameters, by name.
+            gradients: the gradients, by name.
+            lr: learning rate of this step.
+            step: number of the step, from 1, for bias correction.
         """
         spec = self._spec
         if spec.name == "adamw" and not self.exp_avg:
@@ -64,7 +64,7 @@ class Optimizer:
             scalars[f"{key}decay"] = 1.0 - rate * spec.weight_decay
             scalars[f"{key}step_size"] = rate / (1.0 - beta1**step)
             scalars[f"{key}lr"] = rate
-        # Arrays, so that a compiled update does not trace again for a new rate.
+        # As arrays: a compiled update would be traced again for each new Python number.
         inputs = {name: mx.array(value, mx.float32) for name, value in scalars.items()}
         new, self.exp_avg, self.exp_avg_sq, norm = self._apply(
             parameters, gradients, self.exp_avg, self.exp_avg_sq, inputs
@@ -99,6 +99,6 @@ class Optimizer:
         return f"fast_{scalar}" if name in self._fast else scalar
 
     def _masked(self, new: Arrays, old: Arrays) -> Arrays:
-        """Weight decay shrinks also what has no gradient: that stays as it was."""
+        """Restore masked elements, which weight decay shrinks although they have no gradient."""
         kept = {name: mx.where(mask, new[name], old[name]) for name, mask in self._masks.items()}
         return {**new, **kept}

@@ -1,6 +1,6 @@
 """Phi-3's forward pass in MLX, for documents laid end to end and for cached decoding.
 
-Shape letters: T tokens, H heads, D head size. Module names are those of the safetensors files.
+Shape letters: T tokens, H heads, D head size. Modules have the names of the safetensors files.
 Source: transformers, modeling_phi3.py.
 """
 
@@ -19,18 +19,18 @@ from phi3_lora_mlx.numerics import on_cpu, staged_sum
 
 
 class Angles(NamedTuple):
-    """cos and sin at each token, each (T, rotary_dim / 2) float32."""
+    """cos and sin of each token's rotary angles, each (T, rotary_dim / 2) float32."""
 
     cos: mx.array
     sin: mx.array
 
 
 Caches = Sequence[KVCache] | None
-"""A layer's key-value caches, one a document."""
+"""A layer's key-value caches, one for each document."""
 
 
 def rotate(x: mx.array, angles: Angles) -> mx.array:
-    """Apply the rotary embedding to x (heads, T, D); dimensions past rotary_dim stay.
+    """Apply the rotary embedding to x (H, T, D); dimensions from rotary_dim on do not change.
 
     Source: RoFormer, arXiv 2104.09864, equation 34, in the half-split order of transformers.
     """
@@ -42,10 +42,10 @@ def rotate(x: mx.array, angles: Angles) -> mx.array:
 
 
 class RMSNorm(nn.RMSNorm):
-    """MLX's norm, with the mean of squares summed in stages on a CPU."""
+    """MLX's RMSNorm; on a CPU, the mean of squares is summed in stages."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (..., hidden), normalised and scaled."""
+        """Normalise and scale x (..., hidden)."""
         if not on_cpu():
             return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
         exact = x.astype(mx.float32)
@@ -54,17 +54,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's layer; on a CPU its weight is made dense, for its own kernel is 60 times slower."""
+    """MLX's layer; on a CPU its weight is made dense, because MLX's kernel is 60 times slower."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (..., in) to (..., out)."""
+        """Map x (..., in) to (..., out)."""
         if not on_cpu():
             return super().__call__(x)
         return x @ dequantized(self).astype(x.dtype).T
 
 
 def dequantized(layer: nn.QuantizedLinear) -> mx.array:
-    """The weight (out, in) of a quantised layer, in the dtype of its scales."""
+    """Return the weight (out, in) of a quantised layer, in the dtype of its scales."""
     return mx.dequantize(
         layer.weight,
         layer.scales,
@@ -76,13 +76,13 @@ def dequantized(layer: nn.QuantizedLinear) -> mx.array:
 
 
 class Linear(nn.Linear):
-    """MLX's layer without a bias, which quantises into ours."""
+    """MLX's layer without a bias; mlx.nn.quantize turns it into our QuantizedLinear."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (..., in) to (..., out); a weight that trains is float32 whatever x is."""
+        """Map x (..., in) to (..., out); the weight is cast, as a trained weight is float32."""
         return x @ self.weight.astype(x.dtype).T
 
     def to_quantized(
@@ -92,17 +92,17 @@ class Linear(nn.Linear):
         mode: str = "affine",
         quantize_input: bool = False,
     ) -> nn.Module:
-        """Return the quantised layer that mlx.nn.quantize puts in place of this one."""
+        """Return the layer by which mlx.nn.quantize replaces this one."""
         return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
 
 class Embedding(nn.Embedding):
-    """MLX's layer, whose output keeps its dtype when the weight trains in float32."""
+    """MLX's layer; its output keeps compute_dtype when the weight trains in float32."""
 
     compute_dtype: mx.Dtype | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Tokens (T,) to (T, hidden)."""
+        """Map tokens (T,) to (T, hidden)."""
         y = super().__call__(x)
         return y if self.compute_dtype is None else y.astype(self.compute_dtype)
 
@@ -120,10 +120,10 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: mx.array, angles: Angles, attention: Attention, caches: Caches
     ) -> mx.array:
-        """X (T, hidden) to (T, hidden)."""
+        """Map x (T, hidden) to (T, hidden)."""
         config, length = self._config, x.shape[0]
         queries, keys = config.num_attention_heads, config.num_key_value_heads
-        # (T, heads and both kinds of key-value heads, D) to (those, T, D).
+        # (T, heads of q, k and v, D) to (heads of q, k and v, T, D).
         qkv = self.qkv_proj(x).reshape(length, queries + 2 * keys, config.head_dim).swapaxes(0, 1)
         q = rotate(qkv[:queries], angles)
         k = rotate(qkv[queries : queries + keys], angles)
@@ -143,7 +143,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """X (T, hidden) to (T, hidden)."""
+        """Map x (T, hidden) to (T, hidden)."""
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(up * nn.silu(gate))
 
@@ -161,7 +161,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, angles: Angles, attention: Attention, caches: Caches
     ) -> mx.array:
-        """X (T, hidden) to (T, hidden)."""
+        """Map x (T, hidden) to (T, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), angles, attention, caches)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -194,7 +194,14 @@ class Phi3(nn.Module):
         attention: Attention,
         caches: Sequence[Sequence[KVCache]] | None = None,
     ) -> mx.array:
-        """Final hidden states of tokens (T,), as (T, hidden); caches of each layer."""
+        """Compute the final hidden states (T, hidden) of tokens (T,).
+
+        Args:
+            tokens: ids, (T,).
+            angles: rotary angles of the tokens.
+            attention: the documents.
+            caches: for each layer, one cache per document; None in training.
+        """
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             if self._checkpointed and caches is None:
@@ -208,13 +215,13 @@ class Phi3(nn.Module):
         self._checkpointed = True
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Logits of hidden states (S, hidden), (S, vocabulary)."""
+        """Map hidden states (S, hidden) to logits (S, vocabulary)."""
         if self._is_tied:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Drop what is no parameter: rotary buffers, and a stored copy of a tied head."""
+        """Drop tensors that are not parameters: rotary buffers and the copy of a tied head."""
         return {
             name: value
             for name, value in weights.items()
@@ -225,7 +232,7 @@ class Phi3(nn.Module):
 def _checkpointed(
     layer: DecoderLayer, x: mx.array, angles: Angles, attention: Attention
 ) -> mx.array:
-    """A layer whose activations are recomputed; its trainable arrays are its inputs."""
+    """Run a layer whose activations are recomputed; its trainable arrays become inputs."""
 
     def run(parameters: dict[str, Any], x: mx.array) -> mx.array:
         layer.update(parameters)

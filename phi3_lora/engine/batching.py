@@ -1,4 +1,4 @@
-"""A step's documents shared among ranks and cut into micro-batches."""
+"""Division of a step's documents among ranks and into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,24 +16,33 @@ Integers = NDArray[np.signedinteger[Any]]
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:
-    """Whole documents in few parts of at most so many tokens, or one longer document.
+    """Divide a batch into few parts of whole documents.
 
-    Which documents share a part depends on their lengths, longest first into the fullest part
-    that has room; within a part they keep their order.
+    The longest document is placed first, each in the fullest part that has room. Within a part,
+    the documents keep their order.
+
+    Args:
+        batch: the documents.
+        max_tokens: most tokens in a part; a longer document is a part alone.
     """
     parts = micro_batch_documents(np.diff(batch.doc_starts), max_tokens)
     return [batch] if len(parts) == 1 else [chosen_documents(batch, part) for part in parts]
 
 
 def micro_batch_documents(lengths: Integers, max_tokens: int) -> list[Integers]:
-    """Which documents form each part, by their lengths alone."""
+    """Return the indices of the documents in each part; only the lengths decide."""
     lengths = lengths.astype(np.int64)
     rows = packed_rows(np.arange(len(lengths)), lengths, max_tokens)
     return np.split(rows.documents, rows.starts[1:-1])
 
 
 def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
-    """Consecutive whole documents in parts of at most so many tokens, or one longer document."""
+    """Divide a batch into parts of consecutive whole documents.
+
+    Args:
+        batch: the documents.
+        max_tokens: most tokens in a part; a longer document is a part alone.
+    """
     starts = batch.doc_starts
     parts, first = [], 0
     for last in range(1, len(starts)):
@@ -46,14 +55,14 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
 
 
 def documents_between(batch: Batch, first: int, last: int) -> Batch:
-    """The documents first .. last - 1 as a batch of their own."""
+    """Return the documents first .. last - 1 as a batch."""
     a, b = int(batch.doc_starts[first]), int(batch.doc_starts[last])
     starts = (batch.doc_starts[first : last + 1] - a).astype(np.int32)
     return Batch(batch.tokens[a:b], batch.targets[a:b], batch.loss_mask[a:b], starts)
 
 
 def chosen_documents(batch: Batch, documents: Integers) -> Batch:
-    """Some documents as a batch of their own."""
+    """Return the documents with the given indices as a batch."""
     lengths = np.diff(batch.doc_starts)[documents]
     starts = np.append(0, np.cumsum(lengths)).astype(np.int32)
     offsets = batch.doc_starts[documents] - starts[:-1]
@@ -62,10 +71,10 @@ def chosen_documents(batch: Batch, documents: Integers) -> Batch:
 
 
 def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
-    """Sums of per-supervised-token values over each document, (D,).
+    """Sum the values of the supervised tokens over each document, (D,).
 
     Args:
-        values: one number for each True of loss_mask, in order.
+        values: one number for each True in loss_mask, in order.
         batch: the documents.
     """
     full = np.zeros(len(batch.tokens), dtype=values.dtype)
@@ -74,5 +83,8 @@ def per_document(values: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def rank_share(documents: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """The documents of a step that one process computes; together all ranks cover each once."""
+    """Return the documents of a step that one process computes.
+
+    Each document of the step belongs to exactly one rank.
+    """
     return documents[rank::world_size]

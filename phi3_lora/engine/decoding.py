@@ -1,8 +1,8 @@
-"""Token-by-token generation, shared by the backends: rows, choice of tokens, LongRoPE's boundary.
+"""Token-by-token generation for both backends: rows, choice of tokens, LongRoPE's boundary.
 
-A pass feeds the new ids of several sequences laid end to end, as documents are in training: a
-whole prompt, what follows a remembered prefix, or the one id that was just chosen. Nothing is
-padded, so a row's numbers do not depend on its neighbours.
+A pass computes the new ids of several sequences, laid end to end like documents in training. The
+new ids of a row are a whole prompt, the part of a prompt after a cached prefix, or the one id that
+was just chosen. Nothing is padded, so a row's numbers do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -22,85 +22,92 @@ from phi3_lora.errors import DataError
 from phi3_lora.models.config import ModelConfig
 
 MAX_ROWS = 16
-"""Sequences decoded together: each has an attention of its own, so more gain little."""
+"""Most sequences decoded together. Attention runs once per sequence, so more would gain little."""
 MIN_COMMON_TOKENS = 32
-"""A prefix common to all prompts is encoded once from this length: it costs a pass of its own."""
+"""Shortest common prefix of all prompts that is encoded once: this costs one more pass."""
 
 
 class KeyValues(Protocol):
-    """Cached keys and values of one sequence on the device; empty when made."""
+    """Cached keys and values of one sequence on the device; a new cache is empty."""
 
     def prefix(self, length: int) -> Self:
-        """Return a copy of the first `length` ids' keys and values, independent of this one."""
+        """Return a cache of the first `length` ids.
+
+        Appending to one of the two caches does not change the other.
+        """
 
 
 Cache = TypeVar("Cache", bound=KeyValues)
 
 
 class DecodingPass(NamedTuple, Generic[Cache]):
-    """New ids of R sequences laid end to end; T ids in all."""
+    """New ids of R sequences, laid end to end: T ids in total."""
 
     tokens: Int32
-    """(T,)."""
+    """(T,) the new ids."""
     positions: Int32
-    """(T,) of each id in its own sequence."""
+    """(T,) position of each id in its sequence."""
     is_long: Bool
-    """(T,) whether its sequence uses LongRoPE's long factors."""
+    """(T,) True where the sequence uses LongRoPE's long factors."""
     starts: Int32
     """(R + 1,) row r is tokens[starts[r]:starts[r + 1]], at least one id."""
     caches: Sequence[Cache]
-    """R, each holding what lies before the row's first new id."""
+    """R caches; each holds the ids before the row's first new id."""
 
 
 class Decoder(Protocol[Cache]):
-    """A model that remembers keys and values."""
+    """A model that caches keys and values."""
 
     def new_cache(self) -> Cache:
-        """An empty cache."""
+        """Return an empty cache."""
 
     def forward(self, rows: DecodingPass[Cache]) -> Float32:
-        """Append the new ids to their caches; logits after each row's last id, (R, vocabulary)."""
+        """Append the new ids to the caches and return logits.
+
+        Returns:
+            Logits after the last id of each row, (R, vocabulary).
+        """
 
 
 @dataclass(slots=True)
 class Row(Generic[Cache]):
-    """A sequence that grows."""
+    """A prompt and its answer so far."""
 
     ids: list[int]
-    """The prompt and the answer so far."""
+    """Ids of the prompt and of the answer so far."""
     is_long: bool
-    """True if the cached keys were computed with LongRoPE's long factors."""
+    """True if the cached keys use LongRoPE's long factors."""
     cache: Cache
     num_cached: int = 0
-    """Ids whose keys and values are cached."""
+    """Number of ids whose keys and values are cached."""
     prompt: int = 0
-    """Which prompt it answers."""
+    """Index of the prompt."""
     num_new: int = 0
     """Tokens of the answer so far."""
 
 
 class PrefixCache(Generic[Cache]):
-    """Remembers one sequence, for a prompt that starts with the same ids.
+    """The cache of one earlier sequence, for prompts that start with the same ids.
 
-    Whoever changes the model replaces this object. A generation that is under way then leaves
-    its keys, which are of two models, where nobody looks for them.
+    An engine whose model changes replaces this object. A generation that is still running then
+    keeps its keys, which come from two different models, in the old object, which nothing reads.
     """
 
     def __init__(self) -> None:
         self._row: Row[Cache] | None = None
 
     def keep(self, row: Row[Cache]) -> None:
-        """Remember this sequence instead of the last one."""
+        """Keep this sequence and drop the earlier one."""
         self._row = row
 
     def forget(self) -> None:
-        """Free its memory."""
+        """Drop the sequence and free its memory."""
         self._row = None
 
     def start(
         self, decoder: Decoder[Cache], ids: list[int], *, is_long: bool, prompt: int = 0
     ) -> Row[Cache]:
-        """A row whose cache holds as many of the first ids as are known, but never the last."""
+        """Make a row; its cache holds the longest known prefix of the ids, without the last id."""
         kept = self._row
         if kept is None or kept.is_long != is_long:
             return Row(ids, is_long, decoder.new_cache(), prompt=prompt)
@@ -118,21 +125,22 @@ def decode(
     prefixes: PrefixCache[Cache],
     max_tokens: int,
 ) -> Iterator[tuple[int, int]]:
-    """New ids after each prompt, as if it were the only one.
+    """Generate an answer to each prompt; each answer is the same as for the prompt alone.
 
-    The cached keys hold the angles of one set of LongRoPE factors. When a sequence grows over
-    the boundary, it alone is encoded again with the other set, as if it had been the prompt.
+    The cached keys hold the angles of one set of LongRoPE factors. When a sequence grows over the
+    boundary, the whole sequence is encoded again with the other set. Other sequences are not.
 
     Args:
         decoder: the model.
-        config: its shape.
-        prompts: ids, of any lengths.
-        sampling: how tokens are chosen; each prompt has the whole stream of draws to itself.
-        prefixes: what is remembered from one call to the next.
-        max_tokens: sequences decoded together hold at most this, or are one longer sequence.
+        config: the model's shape.
+        prompts: ids of each prompt, of any length.
+        sampling: settings that choose the tokens; each prompt uses the whole stream of draws.
+        prefixes: the cache that lives from one call to the next.
+        max_tokens: most tokens of all sequences decoded together, with their answers; a longer
+            sequence is decoded alone.
 
     Yields:
-        Index of the prompt and its next id; the stop token, if met, comes last.
+        Index of the prompt and the next id; a stop token is the last one.
 
     Raises:
         DataError: when a prompt is empty or longer than the model's context.
@@ -149,7 +157,7 @@ def decode(
         for index, ids in admitted:
             rows.append(prefixes.start(decoder, ids, is_long=_is_long(config, ids), prompt=index))
         if admitted:
-            # Its keys live on in the rows that start with them.
+            # The rows that start with these keys hold them now.
             prefixes.forget()
         growing = []
         for row, row_logits in zip(rows, _feed(decoder, rows), strict=True):
@@ -177,7 +185,7 @@ def _check_lengths(prompts: Sequence[Sequence[int]], limit: int) -> None:
 
 
 def _num_common(*sequences: Sequence[int]) -> int:
-    """Ids with which all of them start."""
+    """Return the length of the common prefix."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -192,7 +200,7 @@ def _encode_common_prefix(
     prompts: list[list[int]],
     prefixes: PrefixCache[Cache],
 ) -> None:
-    """Remember what several prompts all start with."""
+    """Encode the common prefix of several prompts and keep its cache."""
     common = prompts[0][: _num_common(*prompts)] if prompts else []
     sides = {_is_long(config, ids) for ids in prompts}
     if len(prompts) < 2 or len(sides) > 1 or len(common) < MIN_COMMON_TOKENS:
@@ -208,7 +216,7 @@ def _room(
     sampling: Sampling,
     max_tokens: int,
 ) -> int:
-    """Return the number of waiting prompts that fit beside the rows, with their answers."""
+    """Return the number of waiting prompts that join the rows; each answer counts in full."""
     held = sum(len(row.ids) - row.num_new + sampling.max_new_tokens for row in rows)
     room = MAX_ROWS - len(rows)
     for count, (_, ids) in enumerate(waiting):
@@ -219,7 +227,11 @@ def _room(
 
 
 def _feed(decoder: Decoder[Cache], rows: Sequence[Row[Cache]]) -> Float32:
-    """Encode what is not cached yet; logits after each row's last id, (R, vocabulary)."""
+    """Encode the ids that are not cached yet.
+
+    Returns:
+        Logits after the last id of each row, (R, vocabulary).
+    """
     spans = [range(row.num_cached, len(row.ids)) for row in rows]
     lengths = [len(span) for span in spans]
     logits = decoder.forward(
@@ -237,7 +249,13 @@ def _feed(decoder: Decoder[Cache], rows: Sequence[Row[Cache]]) -> Float32:
 
 
 def choose_token(logits: Float32, sampling: Sampling, index: int) -> int:
-    """The index-th new token: the largest logit, or a draw that is equal on every backend."""
+    """Choose a new token: the largest logit, or a draw that is equal on every backend.
+
+    Args:
+        logits: (vocabulary,).
+        sampling: temperature and seed.
+        index: number of the new token in its answer, from 0.
+    """
     if sampling.temperature <= 0:
         return int(np.argmax(logits))
     scaled = logits.astype(np.float64) / sampling.temperature

@@ -1,7 +1,7 @@
-"""Dropout masks from a counter hash: bit-equal on every backend, whatever the layout.
+"""Dropout masks from a counter hash: bit-equal on every backend and for every layout.
 
-A mask depends on (seed, step, document, position, module, feature). A document is known by its
-content, so that batching, packing and ranks change nothing.
+A mask depends on (seed, step, document, position, module, feature). A document is identified by
+its content, so batching, packing and ranks do not change the mask.
 
 Source: lowbias32, Chris Wellons, "Prospecting for Hash Functions" (2018).
 """
@@ -24,7 +24,7 @@ _GOLDEN = np.uint32(0x9E3779B9)
 
 
 def lowbias32(x: UInt32) -> UInt32:
-    """Mix 32 bits."""
+    """Return a hash of each 32-bit value."""
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(MULTIPLIERS[0])
     x = x ^ (x >> np.uint32(15))
@@ -33,7 +33,7 @@ def lowbias32(x: UInt32) -> UInt32:
 
 
 def row_keys(batch: Batch, *, seed: int, step: int) -> UInt32:
-    """A key for each token of a batch, (T,)."""
+    """Return a key for each token of a batch, (T,)."""
     starts = batch.doc_starts
     documents = [
         crc32(batch.tokens[a:b].astype("<i4").tobytes()) for a, b in itertools.pairwise(starts)
@@ -45,22 +45,22 @@ def row_keys(batch: Batch, *, seed: int, step: int) -> UInt32:
 
 
 def module_key(module: str) -> int:
-    """The key of a module path."""
+    """Return the key of a module path."""
     return crc32(module.encode())
 
 
 def feature_keys(num_features: int) -> UInt32:
-    """A key for each input feature, (num_features,)."""
+    """Return a key for each input feature, (num_features,)."""
     return lowbias32(np.arange(num_features, dtype=np.uint32) * _GOLDEN)
 
 
 def threshold(probability: float) -> int:
-    """A feature is dropped when the top 24 bits of its hash are below this."""
+    """Return the bound of a hash's top 24 bits; a feature below it is dropped."""
     return int(probability * 2**24)
 
 
 def keep_mask(rows: UInt32, module: str, num_features: int, probability: float) -> Bool:
-    """The reference: which features of each token are kept, (T, num_features)."""
+    """Return True for each feature that is kept, (T, num_features); the backends must agree."""
     rows = lowbias32(rows ^ np.uint32(module_key(module)))
     bits = lowbias32(rows[:, None] ^ feature_keys(num_features)[None, :])
     return np.asarray((bits >> np.uint32(8)) >= threshold(probability))

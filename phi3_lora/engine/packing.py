@@ -1,7 +1,4 @@
-"""Whole documents in rows: each in its own, or several that share one.
-
-No document is ever split.
-"""
+"""Packing of whole documents into rows. No document is ever split."""
 
 from __future__ import annotations
 
@@ -14,37 +11,43 @@ from numpy.typing import NDArray
 
 
 class Rows(NamedTuple):
-    """Documents in rows."""
+    """D documents in R rows."""
 
     documents: NDArray[np.int64]
-    """(D,) row after row."""
+    """(D,) indices of the documents, row after row."""
     starts: NDArray[np.int64]
     """(R + 1,) row r is documents[starts[r]:starts[r + 1]]."""
 
     @property
     def num_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.starts) - 1
 
 
 def packed_rows(order: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int) -> Rows:
-    """Whole documents into rows by best fit, longest first; ties in the order given.
+    """Pack whole documents into rows by best fit, the longest document first.
 
-    The rows are then put in the order of their first document in that order, so that steps do not
-    run from long to short.
+    Documents of equal length are packed in the given order. The rows are then sorted by the place
+    of their first document in that order. Otherwise the first steps would have the longest rows.
+
+    Args:
+        order: (D,) indices of the documents, in the order of training.
+        lengths: (D,) tokens of each document, by index.
+        max_length: most tokens in a row; a longer document is a row alone.
 
     Source: best-fit decreasing, Johnson (1973), Near-optimal bin packing algorithms.
     """
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     row_of = np.empty_like(order)
-    # Free tokens -> the rows that have as many, the first one on top; and those numbers, sorted.
+    # Number of free tokens -> heap of the rows with that room, the first row on top.
     open_rows: dict[int, list[int]] = {}
+    # The keys of open_rows, sorted.
     rooms: list[int] = []
     num_rows = 0
     for document in np.lexsort((place, -lengths)).tolist():
         length = int(lengths[document])
-        # The smallest room that is large enough is the tightest.
+        # Best fit: the smallest room that is large enough.
         at = bisect.bisect_left(rooms, length)
         if at < len(rooms):
             room = rooms[at]

@@ -1,6 +1,6 @@
-"""The border between the core and a backend: plain numpy in, plain numpy out.
+"""The border between the core and a backend: numpy arrays in, numpy arrays out.
 
-A backend never sees a config file, a scheduler, a checkpoint or a log; the core never sees a
+A backend never sees a config file, a scheduler, a checkpoint or a log. The core never sees a
 device tensor. Shape letters: D documents, T tokens, R rank.
 """
 
@@ -20,10 +20,10 @@ from phi3_lora.engine.request import LoadRequest, Sampling
 
 
 class Batch(NamedTuple):
-    """Whole documents laid end to end: no padding, no attention mask."""
+    """Whole documents laid end to end, without padding or an attention mask."""
 
     tokens: Int32
-    """(T,) all ids of each document."""
+    """(T,) ids of all documents."""
     targets: Int32
     """(T,) the next token of the same document; 0 at its last position."""
     loss_mask: Bool
@@ -33,31 +33,31 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The report of one optimizer step; float() waits for the device."""
+    """Loss and gradient norm of one optimizer step; float() waits for the device."""
 
     loss: SupportsFloat
-    """Nats per supervised token, of this rank's share divided by the step's global count."""
+    """Nats of this rank's documents, divided by the supervised tokens of all ranks."""
     grad_norm: SupportsFloat
     """L2 norm over all adapter gradients, before clipping."""
 
 
 class Scores(NamedTuple):
-    """Scores of D documents; each array is (D,)."""
+    """Scores of D documents, one number per document, each (D,)."""
 
     nats: NDArray[np.float64]
     """Sum of the negative log-probabilities of the supervised tokens."""
     correct: NDArray[np.int64]
-    """Supervised tokens whose target has the largest logit."""
+    """Number of supervised tokens whose target has the largest logit."""
     supervised: NDArray[np.int64]
-    """Supervised tokens."""
+    """Number of supervised tokens."""
 
 
 class Engine(Protocol):
-    """A base model with LoRA and its optimizer on one device. Every method is collective."""
+    """A base model with LoRA and its optimizer on one device; all ranks call each method."""
 
     @property
     def rank(self) -> int:
-        """This process among world_size."""
+        """Index of this process, from 0 to world_size - 1."""
 
     @property
     def world_size(self) -> int:
@@ -65,66 +65,76 @@ class Engine(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Parts of the request that have no effect here, for the user."""
+        """Messages for the user, one for each option of the request that has no effect here."""
 
     @property
     def lora_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Module path -> (out, in) of every LoRA layer; of the embedding (hidden, vocabulary)."""
+        """Module path -> (out, in) of each LoRA layer; the embedding has (hidden, vocabulary)."""
 
     @property
     def device_name(self) -> str:
-        """The name of the device, for the user."""
+        """Name of the device, for people to read."""
 
     @property
     def dtype(self) -> str:
         """The base model's compute dtype, for example float32."""
 
     def train_step(self, batch: Batch, *, loss_tokens: int, lr: float, step: int) -> StepResult:
-        """Take one optimizer step (the step-th, from 1) on this rank's share of its documents."""
+        """Take one optimizer step.
+
+        Args:
+            batch: this rank's documents of the step.
+            loss_tokens: supervised tokens of the step on all ranks.
+            lr: the learning rate.
+            step: number of the step, from 1.
+        """
 
     def computed_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """Tokens that a step of documents of these lengths computes on, padding included."""
+        """Return the tokens that a step on documents of these lengths computes, with padding."""
 
     def gradients(self, batch: Batch, *, loss_tokens: int, step: int = 0) -> Tensors:
-        """Gradients of sum(nats) / loss_tokens under PEFT names; nothing is updated."""
+        """Return the gradients of sum(nats) / loss_tokens under PEFT names; update nothing."""
 
     def score(self, batch: Batch) -> Scores:
         """Score each document's supervised tokens, without dropout."""
 
     def logprobs(self, batch: Batch) -> Float32:
-        """Log-probability of each target, (T,); 0 at each document's last position."""
+        """Return the log-probability of each target, (T,); 0 at a document's last position."""
 
     def logits(self, batch: Batch, rows: Int32) -> Float32:
-        """Logits at the chosen positions, (len(rows), vocabulary)."""
+        """Return the logits at the chosen positions, (len(rows), vocabulary)."""
 
     def base_only(self) -> AbstractContextManager[None]:
-        """A context in which the model answers without its adapter."""
+        """Return a context that turns the adapter off."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
-        """Index of a prompt and its next token id, as they come; a stop token comes last.
+        """Generate an answer to each prompt.
 
-        Prompts are decoded together, and each gets the answer that it would get alone.
+        Prompts are decoded together. Each gets the answer that it would get alone.
+
+        Yields:
+            Index of a prompt and its next token id; a stop token is the last one.
         """
 
     def read_adapter(self) -> Tensors:
-        """The adapter as float32 under PEFT names: lora_A (R, in), lora_B (out, R).
+        """Return the adapter in float32 under PEFT names: lora_A (R, in), lora_B (out, R).
 
-        With DoRA also lora_magnitude_vector (out,), and whole weights where those train.
+        DoRA adds lora_magnitude_vector (out,). Modules whose whole weight trains add that weight.
         """
 
     def write_adapter(self, weights: Tensors) -> None:
         """Replace the adapter; names and shapes must be exactly those of read_adapter."""
 
     def read_optimizer(self) -> Tensors:
-        """Moments under the adapter's names with the suffix .exp_avg or .exp_avg_sq."""
+        """Return the moments under the adapter's names, suffixed .exp_avg or .exp_avg_sq."""
 
     def write_optimizer(self, state: Tensors) -> None:
         """Replace the moments; an empty dict resets them."""
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory the device (on a CPU: the process) has held."""
+        """Return the peak memory of the device; on a CPU, of the process."""
 
     def close(self) -> None:
         """Free the model."""
@@ -135,16 +145,16 @@ class BackendDescription:
     """The software and the devices that a backend runs on."""
 
     versions: dict[str, str]
-    """Package -> version."""
+    """Package name -> version."""
     devices: tuple[str, ...]
-    """Names, the preferred device first."""
+    """Names of the devices, the preferred one first."""
     num_threads: int
     """Threads that a computation on the CPU uses."""
     blas: str | None = None
-    """Library that multiplies matrices on the CPU, if the backend can have several."""
+    """Library that multiplies matrices on the CPU; None if the backend has only one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `blas` only where it is known."""
+        """Return values for JSON; `blas` only if it is set."""
         return {
             "versions": dict(self.versions),
             "devices": list(self.devices),
@@ -154,36 +164,44 @@ class BackendDescription:
 
 
 class Backend(Protocol):
-    """A way to open engines; found through the entry-point group phi3_lora.backends."""
+    """A framework that can open engines, found in the entry-point group phi3_lora.backends."""
 
     name: str
     quantizations: frozenset[str]
-    """Quantisations of its own that it makes while loading."""
+    """Quantisations that this backend alone makes while loading."""
 
     def check(self, device: str = "auto") -> None:
-        """Make sure that the backend can run here.
+        """Check that the backend can run on a device.
 
         Raises:
-            BackendUnavailableError: with the reason and what to install or choose.
+            BackendUnavailableError: if it cannot; the message gives the reason and a remedy.
         """
 
     def open(self, request: LoadRequest) -> Engine:
-        """Load the base model and put the LoRA layers on it."""
+        """Load the base model and add the LoRA layers."""
 
     stock_tool: str
-    """The tool whose own reader stock_logits asks."""
+    """Name of the library that stock_logits uses: PEFT or mlx-lm."""
     stock_layout: str
-    """The layout of adapters that it reads: peft or mlx."""
+    """Layout of the adapters that this library reads: peft or mlx."""
 
     def stock_logits(self, model_dir: Path, adapter_dir: Path, tokens: Int32) -> Float32:
-        """Logits (T, vocabulary) of one document, by another tool than ours, in float32 on a CPU.
+        """Compute logits with another library's own reader and model, in float32 on a CPU.
+
+        Args:
+            model_dir: the base model.
+            adapter_dir: the adapter, in the layout `stock_layout`.
+            tokens: (T,) ids of one document.
+
+        Returns:
+            Logits, (T, vocabulary).
 
         Raises:
-            AdapterError: when that tool does not load the adapter.
+            AdapterError: when the library does not load the adapter.
         """
 
     def describe(self) -> BackendDescription:
         """Describe the software and the devices of this machine."""
 
     def diagnose(self) -> list[str]:
-        """List the causes that slow this backend down here, each with a line that mends it."""
+        """Return problems of this machine that make the backend slow, each with a remedy."""

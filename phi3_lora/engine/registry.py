@@ -1,4 +1,4 @@
-"""Backends by name, found through entry points and imported only when used."""
+"""Registry of the backends: found through entry points, imported only when used."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def backend_names() -> list[str]:
-    """Names of the installed backends' entry points, whether or not they can run here."""
+    """Return the names of the installed backends, also of those that cannot run here."""
     return sorted(_entries())
 
 
 def load_backend(name: str) -> Backend:
-    """Import a backend.
+    """Import a backend by name.
 
     Raises:
         ConfigError: when no backend has this name.
@@ -49,13 +49,13 @@ def load_backend(name: str) -> Backend:
 
 
 def _auto_order() -> list[str]:
-    """MLX first on Apple silicon, PyTorch first elsewhere; the other one if that is missing."""
+    """Return the order in which `auto` tries backends: MLX first on Apple silicon only."""
     on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     return ["mlx", "cuda"] if on_apple_silicon else ["cuda", "mlx"]
 
 
 def available_backends(device: str) -> tuple[dict[str, Backend], list[str]]:
-    """Every backend that can run on a device, by name, and why the others cannot."""
+    """Return the backends that can run on a device, by name, and the reasons why others cannot."""
     found: dict[str, Backend] = {}
     reasons: list[str] = []
     for name, backend in _candidates(device):
@@ -67,7 +67,10 @@ def available_backends(device: str) -> tuple[dict[str, Backend], list[str]]:
 
 
 def _candidates(device: str) -> Iterator[tuple[str, Backend | str]]:
-    """Each backend in the order of auto, or why it cannot run; loaded when it is asked for."""
+    """Yield each backend's name, and the backend or the reason why it cannot run.
+
+    A backend is imported only when the caller takes its item.
+    """
     for name in _auto_order():
         try:
             backend = load_backend(name)
@@ -79,21 +82,22 @@ def _candidates(device: str) -> Iterator[tuple[str, Backend | str]]:
 
 
 def choose_backend(name: str, device: str) -> tuple[Backend, str, str]:
-    """The backend that a name means here, checked, with the device to ask it for.
+    """Choose a backend and check that it can run.
 
     Args:
         name: mlx, cuda or auto.
         device: auto, cpu or gpu.
 
     Returns:
-        The backend, the device, and one line that says what `auto` chose ("" for a plain name).
+        The backend, the device for LoadRequest, and a note that names the choice of `auto`
+        (empty for any other name).
 
     Raises:
         BackendUnavailableError: when the named backend, or for auto every backend, cannot run.
     """
     if name != "auto":
         backend = load_backend(name)
-        # The name cuda asks for a GPU; PyTorch on a CPU must be asked for, or come from auto.
+        # The name cuda means a GPU. PyTorch runs on a CPU only with --device cpu or by auto.
         wanted = "gpu" if (name, device) == ("cuda", "auto") else device
         backend.check(wanted)
         return backend, wanted, ""

@@ -1,7 +1,7 @@
-"""Rotary angles, bit for bit those of transformers, for both backends.
+"""Rotary angles for both backends, bit-equal to transformers.
 
-transformers rounds the inverse frequencies and the angles to float32, and that rounding is part
-of the model: a float64 table is more exact than the model and gives other logits.
+transformers rounds the inverse frequencies and the angles to float32. This rounding is part of the
+model: a float64 table is more exact and gives other logits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from phi3_lora.models.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, *, long: bool) -> Float32:
-    """Inverse frequencies of the rotated dimensions, (rotary_dim / 2,).
+    """Return the inverse frequencies of the rotated dimensions, (rotary_dim / 2,).
 
     Source: transformers, modeling_rope_utils.py, _compute_longrope_parameters, and
     modeling_phi3.py, compute_default_rope_parameters.
@@ -29,16 +29,16 @@ def inverse_frequencies(config: ModelConfig, *, long: bool) -> Float32:
 
 
 def positions(doc_starts: Int32) -> Int32:
-    """Position of each token in its own document, (T,)."""
+    """Return the position of each token in its document, (T,)."""
     lengths = np.diff(doc_starts)
     total = int(doc_starts[-1])
     return (np.arange(total) - np.repeat(doc_starts[:-1], lengths)).astype(np.int32)
 
 
 def rotary_tables(config: ModelConfig, doc_starts: Int32) -> tuple[Float32, Float32]:
-    """Cos and sin of the angles of whole documents laid end to end, each (T, rotary_dim / 2).
+    """Return cos and sin for whole documents laid end to end, each (T, rotary_dim / 2).
 
-    Each document chooses LongRoPE's short or long factors by its own length.
+    The length of each document decides between LongRoPE's short and long factors.
     """
     lengths = np.diff(doc_starts)
     where = positions(doc_starts)
@@ -49,12 +49,12 @@ def rotary_tables(config: ModelConfig, doc_starts: Int32) -> tuple[Float32, Floa
 def tables_at(
     config: ModelConfig, where: Int32, is_long: np.ndarray | bool
 ) -> tuple[Float32, Float32]:
-    """Cos and sin at the given positions, each (T, rotary_dim / 2).
+    """Return cos and sin at the given positions, each (T, rotary_dim / 2).
 
     Args:
         config: the model's shape.
         where: position of each token in its document, (T,).
-        is_long: whether its document uses LongRoPE's long factors, (T,) or one for all.
+        is_long: True where the document uses LongRoPE's long factors, (T,) or one for all.
     """
     inverse = np.where(
         np.broadcast_to(np.asarray(is_long), where.shape)[:, None],

@@ -1,4 +1,4 @@
-"""Scores of documents, made alike on every backend from its scores of rows."""
+"""Scores of documents, computed from a backend's scores of single positions."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ class RowScores(NamedTuple):
 
 
 ScoreRows = Callable[[Batch, NDArray[np.int64]], RowScores]
-"""Scores chosen positions of a batch, which fits the device, without dropout."""
+"""A backend's function that scores chosen positions of a batch, without dropout.
+
+The batch fits the device's memory.
+"""
 
 
 def score_documents(score_rows: ScoreRows, batch: Batch, *, max_tokens: int) -> Scores:
     """Score each document's supervised tokens.
 
     Args:
-        score_rows: of the backend.
-        batch: documents.
-        max_tokens: tokens that the backend takes at once, or one longer document.
+        score_rows: the backend's scores of positions.
+        batch: the documents.
+        max_tokens: most tokens in one call of the backend; a longer document has its own call.
     """
     logprobs, correct = [np.zeros(0)], [np.zeros(0, np.int64)]
     for part in split_batch(batch, max_tokens):
@@ -52,12 +55,12 @@ def score_documents(score_rows: ScoreRows, batch: Batch, *, max_tokens: int) -> 
 
 
 def target_logprobs(score_rows: ScoreRows, batch: Batch, *, max_tokens: int) -> Float32:
-    """Log-probability of each target, (T,); 0 at each document's last position.
+    """Return the log-probability of each target, (T,); 0 at each document's last position.
 
     Args:
-        score_rows: of the backend.
-        batch: documents.
-        max_tokens: tokens that the backend takes at once, or one longer document.
+        score_rows: the backend's scores of positions.
+        batch: the documents.
+        max_tokens: most tokens in one call of the backend; a longer document has its own call.
     """
     parts = split_batch(batch, max_tokens)
     found = [score_rows(part, np.arange(len(part.tokens))).logprobs for part in parts]
@@ -70,11 +73,11 @@ def target_logprobs(score_rows: ScoreRows, batch: Batch, *, max_tokens: int) -> 
 def forgetting_prefixes(
     changed: AbstractContextManager[None], forget: Callable[[], None]
 ) -> Iterator[None]:
-    """Enter a context that changes the model, with no cached keys kept across its borders.
+    """Enter a context that changes the model; drop cached keys before and after.
 
     Args:
         changed: the context.
-        forget: drops what the engine remembers of earlier sequences.
+        forget: a function that drops the engine's cached keys of earlier sequences.
     """
     forget()
     try:

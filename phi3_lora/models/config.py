@@ -17,7 +17,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Quantization = Literal["none", "4bit", "8bit", "nf4", "mlx-affine"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-"""Quantisations of a base: none, the shared grids, bitsandbytes' and MLX's own."""
+"""Quantisations of a base model: none, the shared grids, and those of bitsandbytes and MLX."""
 
 
 def qkv_rows(heads: int, key_value_heads: int, head_dim: int) -> tuple[int, int, int]:
@@ -36,7 +36,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None
     attention_factor: float | None = None
     factor: float | None = None
-    """LongRoPE's ratio of contexts, where config.json has one."""
+    """LongRoPE's ratio of the long context to the original one; None if config.json has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,19 +71,19 @@ class ModelConfig:
         """Return the ids that end an answer, the template's end of turn first.
 
         Args:
-            end_of_turn_id: of the chat template; None where it has none.
+            end_of_turn_id: the id that ends a turn in the chat template; None if it has none.
         """
         own = () if end_of_turn_id is None else (end_of_turn_id,)
         return (*own, *sorted(self.stop_ids.difference(own)))
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that are rotated."""
+        """Number of rotated dimensions in each head."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     @property
     def attention_factor(self) -> float:
-        """The factor of cos and sin in LongRoPE; 1 without LongRoPE.
+        """The factor that multiplies cos and sin in LongRoPE; 1 without LongRoPE.
 
         Source: transformers, modeling_rope_utils.py, _compute_longrope_parameters.
         """
@@ -105,7 +105,7 @@ class ModelConfig:
         return np.asarray(length) > self.original_max_position_embeddings
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out, in) of every linear layer that LoRA can adapt."""
+        """Return module path -> (out, in) of each linear layer that LoRA can adapt."""
         qkv = self.qkv_rows
         shape = {
             "self_attn.qkv_proj": (sum(qkv), self.hidden_size),
@@ -122,8 +122,8 @@ class ModelConfig:
     def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shapes of all adaptable layers, with embedding and head unless they are tied.
 
-        The embedding is (hidden, vocabulary). Where it is tied to the head, tools differ in whether
-        an adapter of one holds for the other.
+        The embedding is (hidden, vocabulary). If it is tied to the head, some tools apply an
+        adapter of the one also to the other, and some do not.
         """
         if self.tie_word_embeddings:
             return self.linear_shapes()
@@ -131,12 +131,15 @@ class ModelConfig:
         return {**embedding, **self.linear_shapes(), "lm_head": (self.vocab_size, self.hidden_size)}
 
     def grid_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return the linear layers that a shared grid can hold: a group needs 32 inputs."""
+        """Return module path -> (out, in) of the layers that a shared grid can store.
+
+        Their number of inputs is a multiple of 32.
+        """
         shapes = self.linear_shapes()
         return {module: s for module, s in shapes.items() if s[1] % GROUP_SIZE == 0}
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter, as in an unquantised model folder."""
+        """Return name -> shape of each parameter in an unquantised model folder."""
         hidden = (self.hidden_size,)
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),

@@ -13,8 +13,8 @@ def contradictions(config: ModelConfig, raw: Mapping[str, Any]) -> list[str]:
     """Return the problems of a model's shape, one phrase each.
 
     Args:
-        config: as read.
-        raw: config.json, for what config does not keep.
+        config: the parsed values.
+        raw: config.json, for values that `config` does not keep.
     """
     problems = [
         f"{name} must be >= 1, got {getattr(config, name)}"

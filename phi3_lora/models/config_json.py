@@ -1,4 +1,4 @@
-"""config.json of a model folder, read and checked; no weights are touched."""
+"""Read and check config.json of a model folder, without its weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     """Read and check the shape of the model in a folder.
 
     Raises:
-        ModelError: when config.json is missing, is not of a Phi-3 model, or contradicts itself;
-            all contradictions are listed at once.
+        ModelError: when config.json is missing, belongs to another architecture, or has values that
+            contradict each other; the message lists all of them.
     """
     raw = read_json(model_dir / "config.json")
     try:
@@ -58,7 +58,7 @@ def _refuse_other_models(raw: Mapping[str, Any], model_dir: Path) -> None:
 
 
 def _whole(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """Read an integer of config.json; text, fractions and true are not integers."""
+    """Read an integer from config.json; a text, a fraction or true is an error."""
     value = raw.get(name)
     if value is None and default is not None:
         return default
@@ -77,7 +77,7 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
     original = raw.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings"
     )
-    # transformers' Phi3Config has 4096 where config.json has no LongRoPE boundary.
+    # Without a LongRoPE boundary in config.json, transformers' Phi3Config uses 4096.
     is_long = bool(rope.get("long_factor"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     window = None if raw.get("sliding_window") is None else _whole(raw, "sliding_window")
@@ -92,12 +92,12 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
         max_position_embeddings=max_positions,
         original_max_position_embeddings=int(original or (4096 if is_long else max_positions)),
-        # Beyond any document's length; kernels take 32 bits.
+        # 2**30 is longer than any document; kernels take 32-bit numbers.
         sliding_window=None if window is None else min(window, 2**30),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope=_parse_rope(raw, rope, model_dir),
         stop_ids=_stop_ids(raw, model_dir),
-        # Checked with the other values, so that all problems are reported together.
+        # contradictions() checks the dtype, to report all problems together.
         dtype=cast(Dtype, dtype),
         quantization=raw.get("quantization") or raw.get("quantization_config") or None,
         grid_bits=_grid_bits(raw),
@@ -107,11 +107,11 @@ def _parse(raw: Mapping[str, Any], model_dir: Path) -> ModelConfig:
 def in_both_styles(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Return config.json with rotary settings for mlx-lm, transformers 4 and transformers 5.
 
-    auto_map is left out: the folders that we write hold no code.
+    auto_map is left out, because the folders that we write contain no code.
 
     Args:
         raw: config.json of the model.
-        config: as read from it.
+        config: the parsed config.json.
     """
     rope = config.rope
     base = {
@@ -136,7 +136,7 @@ def grid_config(bits: int, dense: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         bits: 4 or 8.
-        dense: paths of linear layers of the decoder that are not on the grid.
+        dense: paths of the decoder's linear layers that are not on the grid.
     """
     weights = {
         "num_bits": bits,

@@ -1,7 +1,7 @@
-"""The Phi-3 family: one record a published model, and what other tools do differently with it.
+"""The Phi-3 family: one record for each published model, and differences in other tools.
 
-A folder works without a record, from its config.json alone. The records serve documentation and
-tests, and name a model by its shape.
+A model folder needs no record: its config.json is enough. The records serve documentation and
+tests, and give a model's name for its shape.
 
 Source: each model's config.json, generation_config.json and tokenizer_config.json on the hub.
 """
@@ -29,11 +29,11 @@ class FamilyMember:
     num_attention_heads: int
     num_key_value_heads: int
     context: int
-    """max_position_embeddings, tokens."""
+    """max_position_embeddings, in tokens."""
     original_context: int
-    """Where LongRoPE changes its factors; equal to context without LongRoPE."""
+    """Length in tokens above which LongRoPE uses its long factors; context without LongRoPE."""
     sliding_window: int | None = None
-    """Tokens; None where it is as long as the context or absent."""
+    """Window in tokens; None if it is absent or as long as the context."""
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
     tie_word_embeddings: bool = False
@@ -44,7 +44,7 @@ class FamilyMember:
 
     @property
     def rope(self) -> str:
-        """Longrope or default."""
+        """Type of the rotary embedding: longrope or default."""
         return "longrope" if self.original_context < self.context else "default"
 
     @property
@@ -54,7 +54,7 @@ class FamilyMember:
 
     @property
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """Rows of each part of the fused projections: q, k, v and gate, up."""
+        """Rows of each part in the fused projections: q, k, v and gate, up."""
         heads = self.num_attention_heads
         return {
             "qkv_proj": qkv_rows(heads, self.num_key_value_heads, self.head_dim),
@@ -136,7 +136,7 @@ def recognise(config: ModelConfig) -> FamilyMember | None:
 
 
 def peer_differences(config: ModelConfig) -> dict[str, str]:
-    """Return, by tool, how its model differs from transformers' with this config.json.
+    """Return, for each tool, the differences from transformers for this config.json.
 
     Source: mlx-lm, models/phi3.py and rope_utils.py; vLLM, Phi3LongRoPEScaledRotaryEmbedding;
     llama.cpp, conversion of Phi-3.

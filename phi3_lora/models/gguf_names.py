@@ -1,4 +1,4 @@
-"""Module paths of Phi-3 and llama.cpp's names for them, from the gguf package's own name map."""
+"""Phi-3's module paths and llama.cpp's names for them, from the gguf package's name map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GGUF_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def gguf_name(module: str) -> str:
-    """Return llama.cpp's name of a module of Phi-3, without the ending .weight.
+    """Return llama.cpp's name of a Phi-3 module, without the ending .weight.
 
     Raises:
         KeyError: when Phi-3 has no such module.
@@ -29,7 +29,10 @@ def gguf_name(module: str) -> str:
 
 
 def module_of_gguf_name(name: str) -> str | None:
-    """Return the module path of a name without the ending .weight; None if Phi-3 has none.
+    """Return the module path for a name of llama.cpp; None if Phi-3 has no such module.
+
+    Args:
+        name: without the ending .weight.
 
     Raises:
         ModelError: when the package gguf is not installed.
@@ -45,9 +48,9 @@ def module_of_gguf_name(name: str) -> str | None:
 
 @functools.cache
 def _names() -> dict[str, str]:
-    """Module path -> name; inside a layer both without the layer's own prefix."""
+    """Return module path -> name; inside a layer, both without the layer's prefix."""
     gguf = gguf_package(ModelError)
-    # Every layer has the names of the first, so that no file can ask for a map of many layers.
+    # One layer is enough, because all have the same names; a bad file cannot ask for a large map.
     name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, 1)
     names = {module: name_map.get_name(module) for module in _OUTSIDE_LAYERS}
     for path in _INSIDE_LAYERS:

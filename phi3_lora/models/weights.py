@@ -1,4 +1,4 @@
-"""The base model's files: found, checked against config.json, and identified."""
+"""Find the files of a base model, check them against config.json, and identify the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model folder, its parsed config.json, and where each of its tensors lies."""
+    """A model folder, its parsed config.json, and the place of each tensor."""
 
     path: Path
     config: ModelConfig
@@ -52,7 +52,7 @@ def check_model_files(model_dir: Path, config: ModelConfig | None = None) -> Mod
 
     Args:
         model_dir: the folder.
-        config: of the folder, where it was read before.
+        config: the folder's parsed config.json; None reads it.
 
     Raises:
         ModelError: when config.json or a tensor cannot be used.
@@ -65,7 +65,7 @@ def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Read the headers of a model folder's weights, sharded or not.
 
     Raises:
-        ModelError: when a file is missing or damaged, or a shard index names what is not there.
+        ModelError: when a file is missing or damaged, or the index names a missing shard.
     """
     if config.grid_bits is not None:
         return read_header(model_dir / MLX_FILE, ModelError)
@@ -84,8 +84,8 @@ def tensor_index(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
 def check_weights(model_dir: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """Check names, shapes and finiteness of all weights, and return their index.
 
-    Packed tensors of a quantisation that is not a shared grid are checked by the backend that can
-    unpack them.
+    Packed tensors of another quantisation than the shared grids are checked by the backend that
+    can unpack them.
 
     Raises:
         ModelError: one message that lists every missing, extra, mis-shaped or non-finite tensor.

@@ -1,4 +1,4 @@
-"""Writing a model folder after another one: its companions, its config, its weights in shards."""
+"""Write a model folder that follows another one: companion files, config and sharded weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def write_companions(
     """Copy tokenizer, template and generation settings, and write config.json.
 
     Args:
-        source: the model to follow.
-        config: of source.
-        folder: to fill.
-        changes: to config.json; None deletes a key.
+        source: the folder to copy from.
+        config: the parsed config.json of source.
+        folder: the folder to write to.
+        changes: new values for config.json; None deletes a key.
     """
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
@@ -44,7 +44,13 @@ def write_companions(
 def write_shards(
     folder: Path, tensors: Mapping[str, NewTensor], shard_bytes: int = _SHARD_BYTES
 ) -> None:
-    """Write model.safetensors, or an index and shards of at most shard_bytes or one tensor."""
+    """Write model.safetensors, or shards and their index.
+
+    Args:
+        folder: the folder to write to.
+        tensors: the tensors by name.
+        shard_bytes: most bytes in a shard; a larger tensor is a shard alone.
+    """
     shards: list[dict[str, NewTensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
@@ -66,6 +72,6 @@ def write_shards(
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
-    """Write the index from which transformers reads which tensor lies in which file."""
+    """Write the index that gives transformers the file of each tensor."""
     text = json.dumps({"metadata": {}, "weight_map": dict(weight_map)}, indent=2)
     (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Files on the disk: atomic writes, caches, JSON, safetensors, optional packages."""
+"""Files on disk: atomic writes, caches, JSON and safetensors; and optional packages."""

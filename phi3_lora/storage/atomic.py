@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a signal or a full disk leaves the old state or the new one."""
+"""Atomic writes: after a crash, a signal or a full disk, the old or the new state is there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing below a path into a StorageError that says what to do."""
+    """Turn an OSError of a write to a path into a StorageError with a remedy."""
     try:
         yield
     except StorageError:
@@ -34,7 +34,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Flush the entries of a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,7 +43,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk; the name may be seen half-written."""
+    """Write a file and flush it to the disk; other processes may see a part of it."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -52,18 +52,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file in one move: readers see the old content or the new.
+    """Write a file in one move: readers see the old or the new content.
 
     Args:
         path: the final name.
 
     Yields:
-        The name to write to. The writer flushes the content to the disk.
+        The name to write to. The caller flushes the content to the disk.
 
     Raises:
         StorageError: when the file cannot be written; the old content stays.
     """
-    # A name that no user gives to a file of his own.
+    # No user's file has this name.
     part = path.with_name(f".{path.name}.phi3-lora-part")
     with explained(path):
         try:
@@ -87,38 +87,38 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def check_folder_unused(folder: Path, error: type[Phi3LoraError], problem: str) -> None:
-    """Make sure that a folder is new or empty.
+    """Check that a folder is new or empty.
 
     Args:
-        folder: to be written.
-        error: to raise.
-        problem: the message after the folder's name.
+        folder: the folder.
+        error: the type of the error.
+        problem: the error message, without the folder's name at its start.
 
     Raises:
-        error: when the folder holds something, or is a file.
+        error: when the folder is not empty, or is a file.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise error(f"{folder} {problem}")
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and move it into place, whole; an older one of that name is replaced.
+    """Fill a new folder and rename it to its final name; an old folder is replaced.
 
     Args:
         folder: the final name.
-        fill: writes the content into the folder that it receives.
+        fill: a function that writes the content into the folder that it receives.
 
     Raises:
-        StorageError: when something cannot be written; the old folder stays.
+        StorageError: when a file cannot be written; the old folder stays.
     """
     folder = folder.resolve()
-    # Names that no user gives to a folder of his own.
+    # No user's folder has one of these names.
     part = folder.with_name(f".{folder.name}.phi3-lora-part")
     old = folder.with_name(f".{folder.name}.phi3-lora-old")
     with explained(folder):
         _refuse_if_being_written(part, folder)
         if old.exists() and not folder.exists():
-            # A crash came between the two renames: the older content is still the newest whole.
+            # A crash came between the two renames: the old folder is the last complete one.
             os.rename(old, folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -130,7 +130,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             fill(part)
             fsync_folder(part)
             if folder.exists():
-                # rename() onto a non-empty folder fails, so the old one steps aside first.
+                # rename() to a folder that is not empty fails, so the old folder is moved first.
                 os.rename(folder, old)
             os.rename(part, folder)
             fsync_folder(folder.parent)
@@ -146,7 +146,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _refuse_if_being_written(part: Path, folder: Path) -> None:
-    """Refuse a folder that another process fills: it is locked, one that a crash left is not."""
+    """Refuse a folder that another process fills; only a running process holds the lock."""
     if not part.is_dir():
         return
     descriptor = os.open(part, os.O_RDONLY)

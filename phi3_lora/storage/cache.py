@@ -1,4 +1,4 @@
-"""Folders that are made once for all runs of a user, at their first use."""
+"""Cached folders: each is made at its first use and shared by all runs of a user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Note = Callable[[str], None]
 
 
 def cache_root() -> Path:
-    """Return the folder phi3-lora in XDG_CACHE_HOME, or in ~/.cache."""
+    """Return the folder phi3-lora in XDG_CACHE_HOME; without that variable, in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "phi3-lora"
 
@@ -30,17 +30,17 @@ def found_or_made(
     waiting: str,
     note: Note,
 ) -> tuple[T | None, bool]:
-    """Find a folder of the cache, or make it; processes that ask at once share the work.
+    """Find or make a folder of the cache; parallel processes share the work.
 
     Args:
         target: the folder.
-        find: reads the folder; None when there is nothing, or it is damaged.
-        make: writes the folder, whole or not at all.
-        waiting: the line for note when another process is making the folder.
-        note: receives that line.
+        find: a function that reads the folder; it returns None if it is missing or damaged.
+        make: a function that writes the whole folder, or nothing.
+        waiting: the message for `note` while another process makes the folder.
+        note: a function that receives the message.
 
     Returns:
-        The content as find reads it, and whether the folder was made just now.
+        The result of `find`, and True if this call made the folder.
 
     Raises:
         StorageError: when the cache cannot be written.

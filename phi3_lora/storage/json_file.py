@@ -1,4 +1,4 @@
-"""Reading JSON files of objects."""
+"""Read files that hold one JSON object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def read_json(path: Path, error: type[Phi3LoraError] = ModelError) -> dict[str, 
     """Read the JSON object in a file.
 
     Raises:
-        error: when the file is missing, is not JSON, or holds no object.
+        error: when the file is missing, is not JSON, or holds another value than an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Packages that only some tasks need, imported where they are used."""
+"""Import of optional packages, which only some tasks need."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from phi3_lora.errors import Phi3LoraError
 def optional_package(
     name: str, *, extra: str, need: str, error: type[Phi3LoraError], otherwise: str = ""
 ) -> Any:
-    """Import a package of one of our extras.
+    """Import a package that one of our extras installs.
 
     Args:
-        name: as it is imported.
-        extra: of ours that brings it.
-        need: the start of the message: the task that needs the package.
-        error: to raise.
-        otherwise: the end of the message, where there is a way without the package.
+        name: the name to import.
+        extra: our extra that installs the package.
+        need: the start of the error message: the task that needs the package.
+        error: the type of the error.
+        otherwise: the end of the error message: a way without the package, if there is one.
 
     Raises:
-        error: when it is not installed, with the line that installs it.
+        error: when the package is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -30,9 +30,9 @@ def optional_package(
 
 
 def gguf_package(error: type[Phi3LoraError]) -> Any:
-    """Import gguf, the package of llama.cpp's authors.
+    """Import the package gguf of the llama.cpp project.
 
     Raises:
-        error: when it is not installed.
+        error: when the package is not installed.
     """
     return optional_package("gguf", extra="gguf", need="a GGUF file needs gguf", error=error)

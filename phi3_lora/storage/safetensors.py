@@ -1,4 +1,4 @@
-"""Reading safetensors without a framework, bfloat16 included, and judging the file first.
+"""Read, check and write safetensors files without a framework, bfloat16 included.
 
 Source: the safetensors format: 8 bytes of header length, a JSON header, the tensors' bytes.
 """
@@ -37,11 +37,11 @@ _NUMPY_TYPES = {
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY_TYPES.items()}
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""A dtype's name in safetensors."""
+"""Name of a dtype -> its name in safetensors."""
 
 
 class TensorInfo(NamedTuple):
-    """The place and type of a tensor in its file."""
+    """Place, dtype and shape of a tensor in a file."""
 
     path: Path
     dtype: str
@@ -52,10 +52,10 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
-    """Read the header of a file: its tensors by name, checked against the file's size.
+    """Read the tensors' places from a file's header, and check them against the file's size.
 
     Raises:
-        error: when the file is missing, truncated, or is not safetensors at all.
+        error: when the file is missing, truncated, or not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -78,7 +78,7 @@ def read_header(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]
 
 def _entries(path: Path, header: object, *, start: int, size: int) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -100,7 +100,7 @@ def _entries(path: Path, header: object, *, start: int, size: int) -> dict[str, 
 
 
 def read_raw(info: TensorInfo) -> NDArray[np.generic]:
-    """Map a tensor as stored; bfloat16 as the uint16 of its bits."""
+    """Map a tensor into memory in its stored dtype; bfloat16 becomes the uint16 of its bits."""
     kind = np.dtype(_NUMPY_TYPES[info.dtype])
     if 0 in info.shape:
         return np.empty(info.shape, kind)
@@ -108,7 +108,12 @@ def read_raw(info: TensorInfo) -> NDArray[np.generic]:
 
 
 def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.generic]]:
-    """Read a tensor as stored, flat, in parts of at most size elements; nothing stays mapped."""
+    """Read a tensor in its stored dtype, flat, in parts; the file is not mapped into memory.
+
+    Args:
+        info: the tensor.
+        size: most elements in a part.
+    """
     kind = np.dtype(_NUMPY_TYPES[info.dtype])
     total = info.num_bytes // kind.itemsize
     for start in range(0, total, size):
@@ -117,7 +122,7 @@ def read_parts(info: TensorInfo, size: int = 1 << 22) -> Iterator[NDArray[np.gen
 
 
 def read_float32(info: TensorInfo) -> Float32:
-    """Read a tensor as float32; exact for float32, float16 and bfloat16."""
+    """Read a tensor in float32; this is exact for float32, float16 and bfloat16."""
     return to_float32(read_raw(info), info.dtype)
 
 
@@ -129,7 +134,7 @@ def to_float32(raw: NDArray[Any], dtype: str) -> Float32:
 
 
 def from_float32(value: Float32, dtype: str) -> NDArray[Any]:
-    """Round float32 to a float type of safetensors: to the nearest number, even on a tie."""
+    """Round float32 to the nearest number of a float type of safetensors; ties go to even."""
     if dtype != "BF16":
         return value.astype(_NUMPY_TYPES[dtype])
     bits = np.ascontiguousarray(value).view(np.uint32)
@@ -142,7 +147,7 @@ def is_finite(info: TensorInfo) -> bool:
         return True
     for part in read_parts(info):
         if info.dtype == "BF16":
-            # All eight exponent bits set: infinity or NaN.
+            # Infinity and NaN have all eight exponent bits set.
             bad = bool((np.bitwise_and(part.view(np.uint16), 0x7F80) == 0x7F80).any())
         else:
             bad = not np.isfinite(part).all()
@@ -162,7 +167,8 @@ def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
     """Read the headers of the shards that an index (*.index.json) names.
 
     Raises:
-        error: when it is not an index, names files outside its folder, or a shard is damaged.
+        error: when the file is not an index, names files outside its folder, or names a damaged
+            shard.
     """
     weight_map = read_json(path, error).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -178,10 +184,10 @@ def read_index(path: Path, error: type[Phi3LoraError]) -> dict[str, TensorInfo]:
 
 
 def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
-    """Read every tensor of a file, or of an index's shards, as float32.
+    """Read all tensors of a file, or of all shards of an index, in float32.
 
     Raises:
-        error: when a file is damaged or holds a tensor that is not of a float type.
+        error: when a file is damaged, or a tensor's dtype is not a float type.
     """
     header = (read_index if path.suffix == ".json" else read_header)(path, error)
     odd = [f"{name} ({i.dtype})" for name, i in header.items() if i.dtype not in FLOAT_TYPES]
@@ -191,24 +197,24 @@ def read_all_float32(path: Path, error: type[Phi3LoraError]) -> Tensors:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata in the header of a file that read_header accepts."""
+    """Read the metadata from a file's header; read_header must have accepted the file."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {str(key): str(value) for key, value in (header.get("__metadata__") or {}).items()}
 
 
 class NewTensor(NamedTuple):
-    """A tensor that is still to be written."""
+    """A tensor to write; its content is made only when it is written."""
 
     dtype: str
-    """The name of the type in safetensors, for example BF16."""
+    """Name of the dtype in safetensors, for example BF16."""
     shape: tuple[int, ...]
     make: Callable[[], NDArray[Any]]
-    """Makes the content; bfloat16 as the uint16 of its bits."""
+    """A function that makes the content; bfloat16 is the uint16 of its bits."""
 
 
 def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
-    """Make and write a safetensors file one tensor at a time."""
+    """Write a safetensors file, with one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -220,7 +226,7 @@ def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
             "data_offsets": [start, end],
         }
     raw = json.dumps(header).encode()
-    # Readers map the tensors where they lie; 8 bytes is the format's own alignment.
+    # Readers map the tensors in place, so they must be aligned; the format asks for 8 bytes.
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
@@ -234,6 +240,6 @@ def write_streamed(path: Path, tensors: Mapping[str, NewTensor]) -> None:
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Encode a safetensors file, with the metadata that PyTorch and MLX tools look for."""
+    """Encode tensors as a safetensors file, with the metadata that PyTorch and MLX tools read."""
     ready = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return bytes(save(ready, metadata={"format": "pt", **(metadata or {})}))

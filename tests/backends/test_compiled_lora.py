@@ -1,4 +1,4 @@
-"""torch.compile and our LoRA product: the compiled layer has every gradient of the eager one."""
+"""torch.compile on our LoRA product: compiled and eager layers have equal gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from phi3_lora_cuda.lora import LoraLinear
 
 
 class Block(nn.Module):
-    """A layer between two operations, so that its input's gradient is needed."""
+    """A layer between two operations: the gradient of its input is needed."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

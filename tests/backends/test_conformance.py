@@ -1,4 +1,4 @@
-"""What every backend must do, run per backend, against the core's own references."""
+"""Behaviour that each backend must have, compared with the core's references."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_mlx(request: LoadRequest) -> Engine:
 
 
 def open_mlx_padded(request: LoadRequest) -> Engine:
-    """The layout and compiled step of a GPU, on the CPU."""
+    """Open an engine with the layout and the compiled step of a GPU, on the CPU."""
     return MlxEngine(load_model(request, on_gpu=False), request, on_gpu=True)
 
 
@@ -119,7 +119,7 @@ def test_gradients_equal_those_of_pytorch_with_and_without_dropout(
 def test_documents_longer_than_a_padded_row(
     tmp_path: Path, opener: str, window: int | None, lengths: tuple[int, ...]
 ) -> None:
-    """The second pair fills its bucket without padding."""
+    """Compare padded and exactly full buckets: the second pair needs no padding."""
     folder = write_model(tmp_path, sliding_window=window)
     batch = make_batch(random_documents(list(lengths)))
     rows = np.arange(0, len(batch.tokens), 97, dtype=np.int32)
@@ -212,7 +212,7 @@ def test_cached_keys_are_forgotten_when_the_model_changes(folder: Path, opener: 
     with engine.base_only():
         assert answers(engine, [prompt], sampling) == bare
     assert answers(engine, [prompt], sampling) == own
-    # What is under way ends with keys of both adapters.
+    # The generation that was running has cached keys of both adapters at its end.
     stream = engine.generate([prompt], sampling)
     next(stream)
     engine.write_adapter(weights)

@@ -1,4 +1,4 @@
-"""Engines share nothing: neither a failed step nor another engine leaves a trace."""
+"""Engines share no state: a failed step or another engine changes no numbers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from phi3_lora.engine.request import LoadRequest, Sampling
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.weights import read_model_files
 from phi3_lora_cuda import CudaBackend
+from phi3_lora_cuda.dropout import HashDropout
 from phi3_lora_mlx import MlxBackend
 from tests.backends.test_conformance import OPENERS
 from tests.tiny import random_documents, write_model
@@ -38,7 +39,7 @@ def batch_of(*lengths: int) -> Batch:
 
 
 def opened(folder: Path, opener: str) -> Engine:
-    """An engine with DoRA and dropout, whose micro-batches hold 30 tokens."""
+    """Open an engine with DoRA, dropout and micro-batches of 30 tokens."""
     config = read_model_config(folder)
     layer = LoraLayer(r=4, lora_alpha=8.0)
     spec = LoraSpec(layers=dict.fromkeys(config.linear_shapes(), layer), use_dora=True, dropout=0.3)
@@ -57,7 +58,7 @@ def opened(folder: Path, opener: str) -> Engine:
 
 
 def everything(engine: Engine) -> dict[str, np.ndarray]:
-    """All that an engine says, and the adapter after a step."""
+    """Collect all outputs of an engine, and its adapter after a step."""
     batch = batch_of(12, 25, 7)
     scores = engine.score(batch)
     found = {"nats": scores.nats, "correct": scores.correct, "logprobs": engine.logprobs(batch)}
@@ -116,7 +117,7 @@ def test_an_engine_that_survives_a_failed_step_is_as_a_fresh_one(
         survivor.train_step(good, loss_tokens=20, lr=1e-2, step=1)
     break_it(opener, monkeypatch)
     if opener == "mlx-padded" and break_it is break_at_the_head:
-        # A compiled step calls the head only for a shape that is new to it.
+        # A compiled step calls the head only for a new shape.
         bad = batch_of(700, 129)
     with pytest.raises(RuntimeError, match="half-way"):
         survivor.train_step(bad, loss_tokens=40, lr=1e-2, step=1 if is_first else 2)
@@ -155,6 +156,27 @@ def test_two_models_in_one_process_give_the_numbers_that_each_gives_alone(
         engine.gradients(batch, loss_tokens=10, step=1)
     for engine, expected in zip(reversed(engines), reversed(alone), strict=True):
         assert_same(everything(engine), expected)
+
+
+def test_a_step_between_two_tokens_leaves_the_rest_of_the_answer_in_eval_mode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, sampling = opened(folder, "cuda"), Sampling(max_new_tokens=6)
+    expected = [token for _, token in engine.generate([[5, 6, 7]], sampling)]
+    answer = engine.generate([[5, 6, 7]], sampling)
+    found = [next(answer)[1]]
+    engine.train_step(batch_of(12, 25), loss_tokens=20, lr=0.0, step=1)
+    real, modes = HashDropout.forward, []
+
+    def forward(self: HashDropout, x: torch.Tensor) -> torch.Tensor:
+        modes.append(self.training)
+        return real(self, x)
+
+    monkeypatch.setattr(HashDropout, "forward", forward)
+    found += [token for _, token in answer]
+    assert found == expected
+    assert modes
+    assert not any(modes)
 
 
 @pytest.mark.parametrize("opener", ON_CPU)

@@ -1,4 +1,4 @@
-"""loralib's layers in MLX, against loralib itself under torch."""
+"""loralib's layers in MLX, compared with loralib in torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def seeded_cpu() -> Iterator[None]:
 
 
 def torch_layer(kind: str, **changes: Any) -> Any:
-    """loralib's layer, with random A and B."""
+    """Make a layer of loralib with random A and B."""
     name, shape, options = LAYERS[kind]
     layer = getattr(torch_lora, name)(*shape, **options, **changes)
     for path, parameter in layer.named_parameters():
@@ -67,7 +67,7 @@ def mlx_layer(kind: str, **changes: Any) -> Any:
 
 
 def randomise(model: nn.Module) -> None:
-    """Random A and B, so that nothing is zero by the start."""
+    """Fill A and B with random values, because one of them starts as zero."""
     state = lora.lora_state_dict(model)
     lora.load_lora_state_dict(model, {n: mx.random.normal(v.shape) for n, v in state.items()})
 
@@ -80,7 +80,7 @@ def inputs(kind: str) -> np.ndarray:
 
 
 def loaded(kind: str, layer: Any, folder: Path, **changes: Any) -> Any:
-    """Our layer with the whole state of loralib's, through a .pt file of torch."""
+    """Load the whole state of a loralib layer into our layer, through a .pt file of torch."""
     torch.save(layer.state_dict(), folder / "x.pt")
     ours = mlx_layer(kind, **changes)
     found = lora.load_lora_state_dict(ours, read_torch_file(folder / "x.pt"), strict=True)
@@ -89,7 +89,7 @@ def loaded(kind: str, layer: Any, folder: Path, **changes: Any) -> Any:
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Relative L2."""
+    """Return the relative L2 distance."""
     found, expected = np.array(found), np.array(expected)
     assert found.shape == expected.shape and np.linalg.norm(expected) > 0
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
@@ -122,7 +122,7 @@ def test_eval_merges_as_loralib_does_and_changes_no_output(kind: str, tmp_path: 
     assert ours.merged and set(ours.parameters()) == names
     assert_close(ours.weight, theirs.weight.detach())
     assert_close(ours(x), unmerged)
-    # The merged weight alone gives the output: A and B are not used a second time.
+    # Only the merged weight gives the output: A and B are not added a second time.
     ours.lora_B = mx.zeros_like(ours.lora_B)
     assert_close(ours(x), unmerged)
     ours.train()
@@ -179,7 +179,7 @@ def test_rank_0_is_a_plain_layer() -> None:
 
 
 def test_unequal_parts_are_linears_of_their_own() -> None:
-    """q, k, v of a model with half as many key-value heads."""
+    """Cut q, k, v of a model with half as many key-value heads as heads."""
     sizes, enabled = [16, 8, 8], [True, False, True]
     fused = lora.MergedLinear(IN, 32, **SOME, enable_lora=enabled, sizes=sizes, bias=False)
     assert fused.lora_A.shape == (6, IN) and fused.lora_B.shape == (24, 3)

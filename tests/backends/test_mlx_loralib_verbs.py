@@ -1,4 +1,4 @@
-"""loralib's verbs in MLX, against loralib itself under torch: training, saving, loading."""
+"""loralib's functions in MLX, compared with loralib in torch: training, saving, loading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.backends.test_mlx_loralib import (  # noqa: E402
 
 
 class Net(nn.Module):
-    """Every kind of layer, nested, with plain ones between."""
+    """A nested model with every kind of LoRA layer and plain layers between them."""
 
     def __init__(self, r: int = 3) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Net(nn.Module):
 
 
 class TorchNet(torch.nn.Module):
-    """The same net of loralib's layers."""
+    """A model with the same structure, made of loralib's layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_half_precision_states_are_written_as_float32(tmp_path: Path) -> None:
         assert found.dtype == mx.bfloat16 and mx.array_equal(found, value)
 
 
-def test_loading_into_a_merged_model_merges_anew() -> None:
+def test_loading_into_a_merged_model_merges_again() -> None:
     source, target = Net(), Net()
     randomise(source)
     randomise(target)

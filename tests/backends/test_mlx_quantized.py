@@ -1,4 +1,4 @@
-"""A folder that mlx-lm quantised, as a base for LoRA on MLX."""
+"""LoRA on MLX with a base model that mlx-lm quantised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders that one of the frameworks would read in a way of its own."""
+"""Model folders that the frameworks would read in different ways."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def largest(found: dict, expected: dict) -> float:
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
-    """transformers would load it into the base."""
+    """transformers would load the adapter into the base model."""
     folder = write_model(tmp_path)
     shapes = read_model_config(folder).linear_shapes()
     adapter = Adapter(weights=random_adapter(shapes, r=4), r=4, lora_alpha=8.0, num_layers=2)
@@ -66,7 +66,7 @@ def test_weights_that_no_index_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_stored_head_that_is_not_the_tied_one_is_refused(tmp_path: Path) -> None:
-    """transformers would use it, mlx-lm would not."""
+    """transformers would use the tensor, mlx-lm would not."""
     folder = write_model(tmp_path, tie_word_embeddings=True)
     path = folder / "model.safetensors"
     weights = read_all_float32(path, ModelError)
@@ -106,7 +106,7 @@ def test_checkpointed_training_does_not_change_generation(tmp_path: Path, backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_gradients_do_not_vanish_in_large_steps(tmp_path: Path, backend: str) -> None:
-    """A step of 200,000 supervised tokens divides each gradient by that number."""
+    """A step with 200,000 supervised tokens divides each gradient by 200,000."""
     folder = write_model(tmp_path)
     batch = make_batch(random_documents([20, 30]))
     found = opened(folder, backend, dtype="float16").gradients(batch, loss_tokens=200_000)

@@ -1,4 +1,4 @@
-"""A numpy Engine: frozen embedding, one LoRA linear layer, frozen head."""
+"""A toy Engine in numpy: a frozen embedding, one linear layer with LoRA, and a frozen head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ B_NAME = f"base_model.model.{MODULE}.lora_B.weight"
 
 
 class ToyEngine:
-    """float64 arithmetic; the adapter and the moments are float32 between steps."""
+    """An engine that computes in float64; adapter and moments are float32 between steps."""
 
     device_name = "numpy"
     dtype = "float64"

@@ -1,1 +1,1 @@
-"""Quantised bases on grids that every backend reads alike."""
+"""Quantised base models on grids that give equal numbers on every backend."""

@@ -1,4 +1,4 @@
-"""A base on a shared grid, made from an unquantised base at its first use."""
+"""Cache of quantised base models; each is made at its first use."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _SOURCES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 def cache_dir() -> Path:
-    """Return the folder of quantised bases."""
+    """Return the folder of the quantised base models."""
     return cache_root() / "quantized"
 
 
 def quantized_copy(
     source: Path, config: ModelConfig, *, bits: int, note: Callable[[str], None]
 ) -> ModelFiles:
-    """Find or make a model's weights on a grid; processes that ask at once share the work.
+    """Find or make a model folder on a shared grid; parallel processes share the work.
 
     Args:
-        source: the model's folder.
-        config: of source.
+        source: the folder of the unquantised model.
+        config: the parsed config.json of source.
         bits: 4 or 8.
-        note: receives a line when the folder is made.
+        note: a function that receives a message when the folder is made.
 
     Raises:
         ModelError: when the weights cannot be used, or are quantised already.
@@ -54,7 +54,7 @@ def quantized_copy(
 
 
 def _key(source: Path) -> str:
-    """Digest the names, sizes and times of the files: any edit makes another base."""
+    """Return a digest of the files' names, sizes and times; an edited model gets a new one."""
     digest = hashlib.sha256(str(GRID_VERSION).encode())
     for path in sorted(p for pattern in _SOURCES for p in source.glob(pattern)):
         status = path.resolve().stat()
@@ -63,7 +63,7 @@ def _key(source: Path) -> str:
 
 
 def _checked(target: Path) -> ModelFiles | None:
-    """Read a cached base; None if it is missing or damaged."""
+    """Read a cached base model; return None if it is missing or damaged."""
     try:
         return check_model_files(target)
     except ModelError:

@@ -1,8 +1,8 @@
-"""A model folder on a shared grid, which both backends, stock mlx-lm and stock transformers load.
+"""A model folder on a shared grid, for both backends, stock mlx-lm and stock transformers.
 
-model.safetensors would be read by both stock tools, so there are two files with the same words:
-mlx-lm takes every model*.safetensors, transformers what model.safetensors.index.json names.
-Embedding, head and layers whose inputs are no multiple of 32 keep their dtype.
+The two stock tools need different layouts, so two files hold the same words. mlx-lm reads every
+model*.safetensors, and transformers reads the file that model.safetensors.index.json names. The
+embedding, the head and layers whose inputs are not a multiple of 32 keep their dtype.
 
 Source: compressed-tensors, pack_quantized; MLX, mx.quantize.
 """
@@ -40,12 +40,12 @@ TRANSFORMERS_FILE = "transformers.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class QuantizationError:
-    """The distance between the weights on a grid and the weights that they came from."""
+    """Difference between the weights on a grid and the original weights."""
 
     mean: float
     """|difference| / |weight| in the Frobenius norm, over all quantised weights."""
     worst: float
-    """|difference| / |weight| of the module where it is largest."""
+    """|difference| / |weight| of worst_module, where it is largest."""
     worst_module: str
 
 
@@ -62,15 +62,15 @@ def write_quantized_folder(
 
     Args:
         source: a folder whose weights were checked.
-        config: of source.
-        tensors: of source.
-        target: replaced if it exists.
+        config: the parsed config.json of source.
+        tensors: the tensors of source, by name.
+        target: the new folder; replaced if it exists.
         bits: 4 or 8.
-        for_transformers: also write the file that stock transformers reads.
+        for_transformers: also write the file for stock transformers.
 
     Raises:
-        ModelError: when source is quantised already or none of its layers can be on a grid.
-        StorageError: when the disk is full; target stays as it was.
+        ModelError: when source is quantised already, or a grid can store no layer of it.
+        StorageError: when the disk is full; target then does not change.
     """
     _check_quantizable(source, config)
     writer = _Writer(config, tensors, bits)
@@ -110,7 +110,7 @@ def _described(config: ModelConfig) -> str:
 
 
 class _Writer:
-    """Makes the tensors of the new file while they are written, and sums up the error."""
+    """Maker of the new file's tensors; it also adds up the quantisation error."""
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo], bits: int) -> None:
         self._config = config
@@ -132,7 +132,7 @@ class _Writer:
             out_features, in_features = shapes[module]
             words = (out_features, in_features * self._bits // 32)
             groups = (out_features, in_features // GROUP_SIZE)
-            # Written in this order, so that the scales are those of the words just made.
+            # The order of writing matters: scales and biases belong to the words made last.
             found[name] = NewTensor("U32", words, partial(self._words, module))
             found[f"{module}.scales"] = NewTensor("BF16", groups, partial(self._scaled, 1))
             offset = -(2 ** (self._bits - 1))
@@ -151,7 +151,7 @@ class _Writer:
         return from_float32(self._scales * np.float32(factor), "BF16")
 
     def error(self) -> QuantizationError:
-        """Return the error of everything written."""
+        """Return the error of all tensors written so far."""
         relative = {m: (g / max(w, 1e-300)) ** 0.5 for m, (g, w) in self._squares.items()}
         gaps, weights = (sum(column) for column in zip(*self._squares.values(), strict=True))
         worst = max(relative, key=lambda module: relative[module])
@@ -161,7 +161,7 @@ class _Writer:
 def for_compressed_tensors(
     tensors: Mapping[str, TensorInfo], config: ModelConfig
 ) -> dict[str, NewTensor]:
-    """Name the words of a grid as compressed-tensors' pack-quantized layout does."""
+    """Return the tensors of a grid under the names of compressed-tensors' pack-quantized."""
     found = {}
     shapes = config.grid_shapes()
     for name, info in tensors.items():
@@ -195,10 +195,10 @@ def read_grid(tensors: Mapping[str, TensorInfo], module: str) -> Grid:
 def dense_weight(
     tensors: Mapping[str, TensorInfo], config: ModelConfig, module: str
 ) -> NDArray[np.float32]:
-    """Read the weight of a module in full, in float32.
+    """Read the dense weight of a module in float32.
 
     Raises:
-        ModelError: when it is missing, or quantised otherwise than on a shared grid.
+        ModelError: when the weight is missing, or quantised but not on a shared grid.
     """
     if config.grid_bits is not None and module in config.grid_shapes():
         return dequantize(read_grid(tensors, module))
@@ -209,7 +209,7 @@ def dense_weight(
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that mlx-lm reads from a folder on a shared grid."""
+    """Return name -> shape of each tensor in mlx-lm's file of a folder on a shared grid."""
     assert config.grid_bits is not None
     shapes = config.tensor_shapes()
     for module, (out_features, in_features) in config.grid_shapes().items():
@@ -220,7 +220,7 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def grid_problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> list[str]:
-    """Return the problems that make a folder's words other numbers in MLX than in PyTorch."""
+    """Return the modules whose weights would differ between MLX and PyTorch, as problems."""
     assert config.grid_bits is not None
     problems = []
     for module in config.grid_shapes():

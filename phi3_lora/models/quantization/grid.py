@@ -1,9 +1,9 @@
-"""The shared grids: 4- and 8-bit weights that are the same numbers on every backend.
+"""The shared grids: 4- and 8-bit weights that are equal numbers on every backend.
 
-A weight is q * scale, symmetric, one scale for 32 inputs. Scales have so few significant bits
-(4, or 1 with 8 bits) that every product is exact in float32, float16 and bfloat16, in whatever
-order a framework multiplies and adds. Nothing here depends on the machine: each step is one
-IEEE operation, and sums go in a fixed order.
+A weight is q * scale, symmetric, with one scale for 32 inputs. Scales have few significant bits: 4,
+or 1 for 8-bit weights. So q * scale is exact in float32, float16 and bfloat16, in any order of
+operations. The result does not depend on the machine: each step is one IEEE operation, and sums
+have a fixed order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GROUP_SIZE = 32
 GRID_BITS = {"4bit": 4, "8bit": 8}
 """Name of a grid -> bits of a weight."""
 GRID_VERSION = 1
-"""Version of the rule that chooses scales; a cached base of another version is made anew."""
+"""Version of the rule that chooses scales; cached base models of other versions are not used."""
 
 _STRETCHES = (0.875, 0.9375, 1.0, 1.0625)
-"""Candidates for a 4-bit scale, over the one that just holds the group's largest weight."""
+"""Divisors that give the candidates for a 4-bit scale; 1 just holds the group's largest weight."""
 _SMALLEST_SCALE = np.float32(2.0**-21)
-"""float16 holds 4 significant bits down to here."""
+"""Smallest scale to which float16 gives 4 significant bits."""
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -35,13 +35,13 @@ class Grid(NamedTuple):
     """A quantised weight (out, in)."""
 
     words: NDArray[np.uint32]
-    """(out, in * bits / 32): q + 2 ** (bits - 1), the first input in the lowest bits."""
+    """(out, in * bits / 32) q + 2 ** (bits - 1), packed with the first input in the lowest bits."""
     scales: Float32
-    """(out, in / 32)."""
+    """(out, in / 32) one scale for each group."""
 
 
 def bits_of(grid: Grid) -> int:
-    """Return the bits of a weight: a group of 32 fills as many words."""
+    """Return the bits of a weight: a group of 32 weights fills as many words."""
     return int(grid.words.shape[1] // grid.scales.shape[1])
 
 
@@ -60,7 +60,7 @@ def quantize(weight: Float32, bits: int) -> Grid:
 
 
 def dequantize(grid: Grid) -> Float32:
-    """Compute the weight (out, in) that a grid stands for; exact."""
+    """Compute the exact dense weight (out, in) of a grid."""
     bits = bits_of(grid)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = (grid.words[..., None] >> shifts) & np.uint32(2**bits - 1)
@@ -73,7 +73,7 @@ def _quantize_block(weight: Float32, bits: int) -> Grid:
     groups = weight.reshape(len(weight), -1, GROUP_SIZE)
     largest = np.abs(groups).max(axis=-1)
     scales = list(_candidates(largest, bits))
-    # The first of equals, as argmin has it.
+    # argmin takes the first of equal errors, so the choice is the same on every machine.
     best = np.argmin([_error(groups, scale, bits) for scale in scales], axis=0)
     best_scale = np.choose(best, scales)
     q = _codes(groups, best_scale, bits) + np.float32(2 ** (bits - 1))
@@ -84,10 +84,10 @@ def _quantize_block(weight: Float32, bits: int) -> Grid:
 
 
 def _candidates(largest: Float32, bits: int) -> Iterator[Float32]:
-    """Scales to try for groups with these largest magnitudes."""
+    """Yield the candidate scales of groups with the given largest magnitudes."""
     top = 2 ** (bits - 1)
     if bits == 8:
-        # The power of two that holds the largest magnitude without clipping it by over half a step.
+        # The power of two that clips the largest magnitude by at most half a step.
         _, exponent = np.frexp(largest)
         yield np.maximum(np.ldexp(np.float32(1.0), exponent - (bits - 1)), _SMALLEST_SCALE)
         return
@@ -104,7 +104,7 @@ def _codes(groups: Float32, scale: Float32, bits: int) -> Float32:
 
 
 def _error(groups: Float32, scale: Float32, bits: int) -> Float32:
-    """Sum of squared errors of each group, added in halves so that the order is fixed."""
+    """Return the sum of squared errors of each group, added in halves for a fixed order."""
     error = (_codes(groups, scale, bits) * scale[..., None] - groups) ** 2
     while error.shape[-1] > 1:
         half = error.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""A step's documents in micro-batches, and what the plan says of them before training."""
+"""Micro-batches of a step's documents, and the plan's count of them before training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_figures_of_the_plan() -> None:
     assert [len(step) for step in single.document_lengths(99)] == [2, 2, 1]
     assert len(list(single.document_lengths(2))) == 2
     packed = first_steps(50)
-    # 40 + 10, 30 + 20 and 25 in three rows of 50.
+    # Three rows of 50: 40 + 10, 30 + 20, and 25.
     assert packed.facts().row_fill == pytest.approx(125 / 150)
     assert sorted(int(s.sum()) for s in packed.document_lengths(99)) in ([25, 100], [50, 75])
 

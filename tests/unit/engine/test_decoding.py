@@ -1,7 +1,7 @@
 """Batches of prompts, the boundary of LongRoPE and the prefix cache, on a toy model.
 
-The toy's logits are a hash of the ids that its cache holds and of the factors each was fed with,
-so that a wrong cache, a wrong position or a neighbour's id changes the answer.
+The toy's logits are a hash of the cached ids and of each id's LongRoPE factors. So a wrong cache, a
+wrong position or an id of another row changes the answer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def config(tmp_path: Path) -> ModelConfig:
 
 
 def alone(config: ModelConfig, prompt: list[int], sampling: Sampling) -> list[int]:
-    """The whole sequence anew for each token."""
+    """Generate an answer without a cache: each token encodes the whole sequence."""
     ids, answer = list(prompt), []
     while len(answer) < sampling.max_new_tokens and len(ids) <= config.max_position_embeddings:
         is_long = bool(config.uses_long_factors(len(ids)))
@@ -117,7 +117,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 def test_every_prompt_gets_the_answer_that_it_gets_alone(
     config: ModelConfig, temperature: float, max_tokens: int
 ) -> None:
-    """Below, across and above the boundary of 16, up to the context of 64, more than MAX_ROWS."""
+    """Make more than MAX_ROWS prompts: below, at and above the boundary of 16, up to 64 tokens."""
     prompts = prompts_of(1, 3, 14, 15, 16, 17, 40, 63, 64, *range(2, 2 + MAX_ROWS))
     sampling = Sampling(
         max_new_tokens=9, temperature=temperature, stop_ids=frozenset({7, 11, 13}), seed=3
@@ -133,7 +133,7 @@ def test_rows_are_fed_together_and_leave_when_they_end(config: ModelConfig) -> N
     found = run(config, prompts, Sampling(max_new_tokens=8), decoder=decoder)
     assert decoder.passes[0] == [2, 5, 12]
     assert decoder.passes[1] == [1, 1, 1]
-    # The third grows to 17 after 5 tokens and is encoded again, alone.
+    # The third prompt grows to 17 ids after 5 tokens; only this row is encoded again.
     assert decoder.passes[5] == [1, 1, 17]
     assert all(len(answer) == 8 for answer in found)
 
@@ -154,7 +154,7 @@ def test_a_prompt_that_starts_as_the_last_sequence_did_is_fed_the_rest(
     decoder.passes.clear()
     (second,) = run(config, [follow_up], sampling, decoder=decoder, prefixes=prefixes)
     assert second == alone(config, follow_up, sampling)
-    # All but the answer's last id were cached.
+    # All ids except the answer's last one are cached.
     assert decoder.passes[0] == [3]
     decoder.passes.clear()
     again = run(config, [follow_up], sampling, decoder=decoder, prefixes=prefixes)

@@ -1,4 +1,4 @@
-"""The family table: recognised by shape, with what other tools do differently."""
+"""The family table: models recognised by shape, and differences in other tools."""
 
 from __future__ import annotations
 

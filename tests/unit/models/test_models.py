@@ -168,13 +168,13 @@ def test_tied_head_has_no_tensor(tmp_path: Path, tied: bool, has_head: bool) -> 
 
 
 def test_longrope_factor_wins_over_the_ratio_of_contexts(tmp_path: Path) -> None:
-    """transformers takes the ratio only where factor is absent."""
-    told = tiny_config(
+    """transformers computes the ratio only if config.json has no factor."""
+    raw = tiny_config(
         rope_scaling={**longrope(type="longrope"), "factor": 32.0},
         max_position_embeddings=8192,
         original_max_position_embeddings=4096,
     )
-    found = read_model_config(write_config(tmp_path, told)).attention_factor
+    found = read_model_config(write_config(tmp_path, raw)).attention_factor
     assert found == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
 
 

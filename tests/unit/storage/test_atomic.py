@@ -1,4 +1,4 @@
-"""Moves of whole files and folders, also after a crash between two of them."""
+"""Atomic writes of files and folders, also after a crash between two renames."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_two_writers_of_one_folder_are_told_apart(tmp_path: Path) -> None:
 
     replace_folder(tmp_path / "x", fill)
     assert (tmp_path / "x/a").read_text() == "1"
-    # What a crash left is in nobody's hands.
+    # No process holds the lock of a folder that a crash left.
     (tmp_path / ".x.phi3-lora-part").mkdir()
     replace_folder(tmp_path / "x", lambda part: (part / "b").write_text("2"))
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["b"]

@@ -1,4 +1,4 @@
-"""The shared grids: exact products, bits in their places, the nearest weights."""
+"""The shared grids: exact products, order of the bits, nearest weights."""
 
 from __future__ import annotations
 
