@@ -16,7 +16,8 @@ from phi3_lora.data.quality.report import Report
 from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.data.sources.reading import check_any, iterate_rows
 from phi3_lora.errors import ConfigError
-from phi3_lora.report.preview import preview_rows, write_preview
+from phi3_lora.report.preview import preview_rows
+from phi3_lora.report.preview_page import write_preview
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from phi3_lora.report.preview import (
     loss_mask,
     pieces_of,
     preview_rows,
-    print_preview,
     shown_parts,
     summary,
     visible,
-    write_preview,
 )
+from phi3_lora.report.preview_page import write_preview
+from phi3_lora.report.preview_terminal import print_preview
 from tests.tiny import write_model
 
 HOSTILE = [
