@@ -15,7 +15,7 @@ from phi3_lora.api.models import (
     Progress,
     rows_to_score,
 )
-from phi3_lora.api.options import AnyPath, Device, Dtype, ModelOptions, Note, Quantization, log_note
+from phi3_lora.api.options import AnyPath, Device, Dtype, ModelOptions, Note, log_note
 from phi3_lora.data.options import LossOn, OnBadRow
 from phi3_lora.data.rows.conversation import Message
 from phi3_lora.data.sources.in_memory import Data
@@ -24,6 +24,7 @@ from phi3_lora.inference import generation
 from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.generation import Generation, Prompt
 from phi3_lora.inference.loading import Placement, open_engine, with_adapter
+from phi3_lora.models.config import Quantization
 
 
 @dataclass(frozen=True, slots=True)

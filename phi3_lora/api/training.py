@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from phi3_lora.api.options import AnyPath, Device, Dtype, OptionError, Quantization
+from phi3_lora.api.options import AnyPath, Device, Dtype, OptionError
 from phi3_lora.config.load import RunSettings, load_settings
 from phi3_lora.config.schema import RunConfig
 from phi3_lora.data.options import OnBadRow
 from phi3_lora.data.sources.in_memory import Data, is_named, recorded_name
 from phi3_lora.data.sources.source import Source
+from phi3_lora.models.config import Quantization
 from phi3_lora.training.data import RowsInMemory
 from phi3_lora.training.observer import LoggingObserver, Observer
 from phi3_lora.training.prepare import prepare

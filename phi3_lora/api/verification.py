@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phi3_lora.api.options import AnyPath, Device, Dtype, Note, Quantization, log_note
+from phi3_lora.api.options import AnyPath, Device, Dtype, Note, log_note
 from phi3_lora.data.chat.tokenizer import Document
 from phi3_lora.data.documents.dataset import build_dataset, resolve_scoring_file
 from phi3_lora.data.documents.encoding import Encoding
@@ -14,6 +14,7 @@ from phi3_lora.engine.registry import available_backends
 from phi3_lora.errors import BackendUnavailableError
 from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.loading import Placement, with_adapter
+from phi3_lora.models.config import Quantization
 from phi3_lora.verification.fingerprint import Verification, probe_documents, verify_adapter
 from phi3_lora.verification.parity import (
     DOCUMENTS_PER_STEP,

@@ -87,8 +87,9 @@ def test_clean_data_has_every_step() -> None:
 
 def test_literals_are_the_values_of_the_core_and_of_the_command_line() -> None:
     assert get_args(kinds.Dtype) == ("auto", *DTYPES)
-    assert get_args(kinds.Quantization) == QUANTIZATIONS
-    assert get_args(kinds.Part) == kinds.PARTS
+    quantization, _none = get_args(typing.get_type_hints(TrainSettings)["quantize"])
+    assert get_args(quantization) == QUANTIZATIONS
+    assert get_args(kinds.Part) == kinds.PARTS == ("q", "k", "v", "gate", "up")
     choices = {
         ("convert", "to"): Layout,
         ("convert", "for_tool"): Tool,
