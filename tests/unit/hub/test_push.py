@@ -163,7 +163,7 @@ def test_a_token_that_does_not_serve_exits_2(
         ("/commit/", 403, "may not write there"),
         ("/preupload/", 404, "no such repository, owner or branch"),
         ("/blobs/", 413, "refuses files of this size"),
-        ("/commit/", 500, "a fault of its own"),
+        ("/commit/", 500, "an internal fault"),
         ("/repos/create", 418, "the hub refuses it"),
     ],
 )
