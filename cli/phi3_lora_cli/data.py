@@ -1,4 +1,4 @@
-"""phi3-lora data: check, preview and split; data_clean.py holds clean."""
+"""The commands phi3-lora data check, preview and split; data_clean.py holds clean."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class _Card(NamedTuple):
     """A model card."""
 
     head: dict[str, Any]
-    """Its YAML block."""
+    """The YAML block at its start."""
     body: str
     """The text after the block."""
 

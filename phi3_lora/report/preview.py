@@ -52,7 +52,7 @@ class PreviewRow:
     token_ids: list[int]
     loss_mask: list[bool]
     training: Literal["kept", "shortened", "dropped", "error"]
-    """How training treats the row; error stops the run."""
+    """The treatment of the row in training; error stops the run."""
     remark: str
     """Why training changes or drops the row; empty if the row is kept."""
 

@@ -83,6 +83,6 @@ def _page_token(piece: Piece) -> _PageToken:
     classes = "t" + (" l" if piece.is_learnt else "") + (" s" if piece.is_special else "")
     shown = visible(piece.text)
     if piece.text and unicodedata.combining(piece.text[0]):
-        # A span of its own separates an accent from the letter that it belongs to.
+        # A span separates an accent from its letter.
         shown = _DOTTED_CIRCLE + shown
     return _PageToken(classes, " ".join(map(str, piece.ids)), shown.split("\n"))
