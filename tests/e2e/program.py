@@ -1,4 +1,4 @@
-"""Running the program, in a process of its own or in this one."""
+"""Functions that run the program in another process or in this one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PROGRAM = [sys.executable, "-m", "phi3_lora_cli"]
 
 
 def phi3_lora(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command in another process."""
     return subprocess.run(
         [*PROGRAM, *arguments], capture_output=True, text=True, check=False, **options
     )
 
 
 def phi3_lora_here(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in this process, where the frameworks are imported already."""
+    """Run a command in this process, which has imported the frameworks."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run_reporting_faults(group, list(arguments))
@@ -30,7 +30,7 @@ def phi3_lora_here(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def train_arguments(inputs: tuple[str, str], run: Path, backend: str) -> list[str]:
-    """Sixty steps with a checkpoint every five."""
+    """Return arguments for sixty steps with a checkpoint every five steps."""
     model, data = inputs
     return [
         *("train", "--model", model, "--data", data, "--output", str(run)),

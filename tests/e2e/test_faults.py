@@ -1,4 +1,4 @@
-"""What the world does to a run: other inputs on resume, full disks, missing packages, slow BLAS."""
+"""Runs under faults: other inputs on resume, full disks, missing packages, slow BLAS."""
 
 from __future__ import annotations
 
@@ -104,10 +104,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(finished: Path) -> None:
     assert newest.name in found.stderr and json.loads(found.stdout)["steps"] == 6
 
 
-def test_a_disk_that_fills_up_leaves_what_was_saved(
-    inputs: tuple[str, str], tmp_path: Path
-) -> None:
-    """A limit on the size of a file stands for the disk: the checkpoint's first file is over it."""
+def test_a_run_on_a_full_disk_can_be_resumed(inputs: tuple[str, str], tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk; the first file of a checkpoint exceeds it."""
     run = tmp_path / "run"
 
     def no_large_files() -> None:
@@ -151,7 +149,7 @@ def test_doctor_notices_reference_blas_under_mlx() -> None:
 
 
 @pytest.mark.parametrize("words", [["data", "preview", "demo", "--model", "demo"], ["--version"]])
-def test_a_reader_that_leaves_is_no_fault(words: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -161,7 +159,7 @@ def test_a_reader_that_leaves_is_no_fault(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_memory_is_told_with_what_to_do_in_that_command(
+def test_full_memory_is_reported_with_advice_for_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     group = click.Group()

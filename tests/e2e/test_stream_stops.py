@@ -1,4 +1,4 @@
-"""Runs whose data is read as it goes, stopped, finished and gone on with in every odd way."""
+"""Runs on streamed data that are stopped, finished and resumed in unusual ways."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_unstreamed_run_cannot_go_on_streamed_nor_the_reverse(
         assert "Traceback" not in ran.stderr
 
 
-def test_a_position_that_was_tampered_with_is_told(model: str, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_position_is_reported(model: str, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert phi3_lora_here(*arguments(model, data, run, *STREAMED)).returncode == 0
     folder = run / "checkpoints" / "step-000012"
@@ -134,7 +134,7 @@ def test_a_hub_data_set_that_fails_on_the_way_leaves_its_checkpoint(
     assert ran.returncode == 2
     assert "ConnectionError: gone" in ran.stderr and "Traceback" not in ran.stderr
     assert "last good checkpoint: " in ran.stderr and "step-000005" in ran.stderr
-    # Steps of what had come are taken.
+    # The steps whose rows had come were taken.
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
     is_broken = False
     assert resumed(run).returncode == 0
@@ -145,7 +145,7 @@ def test_a_hub_data_set_that_fails_on_the_way_leaves_its_checkpoint(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
+def test_a_signal_during_a_slow_read_saves_the_steps_taken(
     model: str, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run, pipe = tmp_path / "run", tmp_path / "pipe.jsonl"
@@ -157,7 +157,7 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
         ) as process,
         pipe.open("wb", buffering=0) as file,
     ):
-        # One row of the third block, then a row now and then.
+        # Write one row of the third block, then single rows with pauses.
         file.write("".join(texts[:17]).encode())
         deadline = time.monotonic() + 60
         while not ((run / "metrics.jsonl").exists() and len(lines(run)) == 3):
@@ -165,13 +165,13 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
             time.sleep(0.05)
         process.send_signal(number)
         time.sleep(0.2)
-        # It may have stopped before it waited for this row.
+        # The run may have stopped before it waited for this row.
         with contextlib.suppress(BrokenPipeError):
             file.write(texts[17].encode())
         _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
     assert "stopped at step 3 of 12, saved" in said
-    # The same rows give the rest, from the step that was saved.
+    # With equal rows, the run continues from the saved step.
     assert (run / "checkpoints" / "step-000003").is_dir()
     pipe.unlink()
     write_rows(pipe, ROWS)
@@ -200,7 +200,7 @@ def test_a_signal_before_the_next_rows_have_come_takes_no_more_steps(
     monkeypatch.setattr(sources_module, "hub_rows", hub_rows)
     monkeypatch.setattr(sources_module, "hub_splits", lambda *named: ["train"])
     run = tmp_path / "run"
-    # Of three rows at a time, four are needed for the first step.
+    # Each read gives three rows, and the first step needs four.
     buffer = ["--set", "data.streaming=true", "--set", f"data.buffer_size={3 + 2 * step}"]
     ran = phi3_lora_here(*arguments(model, "owner/name", run, *buffer))
     assert ran.returncode == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""The program from its command line: train, kill, resume, score elsewhere, and wrong input."""
+"""Whole runs: train, kill, resume, score on the other backend, and wrong input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STREAMED = ["--set", "data.streaming=true", "--set", "data.buffer_size=7"]
         ("cuda", []),
         ("mlx", PARTS_AND_WHOLE),
         ("cuda", PARTS_AND_WHOLE),
-        # Streams on PyTorch are stopped and resumed in one process, by test_streaming.py.
+        # test_streaming.py stops and resumes streams on PyTorch, in one process.
         ("mlx", STREAMED),
     ],
 )
@@ -83,9 +83,7 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     assert [x for x in losses[0] if x] == [x for x in losses[1] if x]
 
 
-def test_a_run_started_on_one_backend_goes_on_on_the_other(
-    inputs: tuple[str, str], tmp_path: Path
-) -> None:
+def test_a_run_can_be_resumed_on_the_other_backend(inputs: tuple[str, str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     moved = tmp_path / "moved"
     assert phi3_lora(*train_arguments(inputs, whole, "cuda")).returncode == 0

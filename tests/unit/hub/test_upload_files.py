@@ -53,7 +53,7 @@ def head(upload: Upload) -> dict[str, Any]:
     return found
 
 
-def test_a_clean_folder_is_sent_as_it_is(tmp_path: Path) -> None:
+def test_a_clean_folder_is_sent_unchanged(tmp_path: Path) -> None:
     upload = files_to_push(write(tmp_path / "a", card=f"---\n{HEAD}---\n# Mine\n"), "ada/x")
     assert upload.notes == ()
     assert upload.files == {
@@ -107,7 +107,7 @@ def test_other_local_paths_in_the_config_are_sent_as_null(tmp_path: Path) -> Non
     }
 
 
-def test_a_missing_card_is_made_with_what_the_hub_reads(tmp_path: Path) -> None:
+def test_a_missing_card_is_made_with_the_head_that_the_hub_reads(tmp_path: Path) -> None:
     upload = files_to_push(write(tmp_path / "a"), "ada/orders")
     assert head(upload) == {"library_name": "peft", "tags": ["lora", "phi-3"], "base_model": BASE}
     text = content(upload, "README.md")

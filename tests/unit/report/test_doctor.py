@@ -1,4 +1,4 @@
-"""The report on a machine."""
+"""The report on a machine and its backends."""
 
 from __future__ import annotations
 

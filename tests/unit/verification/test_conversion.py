@@ -1,4 +1,4 @@
-"""A converted adapter compared with its source by a model's answers."""
+"""The comparison of a converted adapter with its source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny import random_adapter, write_model
 
 
 class Counted:
-    """An engine whose logits are its adapter's first number, times the position."""
+    """An engine whose logits are the first number of its adapter times the position."""
 
     opened = 0
     closed = 0

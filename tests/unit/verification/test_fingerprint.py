@@ -51,7 +51,7 @@ def verify(
     return verify_adapter(str(adapter), lambda: base, Placement(), lambda text: None)
 
 
-def test_an_adapter_is_equal_where_it_behaves_as_it_did(
+def test_an_adapter_with_unchanged_behaviour_is_equal(
     monkeypatch: pytest.MonkeyPatch, adapter: Path, base: FoundModel
 ) -> None:
     here = engine()
