@@ -31,7 +31,7 @@ def adapter_for(model: Path, seed: int = 1, **changes: object) -> Adapter:
 
 
 def with_patterns(adapter: Adapter) -> Adapter:
-    """Return the adapter with two modules of rank 2 and different alphas."""
+    """Return the adapter with one module of rank 2 and another module of alpha 3."""
     small, other = adapter.modules[1], adapter.modules[2]
     a, b = adapter.pair(small)
     weights = {
