@@ -1,7 +1,7 @@
 """LoRA fine-tuning of the Phi-3 family on MLX and PyTorch with the same numbers.
 
 Every function of the product is a name of this package. A name is imported when it is first used,
-so `import phi3_lora` costs little. No framework is imported by the core.
+so `import phi3_lora` is fast. No framework is imported by the core.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _NAMES = {
     "api.verification": ("parity", "verify"),
     "errors": ("Phi3LoraError",),
 }
-"""Module -> its names that this package offers."""
+"""Module -> its public names."""
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 

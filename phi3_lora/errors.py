@@ -1,11 +1,11 @@
-"""Errors that a user can cause or must act on; every other error is a fault of ours."""
+"""Errors that a user can cause or must act on; every other error is a bug of phi3-lora."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 MAX_SHOWN = 20
-"""Problems listed in one message; the rest are counted."""
+"""Most problems that one message lists; it counts the rest."""
 
 
 class Phi3LoraError(Exception):
@@ -43,7 +43,7 @@ class StorageError(Phi3LoraError, OSError):
 
 
 class TrainingError(Phi3LoraError, RuntimeError):
-    """Training cannot go on: non-finite loss or no memory."""
+    """Training stopped: a loss is not finite, or memory is full."""
 
 
 class BackendUnavailableError(Phi3LoraError, RuntimeError):
@@ -59,12 +59,12 @@ class TrainingInterrupted(Phi3LoraError):
 
 
 def listing(title: str, problems: Sequence[str], *, total: int | None = None) -> str:
-    """Join many problems in one message: a title, at most MAX_SHOWN problems, a count of the rest.
+    """Join problems in one message: a title, at most MAX_SHOWN problems, a count of the rest.
 
     Args:
         title: the first line.
-        problems: all of them, or at least the first MAX_SHOWN.
-        total: how many there are; the default is as many as are given.
+        problems: all problems, or at least the first MAX_SHOWN.
+        total: number of all problems; the default is the number in problems.
     """
     total = len(problems) if total is None else total
     lines = [title, *(f"  {problem}" for problem in problems[:MAX_SHOWN])]

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub's HTTP API: enough for uploads, downloads and refusals.
+"""A stand-in for the HTTP API of the Hugging Face hub: uploads, downloads and refusals.
 
 Source: huggingface_hub, hf_api.py, _commit_api.py, lfs.py and file_download.py.
 """
@@ -25,7 +25,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """Commits of whole trees, and branches that point at them."""
+    """A repository: commits of whole trees, and branches that point to commits."""
 
     private: bool = False
     commits: list[Files] = field(default_factory=lambda: [{".gitattributes": b""}])
@@ -33,16 +33,16 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def find(self, revision: str) -> int | None:
-        """Index of the commit of a branch or commit id."""
+        """Return the index of the commit of a branch or commit id."""
         ids = {commit_id(i): i for i in range(len(self.commits))}
         return self.branches.get(revision, ids.get(revision))
 
     def files(self, branch: str = "main") -> Files:
-        """Files on a branch."""
+        """Return the files on a branch."""
         return self.commits[self.branches[branch]]
 
     def commit(self, branch: str, files: Files) -> None:
-        """Make a branch hold these files."""
+        """Commit files to a branch."""
         self.commits.append(files)
         self.branches[branch] = len(self.commits) - 1
 
@@ -53,26 +53,26 @@ def commit_id(index: int) -> str:
 
 @dataclass
 class Hub:
-    """What the stand-in holds, and what it was asked."""
+    """The repositories of the stand-in, its faults, and the requests it received."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """Method, path and Authorization of each."""
+    """Method, path and Authorization of each request."""
     ignored: tuple[str, ...] = ()
-    """Names that the .gitignore of every repository holds."""
+    """File names in the .gitignore of every repository."""
     failing: dict[str, int] = field(default_factory=dict)
-    """Part of a path -> HTTP status to answer with."""
+    """Part of a path -> HTTP status of the answer."""
 
     def environment(self, cache: Path, token: str | None = TOKEN, **more: str) -> dict[str, str]:
-        """The environment of a program that takes this for the hub."""
+        """Return the environment of a program that uses this stand-in as the hub."""
         ours = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
             "HF_HUB_CACHE": str(cache / "hub"),
             "HF_HUB_OFFLINE": "0",
-            # Xet has a protocol of its own; without it large files go the documented way of LFS.
+            # Without Xet, large files use the documented protocol of LFS.
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
@@ -82,7 +82,7 @@ class Hub:
     def run(
         self, cache: Path, arguments: Sequence[str | Path], **changes: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Run phi3-lora against this hub; HF_ENDPOINT is read when the library is imported."""
+        """Run phi3-lora in another process, since huggingface_hub reads HF_ENDPOINT at import."""
         return subprocess.run(
             [sys.executable, "-m", "phi3_lora_cli", *map(str, arguments)],
             capture_output=True,
@@ -95,7 +95,7 @@ class Hub:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub that answers on this machine until the block ends."""
+    """Serve a hub on this machine until the block ends."""
     hub = Hub()
 
     class Handler(_Handler):

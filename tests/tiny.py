@@ -1,4 +1,4 @@
-"""Tiny random Phi-3 folders and documents, made with numpy alone."""
+"""Tiny random Phi-3 folders and documents, made with numpy only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_tokenizer(
     *,
     eats_space: bool = True,
 ) -> None:
-    """Bytes as tokens, and markers, which by default eat the white space after them as Phi-3's."""
+    """Write a tokenizer of bytes and markers; markers strip white space after them by default."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ def write_tokenizer(
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """config.json of a 2-layer Phi-3; both styles of RoPE keys."""
+    """Return the config.json of a 2-layer Phi-3, with RoPE keys of both styles."""
     config = {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
@@ -83,7 +83,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 
 def member_config(member: FamilyMember, **changes: Any) -> dict[str, Any]:
-    """config.json of a published model's shape; LongRoPE's factors are made up."""
+    """Return a config.json with the shape of a published model and invented LongRoPE factors."""
     config = tiny_config(
         vocab_size=member.vocab_size,
         hidden_size=member.hidden_size,
@@ -109,7 +109,7 @@ def member_config(member: FamilyMember, **changes: Any) -> dict[str, Any]:
 
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Weights that give logits of standard deviation about 1."""
+    """Return weights whose logits have a standard deviation of about 1."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in config.tensor_shapes().items():
@@ -125,7 +125,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A whole model folder."""
+    """Write a complete model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(tiny_config(**changes)))
     write_tokenizer(folder)
@@ -135,7 +135,7 @@ def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 
 def random_documents(lengths: list[int], *, seed: int = 0, vocab_size: int = 264) -> list[Document]:
-    """Documents of random ids; about the last half of each is supervised."""
+    """Return documents of random ids; about the last half of each is supervised."""
     rng = np.random.default_rng(seed)
     documents = []
     for i, length in enumerate(lengths):
@@ -147,7 +147,7 @@ def random_documents(lengths: list[int], *, seed: int = 0, vocab_size: int = 264
 
 
 def random_adapter(shapes: dict[str, tuple[int, int]], *, r: int, seed: int = 0) -> dict:
-    """Random A and B: with B = 0 the gradient of A would be exactly 0."""
+    """Return random A and B, since with B = 0 the gradient of A is exactly 0."""
     rng = np.random.default_rng(seed)
     weights = {}
     for module, (out_features, in_features) in shapes.items():
@@ -159,17 +159,17 @@ def random_adapter(shapes: dict[str, tuple[int, int]], *, r: int, seed: int = 0)
 
 
 def lora_spec(config: ModelConfig, *, r: int = 4, scaling: float = 2.0, dropout: float = 0.0):
-    """LoRA on every linear layer."""
+    """Return LoRA on every linear layer."""
     return LoraSpec.uniform(config.linear_shapes(), r=r, scaling=scaling, dropout=dropout)
 
 
 def start_weights(shapes: Mapping[str, tuple[int, int]], *, r: int, seed: int) -> dict:
-    """What training starts from, with LoRA on every layer given."""
+    """Return the starting values of training, with LoRA on every given layer."""
     return initial_weights(LoraSpec.uniform(shapes, r=r, scaling=1.0), shapes, seed=seed)
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
-    """A row of a chat file."""
+    """Return a row of a chat file."""
     return {
         "messages": [
             {"role": "user", "content": question},
@@ -179,7 +179,7 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """A JSONL file."""
+    """Write a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,4 +1,4 @@
-"""phi3-lora convert."""
+"""The command phi3-lora convert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""phi3-lora data: check, preview and split; data_clean.py holds clean."""
+"""The commands phi3-lora data check, preview and split; data_clean.py holds clean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 import phi3_lora
-from phi3_lora.report.preview import print_preview
+from phi3_lora.report.preview_terminal import print_preview
 from phi3_lora_cli.data_clean import clean
 from phi3_lora_cli.data_output import print_report, print_split
 from phi3_lora_cli.options import data_options, given, note, output_options, print_json

@@ -1,4 +1,4 @@
-"""phi3-lora data clean."""
+"""The command phi3-lora data clean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of phi3-lora data, printed for people."""
+"""Results of phi3-lora data, printed as text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 40
 _LONGEST_LABEL = 60
-"""Characters shown; a label may be a whole text."""
+"""Most characters shown of a label, which may be a whole text."""
 
 
 def print_report(report: Report) -> None:
-    """Print problems of every kind, lengths and counts."""
+    """Print a report: some problems of every kind, then lengths and counts."""
     for problem in spread(report.problems, MAX_SHOWN):
         click.echo(_printable(str(problem)))
     if len(report.problems) > MAX_SHOWN:
@@ -59,18 +59,18 @@ def _print_histogram(bins: list[tuple[int, int, int]]) -> None:
     columns = shutil.get_terminal_size().columns
     width = max(1, min(_BAR_WIDTH, columns - 2 * edge - len("   to ,           ") - 1))
     for least, greatest, rows in bins:
-        # A bin with few rows still shows.
+        # A bin with few rows still gets a bar.
         bar = "\u2588" * max(round(width * rows / most), rows > 0)
         click.echo(f"  {least:>{edge},} to {greatest:>{edge},}  {rows:>9,} {bar}".rstrip())
 
 
 def _printable(text: str) -> str:
-    """Escape characters that could drive the terminal."""
+    """Escape characters that could control the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print_split(result: SplitResult) -> None:
-    """Print where the rows went, and how many."""
+    """Print the files of a split and their numbers of rows."""
     split, figures = result.split, result.to_dict()
     click.echo(f"{figures['train']}  {figures['num_train_rows']:,} rows")
     click.echo(f"{figures['valid']}  {result.num_valid_rows:,} rows")
@@ -79,7 +79,7 @@ def print_split(result: SplitResult) -> None:
             f"{split.num_rows:,} rows in {split.num_groups:,} sets that stay together, the largest "
             f"of {split.largest_group:,}"
         )
-    # The largest first: of a key with a value for every row only some are shown.
+    # Largest labels first, since a key with many values is shown only in part.
     largest = sorted(split.labels.items(), key=lambda item: -sum(item[1]))
     for label, (train, valid) in largest[:MAX_SHOWN]:
         name = label if len(label) <= _LONGEST_LABEL else label[:_LONGEST_LABEL] + "..."

@@ -1,4 +1,4 @@
-"""phi3-lora doctor."""
+"""The command phi3-lora doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""phi3-lora evaluate."""
+"""The command phi3-lora evaluate."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def command(model: str, data: str, samples: int, as_json: bool, **options: Any) 
 
 
 class _Bars:
-    """A progress bar for each stage, where stderr is a terminal."""
+    """A progress bar for each stage, shown if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -82,7 +82,7 @@ class _Bars:
         self._task = TaskID(0)
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage; the first call for a stage begins it."""
+        """Move the bar of a stage; the first call for a stage starts a new bar."""
         if stage != self._stage:
             self._stop()
             console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Exceptions as messages and exit codes; users see a traceback only with --debug."""
+"""Conversion of exceptions into messages and exit codes; --debug adds a traceback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
     except MemoryError:
         return _say(f"error: out of memory: {_memory_advice(arguments)}", 2)
     except (BrokenPipeError, SystemExit):
-        # The reader of our output has left; click makes SystemExit of it. Nothing is wrong here.
+        # The reader of our output closed the pipe, which click turns into SystemExit: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as fault:
@@ -56,7 +56,7 @@ def run_reporting_faults(group: click.Group, arguments: Sequence[str]) -> int:
 
 
 def _escape_missing_characters() -> None:
-    """Write characters that the encoding of the terminal lacks as escapes."""
+    """Escape characters that the encoding of the terminal does not have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

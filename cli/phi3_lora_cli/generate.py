@@ -1,4 +1,4 @@
-"""phi3-lora generate."""
+"""The command phi3-lora generate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""phi3-lora inspect."""
+"""The command phi3-lora inspect."""
 
 from __future__ import annotations
 

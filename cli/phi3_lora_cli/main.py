@@ -1,4 +1,4 @@
-"""The command group. A command is imported when it is called, so that --help is fast."""
+"""The command group. It imports a command only to run it, which keeps --help fast."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ COMMANDS = {
     "inspect": ("inspect", "Show what an adapter holds and which tools load it."),
     "doctor": ("doctor", "Show which backends this machine can run and what is missing."),
 }
-"""Name -> module that has a `command`, and the line that --help shows."""
+"""Name -> (module with a `command`, line in --help)."""
 ALIASES = {"eval": "evaluate", "fuse": "merge"}
 
 
 class LazyGroup(click.Group):
-    """A command group that imports a command when it is asked for."""
+    """A command group that imports a command when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names, in the order of a run."""
+        """Return the names of the commands in their usual order."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Return the command of a name or alias."""
+        """Import the command of a name or alias; return None for an unknown name."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command in the arguments; for an unknown name suggest the nearest one."""
+        """Find the command in the arguments; suggest the nearest name for an unknown one."""
         name = args[0] if args else ""
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             import difflib
@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing one."""
+        """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 

@@ -1,4 +1,4 @@
-"""phi3-lora merge."""
+"""The command phi3-lora merge."""
 
 from __future__ import annotations
 

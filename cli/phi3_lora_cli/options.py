@@ -1,4 +1,4 @@
-"""Options that commands share, and the printing of results."""
+"""Options that several commands share, and functions that print results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def output_options(function: F) -> F:
-    """--json and --debug; an OptionError is shown as wrong usage."""
+    """Add --json and --debug, and show an OptionError as wrong usage."""
 
     @functools.wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
@@ -42,7 +42,7 @@ def output_options(function: F) -> F:
 
 
 def backend_options(function: F) -> F:
-    """--backend, --device, --dtype and --quantize."""
+    """Add --backend, --device, --dtype and --quantize."""
     return _stack(
         click.option("--backend", metavar="[mlx|cuda|auto]", help="Default: auto."),
         click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Default: auto."),
@@ -56,7 +56,7 @@ def backend_options(function: F) -> F:
 
 
 def quantize_option(function: F) -> F:
-    """--quantize."""
+    """Add --quantize."""
     return click.option(
         "--quantize",
         type=click.Choice(QUANTIZATIONS),
@@ -65,7 +65,7 @@ def quantize_option(function: F) -> F:
 
 
 def on_bad_row_option(function: F) -> F:
-    """--on-bad-row."""
+    """Add --on-bad-row."""
     return click.option(
         "--on-bad-row",
         type=click.Choice(["error", "skip"]),
@@ -74,7 +74,7 @@ def on_bad_row_option(function: F) -> F:
 
 
 def model_options(function: F) -> F:
-    """--model, --revision and --adapter, for commands that read a model."""
+    """Add --model, --revision and --adapter."""
     return _stack(
         click.option("--model", required=True, metavar="ID|DIR|demo", help="The base model."),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
@@ -83,7 +83,7 @@ def model_options(function: F) -> F:
 
 
 def data_options(function: F) -> F:
-    """DATA, -c and --set."""
+    """Add DATA, -c and --set."""
     return _stack(
         click.argument("data", metavar="DATA", required=False),
         click.option("-c", "--config", type=click.Path(path_type=Path), help="As for train."),
@@ -92,7 +92,7 @@ def data_options(function: F) -> F:
 
 
 def source_options(function: F) -> F:
-    """--alpha, --prefix, --enable and --parts, which loralib files and .npz files do not store."""
+    """Add --alpha, --prefix, --enable and --parts, for values that some formats do not store."""
     return _stack(
         click.option("--alpha", type=float, help="lora_alpha of a .pt or .npz, which stores none."),
         click.option(
@@ -110,12 +110,12 @@ def source_options(function: F) -> F:
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given; for the others the functions have their defaults."""
+    """Return the options with a value; the functions have defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """Print one JSON object on stdout; NaN and infinity become null."""
+    """Print one JSON object on stdout, with null for NaN and infinity."""
     click.echo(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
 
 
@@ -130,5 +130,5 @@ def _finite(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Print a note on stderr, so that stdout holds the result alone."""
+    """Print a note on stderr, since stdout holds only the result."""
     click.echo(f"note: {text}", err=True)

@@ -1,4 +1,4 @@
-"""phi3-lora parity."""
+"""The command phi3-lora parity."""
 
 from __future__ import annotations
 

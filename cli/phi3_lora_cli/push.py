@@ -1,4 +1,4 @@
-"""phi3-lora push."""
+"""The command phi3-lora push."""
 
 from __future__ import annotations
 

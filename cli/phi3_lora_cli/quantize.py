@@ -1,4 +1,4 @@
-"""phi3-lora quantize."""
+"""The command phi3-lora quantize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""phi3-lora train."""
+"""The command phi3-lora train."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def command(
       phi3-lora train --resume --output runs/a
     """
     if resume and options["output_dir"] is None:
-        raise click.UsageError("--resume needs --output: the run folder to go on with")
+        raise click.UsageError("--resume needs --output: the run folder to continue")
     settings = phi3_lora.resolve_settings(config_file, resume=resume, **given(options))
     for text in settings.notes:
         note(text)

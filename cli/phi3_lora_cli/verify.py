@@ -1,4 +1,4 @@
-"""phi3-lora verify."""
+"""The command phi3-lora verify."""
 
 from __future__ import annotations
 

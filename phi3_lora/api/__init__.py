@@ -1,1 +1,1 @@
-"""The product as functions, one module for each kind of thing; `phi3_lora` offers them all."""
+"""The functions of the product, one module for each subject; `phi3_lora` exports them all."""

@@ -1,4 +1,4 @@
-"""Adapters as files: convert, inspect and push."""
+"""Functions on adapter files: convert, inspect and push."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ Tool = Literal["vllm", "llama.cpp", "ollama", "mlx-lm", "peft"]
 
 
 class SourceOptions(TypedDict, total=False):
-    """Values that a loralib file or an .npz does not store."""
+    """Values that loralib files and .npz files do not store."""
 
     alpha: float | None
-    """lora_alpha of a .pt or .npz."""
+    """lora_alpha of a .pt or .npz file."""
     prefix: str
     """Text before the module paths of a loralib file."""
     enable: str | Sequence[Part] | None
-    """Parts of a fused projection that a MergedLinear adapts, as a list or with commas."""
+    """Parts of a fused projection that a MergedLinear adapts: a list, or a text with commas."""
     parts: Literal["equal", "model"] | None
-    """The cut of a MergedLinear's output into parts, where the file does not store it."""
+    """The cut of a MergedLinear's output into parts, if the file does not store it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionResult:
-    """A conversion, and its comparison with the source where that was asked for."""
+    """A conversion, and the comparison with its source if one was made."""
 
     conversion: Conversion
     comparison: ConversionCheck | None
@@ -61,11 +61,11 @@ class ConversionResult:
 
 @dataclass(frozen=True, slots=True)
 class InspectionResult:
-    """Facts about an adapter, and the heat map that was written of it."""
+    """Facts about an adapter, and the path of its heat map."""
 
     report: AdapterReport
     plot: str | None = None
-    """Path of the heat map."""
+    """Path of the heat map; None if none was written."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts by name."""
@@ -90,17 +90,17 @@ def convert(
     Args:
         source: a folder, a hub id, or a .pt, .gguf or .npz file, of any layout.
         target: a new folder; a new file for loralib and gguf.
-        to: the layout; for_tool implies one.
-        for_tool: a tool whose rules are kept (the command's --for).
-        model: the base model, which unfused and ollama need.
-        verify: compare the result with source; with a model, compare its answers too.
-        rank: largest rank of the result; deltas of a higher rank lose the rest.
-        note: called with what the user should know; the default logs a warning.
+        to: the layout of the result; for_tool implies one.
+        for_tool: the tool that must be able to read the result (--for of the command).
+        model: the base model, which the layout unfused and the tool ollama need.
+        verify: compare the deltas of result and source and, with model, the model's answers.
+        rank: largest rank of the result; deltas of a higher rank are approximated.
+        note: receives each text for the user; the default logs it as a warning.
         options: alpha, prefix, enable and parts, which loralib files and .npz files do not store.
 
     Raises:
         OptionError: when options do not go together.
-        AdapterError: when source is damaged, target is in use, or the layout cannot hold source.
+        AdapterError: when source is damaged, target is in use, or the layout cannot store source.
         ModelError: when the base model cannot be used.
     """
     layout = _layout(to, for_tool)
@@ -196,7 +196,7 @@ def push(
         private: make a new repository private, and refuse one that is public.
         revision: a branch of the repository; None is main.
         message: the message of the commit.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
 
     Raises:
         AdapterError: when the adapter is damaged.

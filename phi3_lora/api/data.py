@@ -1,4 +1,4 @@
-"""Data before training, to look at: check and preview."""
+"""Functions that read data before training: check and preview."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from phi3_lora.data.quality.report import Report
 from phi3_lora.data.sources.in_memory import Data
 from phi3_lora.data.sources.reading import check_any, iterate_rows
 from phi3_lora.errors import ConfigError
-from phi3_lora.report.preview import preview_rows, write_preview
+from phi3_lora.report.preview import preview_rows
+from phi3_lora.report.preview_page import write_preview
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewResult:
-    """The first rows as training sees them."""
+    """The first rows, encoded as for training."""
 
     rows: list[Previewed]
     tokenizer: ChatTokenizer = field(repr=False)
     html: str | None = None
-    """The page that was written."""
+    """Path of the page; None if none was written."""
 
     @property
     def remarks(self) -> list[str]:
-        """Why a row is not kept as it is, or empty, for each row."""
+        """A reason for each row that training changes or drops; empty for a row that is kept."""
         return [f"{r.training} in training: {r.remark}" if r.remark else "" for r in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rows as documents, and the page if one was written."""
+        """Return the rows as documents, and the path of the page if one was written."""
         documents = [row.to_dict() for row in preview_rows(self.rows)]
         return {"documents": documents, **({} if self.html is None else {"html": self.html})}
 
@@ -51,18 +52,18 @@ def check_data(
     note: Note = log_note,
     **settings: Unpack[DataSettings],
 ) -> Report:
-    """Look for problems in data, with the file and line of each; nothing is changed.
+    """Find problems in data, each with its file and line; nothing is changed.
 
     Args:
         data: as for train.
-        valid: rows to validate on, which are checked too, and for leaks.
-        near_duplicates: whether to look for rows that are nearly alike; None: if the library for
-            it is installed.
-        min_chars: least characters of a row.
-        max_chars: most characters of a row.
+        valid: rows to validate on; they are checked too, also for leaks into training.
+        near_duplicates: whether to look for nearly equal rows; None looks if the library that
+            this needs is installed.
+        min_chars: fewest characters that a row may have.
+        max_chars: most characters that a row may have.
         patterns: regular expressions that no row may match.
         language: the language that rows should be in, such as en.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
         settings: config and set as for train; model and revision for lengths in tokens.
 
     Raises:
@@ -98,10 +99,10 @@ def preview_data(
 
     Args:
         data: as for train.
-        limit: rows to take.
-        html: write a page to this file.
-        note: called with what the user should know; the default logs a warning.
-        settings: config and set as for train; model, which is needed, and revision.
+        limit: number of rows.
+        html: write an HTML page to this file.
+        note: receives each text for the user; the default logs it as a warning.
+        settings: config and set as for train; model, which is required, and revision.
 
     Raises:
         ConfigError: when a setting cannot be used, or there is no model.

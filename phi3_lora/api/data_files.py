@@ -1,4 +1,4 @@
-"""Data before training, written anew: split and clean."""
+"""Functions that write new data files before training: split and clean."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from phi3_lora.data.sources.in_memory import Data
 
 
 class CleaningSteps(DataSettings, total=False):
-    """Steps of cleaning; none is taken unless it is set."""
+    """Steps of cleaning; only the steps that are set are taken."""
 
     unicode: bool
-    """Put text into Unicode NFC and take out control characters."""
+    """Convert text to Unicode NFC and remove control characters."""
     white_space: bool
-    """Make spaces and line ends plain, and take them off the ends of turns."""
+    """Normalise spaces and line ends, and remove them at the ends of turns."""
     empty: bool
     """Drop rows with an empty user turn."""
     duplicates: bool
@@ -35,21 +35,21 @@ class CleaningSteps(DataSettings, total=False):
     min_tokens: int | None
     max_tokens: int | None
     patterns: Sequence[str]
-    """Drop rows in which one of these regular expressions matches."""
+    """Drop rows that one of these regular expressions matches."""
     language: str | None
-    """Drop rows that are clearly in another language than this (ISO 639-1, such as en)."""
+    """Drop rows that are clearly not in this language (ISO 639-1, such as en)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitResult:
-    """Rows that were written as a training and a validation file."""
+    """A training file and a validation file that were written."""
 
     folder: Path
     split: Split
 
     @property
     def num_valid_rows(self) -> int:
-        """Rows to validate on."""
+        """Number of rows to validate on."""
         return len(self.split.valid)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,15 +69,15 @@ class SplitResult:
 
 @dataclass(frozen=True, slots=True)
 class CleanResult:
-    """Cleaned rows as files."""
+    """Files of cleaned rows that were written."""
 
     path: str
     files: list[str]
     rows: int
-    """Rows before cleaning."""
+    """Number of rows before cleaning."""
     kept: int
     steps: dict[str, dict[str, int]]
-    """Step -> how many rows it changed and dropped."""
+    """Step -> number of rows that it changed and dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return paths and counts by name."""
@@ -108,11 +108,11 @@ def split_data(
         data: as for train.
         output: a new folder.
         valid_fraction: share of the rows to validate on.
-        group_by: a key; rows with one value of it stay together.
-        stratify_by: a key; each value of it gets the same share.
-        near_duplicates: whether rows that are nearly alike stay together.
+        group_by: a key of the rows; rows with the same value stay together.
+        stratify_by: a key of the rows; each value gets the same share.
+        near_duplicates: whether nearly equal rows stay together.
         seed: seed of the draw.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
         settings: config and set as for train.
 
     Raises:
@@ -160,17 +160,17 @@ def clean_data(
     note: Note = log_note,
     **options: Unpack[CleaningSteps],
 ) -> CleanResult:
-    """Write the rows to train on, cleaned, and every change that was made.
+    """Clean the rows to train on, and write them and every change.
 
     Args:
         data: as for train.
         output: a new folder.
-        note: called with what the user should know; the default logs a warning.
-        options: the steps, of which at least one must be set; config and set as for train; model
-            and revision for lengths in tokens.
+        note: receives each text for the user; the default logs it as a warning.
+        options: the steps, at least one; config and set as for train; model and revision for
+            lengths in tokens.
 
     Raises:
-        OptionError: when no step is set, or a limit in tokens has no model.
+        OptionError: when no step is set, or a limit in tokens is set without a model.
         ConfigError: when a setting cannot be used, or a library is missing.
         DataError: when the data cannot be used, or output is in use.
     """
@@ -196,7 +196,7 @@ def clean_data(
 
 
 def _split_options(options: CleaningSteps) -> tuple[DataSettings, Cleaning]:
-    """The settings of the data, and the steps."""
+    """Split keywords into the settings of the data and the steps."""
     given: dict[str, Any] = dict(options)
     settings: DataSettings = {}
     for name in DataSettings.__annotations__.keys() & given.keys():
@@ -206,7 +206,7 @@ def _split_options(options: CleaningSteps) -> tuple[DataSettings, Cleaning]:
 
 
 def _note_left_out(files: DataFiles, note: Note) -> None:
-    """Name what is left out when the rows to train on are written, each once."""
+    """Report validation rows and source weights, which the written file does not hold."""
     if files.valid:
         names = ", ".join(map(str, files.valid))
         note(f"only the rows to train on are taken: the validation rows in {names} are left out")
@@ -219,7 +219,7 @@ def _note_left_out(files: DataFiles, note: Note) -> None:
 
 
 def _note_settings_needed(files: DataFiles, note: Note) -> None:
-    """Name the settings that rows need again when they are written as they are."""
+    """Report the settings that unchanged rows need again when they are read."""
     first = files.train[0]
     needed = [] if first.format == "auto" else [f"data.format={first.format}"]
     if first.columns:

@@ -1,4 +1,4 @@
-"""Settings of data outside a run: where the data is, and how training would read it."""
+"""Settings of data outside a training run: its place, and how training would read it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from phi3_lora.errors import ConfigError
 from phi3_lora.inference.base_model import find_base_model
 
 NO_MODEL = "(no model)"
-"""In place of the model, which a run needs and a look at data does not."""
+"""Stands for the model, which a run needs and a function on data may not."""
 
 
 class DataSettings(TypedDict, total=False):
-    """Settings that name data and say how it is read, as for train."""
+    """Settings of the data and of its reading, as for train."""
 
     config: Mapping[str, Any] | AnyPath | None
     """A mapping with the keys of a YAML file, or the path of one."""
@@ -37,7 +37,7 @@ class DataSettings(TypedDict, total=False):
 def resolve(
     data: Data | None, valid: Data | None, settings: DataSettings
 ) -> tuple[RunConfig, DataFiles]:
-    """Return the configuration that train would have of these settings, and its sources.
+    """Return the configuration that train would make from these settings, and its sources.
 
     Raises:
         ConfigError: when there is no data, or a setting cannot be used.
@@ -73,7 +73,7 @@ def resolve(
 
 
 def token_budget(config: RunConfig, note: Note) -> TokenBudget:
-    """Return the base model's tokenizer, and how training would encode rows with it.
+    """Return the base model's tokenizer and the settings to encode rows with it, as in training.
 
     Raises:
         ConfigError: when the chat template cannot be used.

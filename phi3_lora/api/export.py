@@ -1,4 +1,4 @@
-"""Base models written anew: merged with adapters, or quantised."""
+"""Functions that write new models: merge and quantize."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from phi3_lora.storage.safetensors import TensorInfo
 
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 _WELL_KEPT = 0.95
-"""Cosine between a delta and what the result holds of it, below which a note is given."""
+"""A note follows if the cosine between a delta and its part in the result is below this."""
 
 
 def merge(
@@ -40,20 +40,20 @@ def merge(
     revision: str | None = None,
     note: Note = log_note,
 ) -> MergeResult:
-    """Fold adapters into the base model, or write several adapters as one.
+    """Merge adapters into the base model, or write several adapters as one.
 
     Args:
         model: the base model: a folder, a hub id, or demo.
-        adapter: a folder or hub id, or several, which are added up.
+        adapter: a folder or hub id, or several, which are summed.
         output: a new folder.
-        weight: factor of each adapter, in the same order; the default is 1 for each.
-        to: hf or mlx (one folder for both), gguf (one file for llama.cpp), or adapter (no base:
-            the sum of the adapters as one adapter).
+        weight: a factor for each adapter, in the same order; the default is 1.
+        to: hf or mlx (one folder for both), gguf (one file for llama.cpp), or adapter (the sum of
+            the adapters as one adapter, without the base).
         dtype: dtype of the result; auto is the base's own.
         outtype: type of a GGUF file; auto is the base's own.
-        dequantize: write a base of 4 or 8 bits in full.
+        dequantize: write a base of 4 or 8 bits without quantisation.
         revision: branch, tag or commit of a hub id.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
 
     Raises:
         OptionError: when options do not go together.
@@ -112,7 +112,7 @@ def _options(
 
 
 def _weights(weight: float | Sequence[float], num_adapters: int) -> list[float]:
-    """A factor for each adapter."""
+    """Return a factor for each adapter."""
     weights = [float(weight)] if isinstance(weight, (int, float)) else list(weight)
     if not all(map(math.isfinite, weights)):
         raise OptionError(f"--weight must be a number, got {', '.join(map(str, weights))}")

@@ -1,4 +1,4 @@
-"""Find and load a model, and use it once: evaluate and generate."""
+"""Functions that load a model: load, evaluate and generate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from phi3_lora.models.config import Quantization
 
 @dataclass(frozen=True, slots=True)
 class ModelToOpen:
-    """A base model and an adapter that were found and checked but not loaded."""
+    """A base model and an adapter, both found and checked but not loaded."""
 
     base: FoundModel
     adapter: Adapter | None
@@ -59,7 +59,7 @@ def find_model(
     quantize: Quantization = "none",
     note: Note = log_note,
 ) -> ModelToOpen:
-    """Find a base model and an adapter and check that they fit.
+    """Find a base model and an adapter, and check that the adapter fits.
 
     Args:
         model: as for load.
@@ -92,7 +92,7 @@ def load(
     quantize: Quantization = "none",
     note: Note = log_note,
 ) -> LoadedModel:
-    """Load a base model, alone or with an adapter of any layout.
+    """Load a base model with or without an adapter of any layout.
 
     Args:
         model: a folder, a hub id, or demo.
@@ -100,9 +100,9 @@ def load(
         revision: branch, tag or commit of a hub id.
         backend: mlx, cuda or auto.
         device: auto, cpu or gpu.
-        dtype: float32, bfloat16, float16 or auto, of the base model.
-        quantize: none, 4bit, 8bit, nf4 (cuda) or mlx-affine (mlx), of the base model.
-        note: called with what the user should know; the default logs a warning.
+        dtype: dtype of the base model: float32, bfloat16, float16 or auto.
+        quantize: quantisation of the base model: none, 4bit, 8bit, nf4 (cuda) or mlx-affine (mlx).
+        note: receives each text for the user; the default logs it as a warning.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
@@ -136,15 +136,15 @@ def evaluate(
 
     Args:
         model: a folder, a hub id, or demo.
-        data: a file, a folder, a pattern, a data set of the hub, or demo. The validation rows of
-            a folder or data set are taken, if it has some.
-        generate: also let the model give each row's last answer, and count exact matches.
+        data: a file, a folder, a pattern, a data set of the hub, or demo. If a folder or data set
+            has validation rows, only those are used.
+        generate: also generate the last answer of each row, and count exact matches.
         limit: use the first rows only.
-        max_new_tokens: tokens of a generated answer.
-        max_length: tokens a row may have; longer rows are left out and counted.
-        on_bad_row: error, or skip, which leaves out the rows that cannot be used and names them.
+        max_new_tokens: most tokens of a generated answer.
+        max_length: most tokens of a row; longer rows are skipped and counted.
+        on_bad_row: error, or skip to leave out and list the rows that cannot be used.
         loss_on: assistant (every answer), last (the last answer) or all tokens.
-        on_progress: called with the stage (scoring or answering), the rows done, and all rows.
+        on_progress: receives the stage (scoring or answering), the rows done, and all rows.
         options: adapter, revision, backend, device, dtype, quantize and note, as for load.
 
     Raises:
@@ -160,7 +160,7 @@ def evaluate(
         on_progress=on_progress,
     )
     found = find_model(model, **options)
-    # Data is read first: a fault in it shows before the weights are loaded.
+    # Read data before loading the weights, which takes long, to report bad data early.
     rows = rows_to_score(found.base, data, wanted, found.note)
     with found.open() as loaded:
         return loaded.evaluate_rows(rows, wanted)
@@ -184,9 +184,9 @@ def generate(
         prompt: a user's message, or messages that end with one.
         system: a system message before prompt.
         max_new_tokens: most tokens of the answer.
-        temperature: 0 always takes the most likely token.
+        temperature: 0 always chooses the most likely token.
         seed: seed of the draws.
-        on_text: called with each piece of the answer, as it comes.
+        on_text: receives each piece of the answer as it comes.
         options: adapter, revision, backend, device, dtype, quantize and note, as for load.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The machine: versions, devices and backends."""
+"""The function that examines the machine: doctor."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from phi3_lora.report.doctor import DoctorReport, examine
 
 
 def doctor() -> DoctorReport:
-    """Examine versions, devices, backends and caches, and list what is missing."""
+    """Report the versions, devices, backends and caches of this machine, and its problems."""
     return examine()

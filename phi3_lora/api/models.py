@@ -1,4 +1,4 @@
-"""A base model with or without an adapter: load, generate, evaluate, save."""
+"""A loaded base model with or without an adapter, which generates, scores and saves."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from phi3_lora.inference.generation import Generation, Prompt
 from phi3_lora.inference.scoring_data import ToScore, load_to_score
 
 Progress = Callable[[str, int, int], None]
-"""Called with scoring or answering, the rows done so far, and the rows in all."""
+"""A function that receives the stage (scoring or answering), the rows done, and all rows."""
 AdapterLayout = Literal["peft", "mlx", "both"]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult(Evaluation):
-    """Scores of a model on data, and its answers where they were asked for."""
+    """Scores of a model on data, and its answers if they were generated."""
 
     answers: tuple[Answer, ...] | None = None
     """Generated answers in the order of the rows; None when none were generated."""
 
     @property
     def exact_match(self) -> float | None:
-        """Share of the answers that are equal to the expected text."""
+        """Share of answers that equal the expected text; None without answers."""
         if self.answers is None:
             return None
         return sum(answer.is_exact for answer in self.answers) / max(1, len(self.answers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name, without the answers."""
+        """Return the scores by name, without the answers."""
         names = [field.name for field in dataclasses.fields(Evaluation)]
         figures = {name: getattr(self, name) for name in names}
         if self.answers is None:
@@ -58,20 +58,20 @@ class EvaluationOptions:
     """Options for scoring a model."""
 
     generate: bool = False
-    """Also let the model give each row's last answer."""
+    """Also generate the last answer of each row."""
     limit: int | None = None
     """Use the first rows only."""
     max_new_tokens: int = 256
-    """Tokens of a generated answer."""
+    """Most tokens of a generated answer."""
     max_length: int = 2048
-    """Tokens a row may have; longer rows are left out and counted."""
+    """Most tokens of a row; longer rows are skipped and counted."""
     on_bad_row: OnBadRow = "error"
     loss_on: LossOn = "assistant"
     on_progress: Progress = lambda stage, done, total: None
 
 
 class LoadedModel:
-    """A base model with its adapter on a device; use it as a context manager or close it."""
+    """A base model and its adapter on a device. Close it, or use it as a context manager."""
 
     def __init__(
         self,
@@ -113,11 +113,11 @@ class LoadedModel:
 
         Args:
             prompt: a user's message, or messages that end with one.
-            stream: return an iterator over pieces of the answer, as they come.
+            stream: return an iterator over the pieces of the answer as they come.
             sampling: max_new_tokens (256), temperature (0) and seed (0).
 
         Raises:
-            DataError: when the chat template cannot render the prompt, or it is too long.
+            DataError: when the chat template cannot render the prompt, or the prompt is too long.
         """
         if not stream:
             return self._answers([prompt], sampling)[0].text
@@ -127,7 +127,7 @@ class LoadedModel:
     def generate_batch(
         self, prompts: Sequence[Prompt], **sampling: Unpack[SamplingOptions]
     ) -> list[str]:
-        """Answer each prompt as if it were alone, but in less time.
+        """Answer prompts together, which is faster; each answer is the one to the prompt alone.
 
         Args:
             prompts: users' messages or conversations.
@@ -146,18 +146,17 @@ class LoadedModel:
         on_bad_row: OnBadRow = "error",
         loss_on: LossOn = "assistant",
     ) -> Evaluation:
-        """Return loss, perplexity and token accuracy on data.
+        """Return the loss, perplexity and token accuracy on data.
 
         Args:
             data: a file, a folder, a pattern, a data set of the hub, or demo.
-            max_length: tokens a row may have; longer rows are left out and counted.
-            on_bad_row: error, or skip, which leaves out the rows that cannot be used and names
-                them.
-            loss_on: assistant (every answer), last (the last answer) or all tokens; a row's own
-                weights win.
+            max_length: most tokens of a row; longer rows are skipped and counted.
+            on_bad_row: error, or skip to leave out and list the rows that cannot be used.
+            loss_on: assistant (every answer), last (the last answer) or all tokens; weights in a
+                row override it.
 
         Raises:
-            ConfigError: when loss_on or on_bad_row has another value.
+            ConfigError: when loss_on or on_bad_row has an unknown value.
             DataError: when the data cannot be used.
         """
         options = EvaluationOptions(max_length=max_length, on_bad_row=on_bad_row, loss_on=loss_on)
@@ -176,13 +175,13 @@ class LoadedModel:
         on_bad_row: OnBadRow = "error",
         loss_on: LossOn = "assistant",
     ) -> EvaluationResult:
-        """Return the scores of the model on data, as the command does.
+        """Score the model on data, and optionally compare its own answers.
 
         Args:
             data: as for score.
-            generate: also let the model give each row's last answer, and count exact matches.
+            generate: also generate the last answer of each row, and count exact matches.
             limit: use the first rows only.
-            max_new_tokens: tokens of a generated answer.
+            max_new_tokens: most tokens of a generated answer.
             max_length: as for score.
             on_bad_row: as for score.
             loss_on: as for score.
@@ -205,12 +204,12 @@ class LoadedModel:
         """Write the adapter as a folder that PEFT and mlx-lm load.
 
         Args:
-            folder: new, empty, or of an adapter that may be replaced.
+            folder: a new or empty folder, or the folder of an adapter to replace.
             to: peft, mlx or both layouts.
 
         Raises:
-            AdapterError: when there is no adapter, the layout cannot hold it, or the folder holds
-                something else.
+            AdapterError: when there is no adapter, the layout cannot store it, or the folder holds
+                other files.
         """
         if self.adapter is None:
             raise AdapterError("the model was loaded without an adapter: there is nothing to save")
@@ -247,7 +246,7 @@ class LoadedModel:
                 yield piece.text_delta
 
     def evaluate_rows(self, rows: ToScore, options: EvaluationOptions) -> EvaluationResult:
-        """Return the scores of the model on rows that were read for it."""
+        """Score the model on rows that were read with rows_to_score."""
         documents = rows.dataset.documents
         advance = _counted("scoring", len(documents), options.on_progress)
         scores = evaluate_documents(self.engine, documents, advance)
@@ -262,10 +261,10 @@ class LoadedModel:
 
 
 def rows_to_score(base: FoundModel, data: Data, options: EvaluationOptions, note: Note) -> ToScore:
-    """Read and encode rows to score, and their conversations where answers are asked for.
+    """Read and encode rows to score; keep their conversations if answers are generated.
 
     Raises:
-        ConfigError: when loss_on or on_bad_row has another value than its own.
+        ConfigError: when loss_on or on_bad_row has an unknown value.
         DataError: when the data cannot be used.
     """
     encoding = Encoding(
@@ -285,7 +284,7 @@ def rows_to_score(base: FoundModel, data: Data, options: EvaluationOptions, note
 
 
 def _counted(stage: str, total: int, on_progress: Progress) -> Callable[[int], None]:
-    """Begin a stage and return what counts its rows."""
+    """Start a stage and return a function that adds a number of finished rows."""
     done = 0
     on_progress(stage, done, total)
 

@@ -1,11 +1,11 @@
-"""Options that several functions share, and the kinds of values they take."""
+"""Options that several functions share, and the types of their values."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from phi3_lora.config.schema import Device, DtypeOption
 from phi3_lora.errors import ConfigError
@@ -13,15 +13,15 @@ from phi3_lora.models.config import Quantization
 from phi3_lora.training.observer import LoggingObserver
 
 Note = Callable[[str], None]
-"""Called with what the user should know."""
+"""A function that receives a text for the user."""
 AnyPath = str | os.PathLike[str]
 Part = Literal["q", "k", "v", "gate", "up"]
-PARTS = ("q", "k", "v", "gate", "up")
+PARTS: tuple[Part, ...] = get_args(Part)
 """Parts of a fused projection that loralib's MergedLinear may adapt."""
 
 
 class OptionError(ConfigError):
-    """Options that cannot be used together, or a value that an option does not take."""
+    """Options do not go together, or an option does not take this value."""
 
 
 class ModelOptions(TypedDict, total=False):
@@ -47,7 +47,7 @@ class SamplingOptions(TypedDict, total=False):
     max_new_tokens: int
     """Default: 256."""
     temperature: float
-    """Default: 0, which always takes the most likely token."""
+    """Default: 0, which always chooses the most likely token."""
     seed: int
     """Seed of the draws. Default: 0."""
 
@@ -58,7 +58,7 @@ def log_note(text: str) -> None:
 
 
 def part_names(enable: str | Sequence[str] | None) -> list[str]:
-    """Return the names of parts in a list, or in a text with commas.
+    """Return the names of parts from a list, or from a text with commas.
 
     Raises:
         OptionError: when a name is unknown.

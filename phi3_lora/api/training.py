@@ -1,4 +1,4 @@
-"""Training: settings from their sources, the run, and its plan alone."""
+"""Functions for training: train, dry_run and resolve_settings."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ FLAGS = {
     "dropout": "peft_config.lora_dropout",
     "targets": "peft_config.target_modules",
 }
-"""Keyword of train -> setting; the command's options have the same names."""
+"""Keyword of train -> place in the configuration; options of the command have these names."""
 
 
 class TrainSettings(TypedDict, total=False):
-    """Keywords of train, which win over the configuration."""
+    """Keywords of train, which override the configuration."""
 
     model: str
     """A folder, a hub id, or demo."""
@@ -76,7 +76,7 @@ class TrainSettings(TypedDict, total=False):
     valid: Data | None
     """Rows to validate on."""
     valid_fraction: float | None
-    """Share of data to validate on."""
+    """Share of the rows of data to validate on."""
     on_bad_row: OnBadRow | None
     max_steps: int | None
     """Optimizer steps."""
@@ -88,7 +88,7 @@ class TrainSettings(TypedDict, total=False):
     lr: float | None
     """Peak learning rate."""
     max_length: int | None
-    """Tokens a document may have."""
+    """Most tokens of a document."""
     packing: bool | None
     seed: int | None
     rank: int | None
@@ -104,7 +104,7 @@ class TrainSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """The plan of a run."""
+    """Facts about a run that has not started."""
 
     facts: RunFacts
 
@@ -125,10 +125,10 @@ def train(
 
     Args:
         config: a RunConfig, a mapping with the keys of a YAML file, or the path of one.
-        resume: go on from the newest whole checkpoint in the run folder. With output_dir the
-            configuration that is stored there is the base of all settings.
-        observer: called at each event; the default logs notes as warnings.
-        settings: the command's options as keywords; they win over config.
+        resume: continue from the newest complete checkpoint in the run folder. With output_dir,
+            the configuration stored there is the base of all settings.
+        observer: receives each event; the default logs notes as warnings.
+        settings: the options of the command as keywords; they override config.
 
     Raises:
         Phi3LoraError: with what is wrong and what to do.
@@ -168,7 +168,7 @@ def resolve_settings(
     resume: bool = False,
     **settings: Unpack[TrainSettings],
 ) -> RunSettings:
-    """Merge the sources of a run's settings and check every name and value.
+    """Merge the settings of a run from all sources, and check every name and value.
 
     Args:
         config: as for train.
@@ -176,7 +176,7 @@ def resolve_settings(
         settings: as for train.
 
     Raises:
-        ConfigError: with every unknown name and every value that cannot be used.
+        ConfigError: when settings are unknown or have wrong values; it lists all of them.
     """
     _check_names(settings)
     assignments, flags = settings.get("set", ()), _flags(settings)
@@ -221,7 +221,7 @@ def _resolve_for(
 
 
 def _flags(settings: TrainSettings) -> dict[str, Any]:
-    """Return the settings by their place in the configuration."""
+    """Return the keywords by their place in the configuration."""
     given: dict[str, Any] = {name: value for name, value in settings.items() if name in FLAGS}
     for name in ("data", "valid"):
         given.pop(name, None)
@@ -234,7 +234,7 @@ def _flags(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _data_flags(settings: TrainSettings) -> dict[str, Any]:
-    """Data to train and to validate on, by its place in the configuration."""
+    """Return the names of the data to train and validate on, by place in the configuration."""
     data, valid = settings.get("data"), settings.get("valid")
     flags: dict[str, Any] = {
         "data.train": None if data is None else recorded_name(data),
@@ -247,7 +247,7 @@ def _data_flags(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _rows(settings: TrainSettings) -> PassedRows:
-    """Rows that the caller passes in memory."""
+    """Return the rows that the caller passes in memory."""
     data, valid = settings.get("data"), settings.get("valid")
     return PassedRows(
         None if data is None or is_named(data) else data,
@@ -256,7 +256,7 @@ def _rows(settings: TrainSettings) -> PassedRows:
 
 
 def _target_names(value: str | Sequence[str] | None) -> str | list[str] | None:
-    """Return a regular expression as it is, and names as a list."""
+    """Return names as a list, and all-linear or a regular expression unchanged."""
     if value is None or value == "all-linear":
         return value
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Checks of numbers: an adapter here and where it was trained, and both backends."""
+"""Functions that compare numbers: verify and parity."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def verify(
     quantize: Quantization = "none",
     note: Note = log_note,
 ) -> Verification:
-    """Compare an adapter's behaviour here with its behaviour where it was trained.
+    """Compare an adapter's behaviour here with its behaviour after training.
 
     Args:
         adapter: a folder or hub id.
@@ -48,7 +48,7 @@ def verify(
         device: auto, cpu or gpu.
         dtype: as for load.
         quantize: as for load.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
 
     Raises:
         AdapterError: when the adapter has no fingerprint, is damaged or does not fit.
@@ -73,17 +73,17 @@ def parity(
     revision: str | None = None,
     note: Note = log_note,
 ) -> ParityResult:
-    """Measure on a model of your own that both backends give the same numbers.
+    """Measure whether both backends give equal numbers on your own model.
 
     Args:
         model: a folder, a hub id, or demo.
-        adapter: a folder or hub id; the default is one of random weights.
-        data: documents to use; the default is built-in texts.
-        steps: training steps.
+        adapter: a folder or hub id; the default is an adapter with random weights.
+        data: documents to measure with; the default is built-in texts.
+        steps: number of training steps.
         device: auto, cpu or gpu.
         quantize: as for load.
         revision: branch, tag or commit of a hub id.
-        note: called with what the user should know; the default logs a warning.
+        note: receives each text for the user; the default logs it as a warning.
 
     Raises:
         BackendUnavailableError: when no backend can run.

@@ -1,4 +1,4 @@
-"""The built-in base model and chat data: --model demo --data demo."""
+"""The built-in base model and chat data, for --model demo and --data demo."""
 
 from pathlib import Path
 

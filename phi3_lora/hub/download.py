@@ -10,34 +10,38 @@ from phi3_lora.demo import DEMO_MODEL_DIR
 from phi3_lora.errors import AdapterError, ConfigError, ModelError, Phi3LoraError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""owner/name."""
+"""A hub id: owner/name."""
 _FILES = ["*.json", "*.jinja"]
 _ADAPTER_FILES = [
     *("adapter_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("README.md", "chat_template.jinja"),
 ]
 _NO_ADAPTER_FILES = ["*/*", "model*.safetensors*", "consolidated*.safetensors*"]
-"""Folders (checkpoints, merged copies), and the weights of a whole model beside an adapter."""
+"""Subfolders (checkpoints, merged copies) and the weights of a whole model beside an adapter."""
 _REASONS = {
     401: "the hub does not accept HF_TOKEN or the stored login, or it is private or does not exist",
     403: "the token may not read it",
     404: "the hub has nothing of that name that this token may see",
     429: "too many requests, wait a little and try again",
 }
-"""HTTP status -> what it means for one who reads."""
+"""HTTP status -> its meaning for a download."""
 
 
 def resolve_model_dir(
     model: str, revision: str | None = None, *, with_weights: bool = True
 ) -> Path:
-    """Return the folder of `demo`, of a path, or of a hub id (downloaded into the hub's cache).
+    """Return the folder of a base model, downloaded into the hub's cache if needed.
 
-    Only configuration, tokenizer, template and safetensors files are downloaded, never code; the
-    last only with_weights.
+    Only configuration, tokenizer, template and safetensors files are downloaded, never code.
+
+    Args:
+        model: a folder, a hub id, or demo.
+        revision: branch, tag or commit of a hub id.
+        with_weights: whether to download the safetensors files.
 
     Raises:
         ConfigError: when HF_TOKEN cannot be a token.
-        ModelError: when there is no such folder and the hub has no such model or is out of reach.
+        ModelError: when there is no such folder, and the hub has no such model or is out of reach.
     """
     folder = DEMO_MODEL_DIR if model == "demo" else Path(model).expanduser()
     if folder.is_dir():
@@ -53,17 +57,18 @@ def resolve_model_dir(
 
 
 def resolve_adapter_dir(adapter: str, revision: str | None = None) -> Path:
-    """Return the path of an adapter, or the folder of a hub id (downloaded into the cache).
+    """Return the path of an adapter, downloaded into the hub's cache if needed.
 
-    Only an adapter's own files are downloaded: its config, safetensors and model card at the top
-    of the repository, never code or pickled weights.
+    Only the adapter's own files at the top of the repository are downloaded: config, safetensors,
+    template and model card, never code or pickled weights.
 
     Args:
         adapter: a path, owner/name, or owner/name@revision.
-        revision: branch, tag or commit of a hub id, where the name does not hold it.
+        revision: branch, tag or commit of a hub id, if the name holds none.
 
     Raises:
-        AdapterError: when there is no such path and the hub has no such adapter or is out of reach.
+        AdapterError: when there is no such path, and the hub has no such adapter or is out of
+            reach.
         ConfigError: when HF_TOKEN cannot be a token.
     """
     path = Path(adapter).expanduser()
@@ -131,10 +136,10 @@ def _download(
 
 
 def hub_token() -> str | None:
-    """Return the token of HF_TOKEN or of the hub's login; it must not be shown or stored.
+    """Return the token of HF_TOKEN or of the stored login, which must not be shown or stored.
 
     Raises:
-        ConfigError: when it cannot be one, which the HTTP library would say by printing it.
+        ConfigError: when it cannot be a token; the HTTP library would print it in its own error.
     """
     from huggingface_hub import get_token
 
@@ -148,15 +153,15 @@ def hub_token() -> str | None:
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """Return the errors that huggingface_hub raises for a refused or failed request, and others."""
+    """Return others and the errors of huggingface_hub for a refused or failed request."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Its base is the root of the HTTP library's errors, be that requests or httpx.
+    # The base of HfHubHTTPError is the root of the errors of the HTTP library, requests or httpx.
     return (*others, OSError, *HfHubHTTPError.__bases__)
 
 
 def http_status(cause: BaseException | None) -> int | None:
-    """Return the HTTP status behind an error of huggingface_hub, if an answer came."""
+    """Return the HTTP status behind an error of huggingface_hub; None if no answer came."""
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -166,7 +171,7 @@ def http_status(cause: BaseException | None) -> int | None:
 
 
 def hub_reason(cause: BaseException) -> str:
-    """Explain in one line why the hub did not give the files."""
+    """Return the reason in one line why the hub did not give the files."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -188,5 +193,5 @@ def hub_reason(cause: BaseException) -> str:
 
 
 def first_line(cause: BaseException) -> str:
-    """Return the first line of an error's text, or its kind."""
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

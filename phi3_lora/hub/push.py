@@ -1,4 +1,4 @@
-"""Sending an adapter to the Hugging Face hub, in one commit."""
+"""Upload of an adapter to the Hugging Face hub, in one commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REASONS = {
     413: "the hub refuses files of this size: see the owner's storage limits",
     429: "too many requests: wait a little and push again",
 }
-"""HTTP status -> what it means for one who writes, and what to do."""
+"""HTTP status -> its meaning for an upload, and the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Pushed:
     """Result of a push."""
 
     url: str
-    """Address of the repository's page, at the branch where one was given."""
+    """Address of the repository's page, or of the branch if one was given."""
     commit: str
     """The commit that holds the adapter."""
     files: tuple[str, ...]
     removed: tuple[str, ...]
-    """Files of an earlier adapter that this one does not have."""
+    """Files of an earlier adapter, which this adapter does not have."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of --json."""
@@ -55,24 +55,24 @@ def push(
     message: str | None = None,
     note: Callable[[str], None],
 ) -> Pushed:
-    """Send an adapter folder to the hub; the repository and the branch are made where missing.
+    """Upload an adapter folder to the hub; create the repository and the branch if missing.
 
-    Nothing is sent before the adapter was read whole and checked. Only OWN_FILES are sent, in one
-    commit; those of an earlier adapter that this one has not are deleted in it, since two files
-    that disagree are no adapter. Other files of the repository are left alone.
+    The whole adapter is read and checked first. Only OWN_FILES are sent, in one commit. The commit
+    also deletes OWN_FILES of an earlier adapter that this adapter does not have: files of two
+    adapters would contradict each other. Other files of the repository stay.
 
     Args:
-        folder: of the adapter.
+        folder: the adapter's folder.
         repo: owner/name.
-        private: make a new repository private, and refuse one that is public.
+        private: make a new repository private, and refuse an existing public one.
         revision: the branch; None is main.
-        message: of the commit.
-        note: receives a text on each file that is changed on its way.
+        message: the message of the commit.
+        note: receives a text on each file that is sent changed.
 
     Raises:
         AdapterError: when the adapter is damaged.
-        ConfigError: when the name, the token or the message cannot be used, the machine is set
-            offline, or private does not hold.
+        ConfigError: when the name, the token or the message cannot be used, HF_HUB_OFFLINE is
+            set, or private is asked for and the repository is public.
         StorageError: when the hub refuses or is out of reach.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -83,7 +83,7 @@ def push(
         note(text)
     api = HfApi(token=token, library_name="phi3-lora", library_version=version("phi3-lora"))
     with _explained(repo):
-        # None and not False: an organisation may make its repositories private by default.
+        # None, not False: an organisation may make its repositories private by default.
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise ConfigError(
@@ -92,7 +92,7 @@ def push(
             )
         present = _names_on(api, repo, revision)
         removed = tuple(n for n in OWN_FILES if n in present and n not in upload.files)
-        # upload_folder would split this into several commits where hf_xet is installed.
+        # With hf_xet installed, upload_folder would make several commits.
         done = api.create_commit(
             repo,
             [
@@ -118,7 +118,7 @@ def _check_arrived(repo: str, sent: Iterable[str], arrived: set[str]) -> None:
 
 
 def _checked(repo: str, message: str | None) -> str:
-    """Check everything that needs no file and no network; return the token."""
+    """Check the name, the message and the token, without files or network; return the token."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if not HUB_ID.fullmatch(repo):
@@ -137,7 +137,7 @@ def _checked(repo: str, message: str | None) -> str:
 
 
 def _names_on(api: Any, repo: str, revision: str | None) -> set[str]:
-    """List the files on a branch, which is made from main where it is missing."""
+    """List the files on a branch; create it from main if it is missing."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
@@ -151,7 +151,7 @@ def _names_on(api: Any, repo: str, revision: str | None) -> set[str]:
 
 @contextlib.contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line with the next step."""
+    """Turn an error of huggingface_hub into one line with the next step."""
     try:
         yield
     except Phi3LoraError:
@@ -166,7 +166,7 @@ def _reason(cause: BaseException) -> str:
     if status in _REASONS:
         return f"{_REASONS[status]} (HTTP {status})"
     if status is not None and status >= 500:
-        return f"the hub has a fault of its own (HTTP {status}): push again later"
+        return f"the hub has an internal fault (HTTP {status}): push again later"
     said = " ".join(str(cause.__cause__ or cause).split())[:300] or type(cause).__name__
     if status is not None or isinstance(cause, ValueError):
         return f"the hub refuses it: {said}"

@@ -1,4 +1,4 @@
-"""Choice of the files that go to the hub: an adapter's own, checked, without local paths."""
+"""Choice of the files of an adapter that go to the hub, checked and without local paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -30,37 +30,51 @@ _WEIGHTS = {
 OWN_FILES = (CONFIG_NAME, *_WEIGHTS, FINGERPRINT_NAME, TEMPLATE_NAME, CARD_NAME)
 """Every file that push may send, replace or delete."""
 _BASE_KEYS = ("base_model_name_or_path", "model")
-"""Where PEFT and mlx-lm write what the adapter was trained on."""
+"""Keys of adapter_config.json under which PEFT and mlx-lm name the base model."""
 _CACHED = re.compile(r"models--([\w.]+(?:-[\w.]+)*)--([\w.-]+)/snapshots/")
 """The folder of a hub id in the hub's cache."""
 _CARD_PATH = re.compile(r"^(\| (?:Base model|Training data) \| `)([^`\n]+)(`)", re.MULTILINE)
-"""The rows of a training's model card that may hold a path."""
+"""Rows of the model card of a training run that may hold a path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Files by their name on the hub."""
+    """The files to send, by their name on the hub."""
 
     files: dict[str, Path | bytes]
-    """A path where the file goes as it is."""
+    """A path where the file is sent unchanged, bytes where it is changed."""
     notes: tuple[str, ...]
-    """Changes to files on their way."""
+    """A text on each change to a file."""
+
+
+class _Card(NamedTuple):
+    """A model card."""
+
+    head: dict[str, Any]
+    """The YAML block at its start."""
+    body: str
+    """The text after the block."""
+
+    def text(self) -> str:
+        # huggingface_hub's CardData drops keys whose value is null.
+        head = yaml.safe_dump(self.head, sort_keys=False, allow_unicode=True)
+        return f"---\n{head}---\n{self.body}"
 
 
 def files_to_push(folder: Path, repo: str) -> Upload:
-    """Read and check an adapter folder, and choose what of it is to be sent.
+    """Read and check an adapter folder, and choose the files to send.
 
-    The base model is named only as a hub id: a path in the hub's cache becomes its id, and any
-    other local path becomes null in adapter_config.json and is left out of the card's head, for
-    its last part alone could be read as the id of another model.
+    The base model is named only by a hub id. A path in the hub's cache becomes the id. Any other
+    local path becomes null in adapter_config.json and is left out of the card's head: its last
+    part alone could be read as the id of another model.
 
     Args:
-        folder: of the adapter; not changed.
-        repo: owner/name, for the title of a card that is made.
+        folder: the adapter's folder, which is not changed.
+        repo: owner/name, for the title of a new card.
 
     Raises:
-        AdapterError: when the adapter is damaged, is in files of other names, or its README.md has
-            a head that the hub cannot read.
+        AdapterError: when the adapter is damaged, its files have other names, or the hub cannot
+            read the head of README.md.
     """
     layouts = find_layouts(folder)
     adapter = read_adapter(folder, keep_parts=True)
@@ -98,7 +112,7 @@ def _is_hub_id(value: Any) -> bool:
 
 
 def _is_local(value: str) -> bool:
-    """Return whether a model's name is a path of some machine."""
+    """Return whether a model's name is a path and not a hub id or an address."""
     if "://" in value:
         return False
     if value.startswith(("/", "~", ".")) or "\\" in value or re.match(r"[A-Za-z]:", value):
@@ -107,7 +121,7 @@ def _is_local(value: str) -> bool:
 
 
 def _without_local_paths(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return adapter_config.json for other machines, and a note on each change."""
+    """Return the configuration without local paths, and a note on each change."""
     notes = []
     cleaned = dict(config)
     for key in _BASE_KEYS:
@@ -135,28 +149,29 @@ def _path_in(value: Any) -> str | None:
 
 
 def _checked_card(path: Path, base: str | None, trained_on: str | None) -> tuple[str, list[str]]:
-    """Return a model card with the head that the hub reads, and a note on each change."""
+    """Return the text of a card with a complete head, and a note on each change."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise AdapterError(f"{path} is not UTF-8 text: save it as UTF-8, or delete it") from None
-    head, body = _split_card(path, text)
-    cleaned, notes = _mended_head(head, base)
+    card = _split_card(path, text)
+    head, notes = _mended_head(card.head, base)
     shorter = _CARD_PATH.sub(
-        lambda row: row[1] + (Path(row[2]).name if _is_local(row[2]) else row[2]) + row[3], body
+        lambda row: row[1] + (Path(row[2]).name if _is_local(row[2]) else row[2]) + row[3],
+        card.body,
     )
     if trained_on is not None and _is_local(trained_on):
         shorter = shorter.replace(trained_on, Path(trained_on).name)
-    if shorter != body:
+    if shorter != card.body:
         notes.append(f"{CARD_NAME}: local paths are sent as their last part")
-    return (_card(cleaned, shorter) if notes else text), notes
+    return (_Card(head, shorter).text() if notes else text), notes
 
 
-def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
+def _split_card(path: Path, text: str) -> _Card:
     """Split a model card into its head and the text after it.
 
     Raises:
-        AdapterError: when there is a head that the hub cannot read.
+        AdapterError: when the hub cannot read the head.
     """
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -164,12 +179,12 @@ def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
     step = "mend it, or delete the file and a card is made"
     if match is None:
         if text.lstrip().startswith("---"):
-            raise AdapterError(f"{path} begins with --- but that head has no end line ---: {step}")
-        return {}, text
+            raise AdapterError(f"{path} begins with --- but its head has no end line ---: {step}")
+        return _Card({}, text)
     try:
         head = yaml.safe_load(match[2])
     except yaml.YAMLError as cause:
-        raise AdapterError(f"the head of {path} is no YAML: {first_line(cause)}; {step}") from None
+        raise AdapterError(f"the head of {path} is not YAML: {first_line(cause)}; {step}") from None
     head = {} if head is None else head
     if not isinstance(head, dict):
         raise AdapterError(
@@ -179,11 +194,11 @@ def _split_card(path: Path, text: str) -> tuple[dict[str, Any], str]:
         value = head.get(name) or []
         if not all(isinstance(v, str) for v in (value if isinstance(value, list) else [value])):
             raise AdapterError(f"the head of {path}: {name} must be texts, got {value!r}: {step}")
-    return head, text[match.end() :]
+    return _Card(head, text[match.end() :])
 
 
 def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Complete the head for the hub; return it with a note on each change."""
+    """Return the head as the hub needs it, and a note on each change."""
     notes = []
     mended = dict(head)
     if "library_name" not in head:
@@ -194,7 +209,7 @@ def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, A
     kept = [name for name in named if _is_hub_id(name)]
     if kept != named:
         wrong = next(name for name in named if name not in kept)
-        notes.append(f"{CARD_NAME}: base_model {wrong!r} is no hub id and is left out")
+        notes.append(f"{CARD_NAME}: base_model {wrong!r} is not a hub id and is left out")
     if not kept and base is not None:
         kept = [base]
         notes.append(f"{CARD_NAME}: base_model: {base} is added to its head")
@@ -212,16 +227,6 @@ def _mended_head(head: Mapping[str, Any], base: str | None) -> tuple[dict[str, A
     return mended, notes
 
 
-def _card(head: Mapping[str, Any], body: str) -> str:
-    from huggingface_hub import CardData
-
-    data = CardData()
-    # One by one: a key of YAML need not be a text.
-    for key, value in head.items():
-        data[key] = value
-    return f"---\n{data.to_yaml()}\n---\n{body}"
-
-
 def _new_card(repo: str, base: str | None, adapter: Adapter, files: Mapping[str, Any]) -> str:
     """Build a short model card for an adapter without one."""
     head: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "phi-3"]}
@@ -235,4 +240,4 @@ def _new_card(repo: str, base: str | None, adapter: Adapter, files: Mapping[str,
         f"| Modules | {targets} |\n\n{', '.join(readers)}. With phi3-lora:\n\n```\n"
         f'phi3-lora generate --model {base or "BASE"} --adapter {repo} --prompt "Hello"\n```\n'
     )
-    return _card(head, body)
+    return _Card(head, body).text()

@@ -1,4 +1,4 @@
-"""A base model on its way to an engine: found (no weights needed), then checked (with weights)."""
+"""A base model before an engine opens it: found without weights, then checked with them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class FoundModel:
     """A base model whose config and tokenizer were read; its weights may be missing."""
 
     name: str
-    """As the user named it: a folder, a hub id, or demo."""
+    """The user's name for the model: a folder, a hub id, or demo."""
     path: Path
     config: ModelConfig
     tokenizer: ChatTokenizer
     quantize: str = "none"
-    """How the weights are to be quantised, one of QUANTIZATIONS."""
+    """Quantisation to load the weights with, one of QUANTIZATIONS."""
 
     @property
     def backend_quantization(self) -> str:
-        """The quantisation that the backend makes while loading; none for a shared grid."""
+        """Quantisation that the backend makes while loading; none for a shared grid."""
         return "none" if self.quantize in GRID_BITS else self.quantize
 
     @property
@@ -43,16 +43,16 @@ class FoundModel:
         """Return the Euclidean norm of each row of a module's weight, (out,).
 
         Raises:
-            ModelError: when the files are missing, or quantised as only a backend can read.
+            ModelError: when the files are missing, or only a backend can read their quantisation.
         """
         tensors = tensor_index(self.path, self.config)
         return row_norms(dense_weight(tensors, self.config, module))
 
     def with_adapter_template(self, template: Path | None) -> FoundModel:
-        """Take the chat template that an adapter was trained with, unless the user named one.
+        """Return the model with an adapter's chat template, unless the user chose a template.
 
         Args:
-            template: a Jinja file; None where the adapter was trained with the model's own.
+            template: a Jinja file; None if the adapter was trained with the model's own template.
 
         Raises:
             ConfigError: when the template cannot be used.
@@ -71,15 +71,15 @@ class CheckedModel:
 
     found: FoundModel
     files: ModelFiles
-    """The files to load: the model's own, or a copy of them on a shared grid."""
+    """The files to load: the model's own, or a quantised copy on a shared grid."""
     identity: str
-    """Equal where every backend sees equal numbers."""
+    """A digest of the weights; equal identities mean equal weights on every backend."""
 
     def weight(self, module: str) -> Float32:
         """Read the weight of a module in full, (out, in) or (hidden,), in float32.
 
         Raises:
-            ModelError: when it is quantised as only a backend can read.
+            ModelError: when only a backend can read its quantisation.
         """
         return dense_weight(self.files.tensors, self.files.config, module)
 
@@ -97,9 +97,9 @@ def find_base_model(
     Args:
         model: a folder, a hub id, or demo.
         revision: branch, tag or commit of a hub id.
-        quantize: how the weights are to be quantised; None means none.
-        with_weights: whether to download the weights of a hub id, too.
-        chat_template: a Jinja file in place of the model's own template.
+        quantize: quantisation to load the weights with; None is the same as none.
+        with_weights: whether to download the weights of a hub id too.
+        chat_template: a Jinja file that replaces the model's own template.
 
     Raises:
         ModelError: when the model cannot be used.

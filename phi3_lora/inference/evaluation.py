@@ -15,12 +15,12 @@ from phi3_lora.engine.request import Sampling
 from phi3_lora.inference.generation import Piece, encode_prompts, generate
 
 SCORING_TOKENS = 4096
-"""Tokens a scoring batch holds at most, or one longer document."""
+"""Most tokens in a scoring batch; a longer document is a batch alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How a model does on supervised tokens."""
+    """Scores of a model on supervised tokens."""
 
     loss: float
     """Nats per supervised token."""
@@ -31,13 +31,13 @@ class Evaluation:
     num_documents: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures by name."""
+        """Return the scores by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated answer beside the expected one."""
+    """A generated answer and the expected one."""
 
     prompt: str
     expected: str
@@ -45,14 +45,14 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether both are the same text, white space at the ends apart."""
+        """True if both texts are equal after white space at their ends is removed."""
         return self.expected.strip() == self.given.strip()
 
 
 def token_batches(
     documents: Sequence[Document], limit: int = SCORING_TOKENS
 ) -> Iterator[Sequence[Document]]:
-    """Documents in order, in groups of at most so many tokens."""
+    """Group documents in order, with at most limit tokens in a group of several."""
     group: list[Document] = []
     size = 0
     for document in documents:
@@ -74,8 +74,8 @@ def evaluate(
 
     Args:
         engine: the model.
-        documents: at least one, each with a supervised token.
-        on_progress: called with the number of documents just scored.
+        documents: at least one; each has a supervised token.
+        on_progress: receives the number of documents that were just scored.
     """
     nats, correct, supervised = 0.0, 0, 0
     for group in token_batches(documents):
@@ -101,14 +101,14 @@ def answer_conversations(
     sampling: Sampling,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """Let the model give each conversation's last answer itself.
+    """Generate the last answer of each conversation.
 
     Args:
         engine: the model.
-        tokenizer: the model's.
-        rows: conversations; plain text and rows that do not end with an answer are left out.
+        tokenizer: the model's tokenizer.
+        rows: conversations; plain text and rows that do not end with an answer are skipped.
         sampling: how tokens are chosen.
-        on_progress: called with the number of conversations just answered.
+        on_progress: receives the number of conversations that were just answered.
 
     Returns:
         Answers in the order of the rows.

@@ -1,4 +1,4 @@
-"""Generation as text: prompts in, pieces of answers out as they come."""
+"""Generation of text: prompts go in, pieces of the answers come out as a stream."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[Message]
 """A user's message, or a conversation."""
 _UNFINISHED = "\ufffd"
-"""Decoded in place of bytes that are not a whole character."""
+"""Decoded from bytes that are not a whole character."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One step of one answer."""
+    """The next part of one answer."""
 
     index: int
-    """Place of the prompt in the batch."""
+    """Index of the prompt in the batch."""
     text_delta: str
     """Text to append to the answer; empty while a character is incomplete."""
     token_id: int | None
-    """The new token; None in a closing piece, which follows when the context is full."""
+    """The new token; None in the piece that closes an answer because the context is full."""
     finish_reason: FinishReason | None
     """None until the answer ends."""
 
@@ -39,7 +39,7 @@ class Generation:
 
     text: str
     token_ids: list[int]
-    """All generated tokens, with the stop token if one came."""
+    """All generated tokens, including the stop token if there is one."""
     finish_reason: FinishReason
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,17 +50,16 @@ class Generation:
 class TextStream:
     """Decodes the tokens of one answer as they come.
 
-    A token is decoded together with the tokens of the text before it, because a decoder drops the
-    space at the start of a text. Those are few, so the work for a token does not grow with the
-    answer.
+    A token is decoded together with the few tokens before it, because a decoder drops the space at
+    the start of a text. The work for a token does not grow with the answer.
     """
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        """Tokens that are decoded together: the last text returned, then what is pending."""
+        """Tokens to decode together: those of the last text returned, then the pending ones."""
         self._num_returned = 0
-        """Tokens at the start of _ids whose text was returned."""
+        """Number of tokens at the start of _ids whose text was returned."""
 
     def add(self, token: int) -> str:
         """Return the text that a token completes; empty while a character is incomplete."""
@@ -80,13 +79,13 @@ class TextStream:
         return text[len(known) :]
 
     def _decoded(self) -> tuple[str, str]:
-        """The text that was returned, and the same with the pending tokens."""
+        """Return the text already returned, and that text with the pending tokens."""
         decode = self._tokenizer.decode
         return decode(self._ids[: self._num_returned]), decode(self._ids)
 
 
 def encode_prompts(tokenizer: ChatTokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Encode prompts up to where the assistant's answer begins.
+    """Encode prompts up to the start of the assistant's answer.
 
     Raises:
         DataError: when the chat template cannot render a conversation.
@@ -96,7 +95,7 @@ def encode_prompts(tokenizer: ChatTokenizer, prompts: Sequence[Prompt]) -> list[
 
 
 def user_message(text: str) -> Message:
-    """Return a user's message."""
+    """Build a user's message."""
     return {"role": "user", "content": text}
 
 
@@ -108,13 +107,13 @@ def stream(
 ) -> Iterator[Piece]:
     """Generate an answer to each prompt and yield the pieces as they come.
 
-    Exactly one piece of each answer has a finish_reason, and it is the last.
+    The last piece of each answer, and no other, has a finish_reason.
 
     Args:
         engine: the model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompts: token ids.
-        sampling: how tokens are chosen, and which of them end an answer.
+        sampling: how tokens are chosen, and which tokens end an answer.
 
     Raises:
         DataError: when a prompt is empty or longer than the model's context.
@@ -145,10 +144,10 @@ def generate(
 
     Args:
         engine: the model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prompts: token ids.
-        sampling: how tokens are chosen, and which of them end an answer.
-        on_piece: called with each piece, as it comes.
+        sampling: how tokens are chosen, and which tokens end an answer.
+        on_piece: receives each piece as it comes.
 
     Raises:
         DataError: when a prompt is empty or longer than the model's context.

@@ -1,4 +1,4 @@
-"""Steps shared by training, scoring and generation: check a base model, load an adapter, open."""
+"""Steps of training, scoring and generation: check a base model, load an adapter, open both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Note = Callable[[str], None]
 
 
 def check_base_model(found: FoundModel) -> CheckedModel:
-    """Check the weights of a base model as they lie in its folder.
+    """Check the weights in the folder of a base model.
 
     Raises:
         ModelError: when a tensor is missing, extra, mis-shaped or not finite.
@@ -42,13 +42,13 @@ def check_for_backend(found: FoundModel, backend: Backend, note: Note) -> Checke
 
     Args:
         found: the base model and the quantisation to load it with.
-        backend: the one that will load it.
+        backend: the backend that will load the model.
         note: receives a line before work that takes time.
 
     Raises:
-        ConfigError: when the backend has no such quantisation.
-        ModelError: when a tensor is missing, extra, mis-shaped or not finite, or the model is
-            quantised already in another way.
+        ConfigError: when the backend does not have this quantisation.
+        ModelError: when a tensor is missing, extra, mis-shaped or not finite, or the model already
+            has another quantisation.
     """
     bits = GRID_BITS.get(found.quantize)
     if bits is not None and found.config.grid_bits != bits:
@@ -57,7 +57,7 @@ def check_for_backend(found: FoundModel, backend: Backend, note: Note) -> Checke
     own = found.backend_quantization
     if own not in {"none", *backend.quantizations}:
         raise ConfigError(
-            f"--quantize {own} is not one of --backend {backend.name}'s; allowed: "
+            f"--quantize {own} is not available with --backend {backend.name}; allowed: "
             f"{', '.join(['none', *GRID_BITS, *sorted(backend.quantizations)])} (4bit and 8bit are "
             "the same weights on both backends)"
         )
@@ -72,14 +72,14 @@ class LoadedAdapter:
 
     adapter: Adapter
     template: Path | None
-    """A Jinja file; None where training used the model's own template."""
+    """A Jinja file; None if training used the model's own template."""
 
 
 def load_adapter(path: str, base: FoundModel) -> LoadedAdapter:
     """Read an adapter from a folder or a hub id, in any layout, and check it against a base model.
 
     Raises:
-        AdapterError: when it is damaged or does not fit.
+        AdapterError: when the adapter is damaged or does not fit.
     """
     folder = resolve_adapter_dir(path)
     adapter, _ = read_source(folder, base.config, MissingMetadata(), base.row_norms)
@@ -94,11 +94,11 @@ def load_adapter(path: str, base: FoundModel) -> LoadedAdapter:
 
 
 def with_adapter(base: FoundModel, path: str | None) -> tuple[FoundModel, Adapter | None]:
-    """Load an adapter, and give the base model the chat template that the adapter was taught.
+    """Load an adapter, and give the base model the adapter's chat template.
 
     Args:
         base: the model to adapt.
-        path: a folder or a hub id; None leaves the model bare.
+        path: a folder or a hub id; None for the base model alone.
 
     Raises:
         AdapterError: when the adapter is damaged or does not fit.
@@ -114,20 +114,20 @@ def other_base_notes(adapter: Adapter | None, identity: str) -> list[str]:
     """Return a warning if an adapter was trained on another base model.
 
     Args:
-        adapter: with the identity of the base that it was trained on, where that is known.
-        identity: of the base model here.
+        adapter: the adapter, with the identity of its own base model if that is known.
+        identity: identity of the base model here.
     """
     if adapter is None or adapter.base_identity in (None, identity):
         return []
     return [
         "this adapter was trained on another base model, or on other weights of it; phi3-lora "
-        "verify tells whether it behaves here as it did there"
+        "verify shows whether it behaves the same here"
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine and the base model in it."""
+    """An engine and the base model that it holds."""
 
     engine: Engine
     base: CheckedModel
@@ -142,19 +142,19 @@ class Placement:
     device: str = "auto"
     """auto, cpu or gpu."""
     dtype: str = "auto"
-    """The dtype to compute in: float32, bfloat16, float16 or auto."""
+    """Dtype of the base model: float32, bfloat16, float16 or auto."""
 
 
 def open_engine(
     base: FoundModel, adapter: Adapter | None, placement: Placement, note: Note
 ) -> Opened:
-    """Open a model for scoring and generation, with an adapter or bare.
+    """Open a model for scoring and generation, with or without an adapter.
 
     Args:
         base: the model to check and load.
-        adapter: checked against the base.
-        placement: where to open it.
-        note: receives what the user should know, before the work that it is about.
+        adapter: an adapter that was checked against the base.
+        placement: the backend, device and dtype.
+        note: receives each text for the user, before the work starts.
 
     Raises:
         BackendUnavailableError: when the backend or device is missing.

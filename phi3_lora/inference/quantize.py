@@ -1,4 +1,4 @@
-"""Writing a base model in 4 or 8 bits as a folder of its own."""
+"""Quantisation of a base model to 4 or 8 bits, written as a new folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quantize(
 
     Raises:
         ModelError: when target is in use, or the model cannot be used or is quantised already.
-        StorageError: when the disk is full; target stays as it was.
+        StorageError: when the disk is full; target is left unchanged.
     """
     check_folder_unused(target, ModelError, "already holds something: choose another --output")
     source = check_model_files(resolve_model_dir(model, revision))

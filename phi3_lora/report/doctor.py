@@ -1,4 +1,4 @@
-"""Report on this machine: backends that run, and a command that fixes each problem."""
+"""Report on this machine: its versions and backends, and a command that fixes each problem."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from phi3_lora.engine.protocol import BackendDescription
 from phi3_lora.engine.registry import backend_names, load_backend
 from phi3_lora.errors import Phi3LoraError
 
 
 @dataclass(frozen=True, slots=True)
 class BackendReport:
-    """One backend on this machine."""
+    """Report on one backend of this machine."""
 
     reason: str | None = None
-    """Why it cannot run here; None if it can."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """As Backend.describe gives them; empty if it cannot run."""
+    """Why the backend cannot run here; None if it can."""
+    description: BackendDescription | None = None
+    """Software and devices; None if the backend cannot run here."""
     problems: list[str] = field(default_factory=list)
-    """Causes of slowness, each with a command that fixes it."""
+    """Causes of slow runs, each with a command that fixes it."""
 
     @property
     def is_available(self) -> bool:
@@ -31,8 +32,11 @@ class BackendReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of --json."""
-        known = {"reason": self.reason} if self.reason is not None else self.facts
-        return {"available": self.is_available, **known, "problems": self.problems}
+        if self.description is None:
+            facts: dict[str, Any] = {"reason": self.reason}
+        else:
+            facts = self.description.to_dict()
+        return {"available": self.is_available, **facts, "problems": self.problems}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class DoctorReport:
     hub_cache: str
     backends: dict[str, BackendReport]
     problems: list[str]
-    """Problems of all backends, and of having none."""
+    """Problems of all backends, or the one that no backend can run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of --json."""
@@ -84,10 +88,10 @@ def _examine_backend(name: str) -> BackendReport:
     try:
         backend = load_backend(name)
         backend.check("cpu")
-        facts = backend.describe().to_dict()
+        description = backend.describe()
     except Phi3LoraError as reason:
         return BackendReport(reason=str(reason))
-    return BackendReport(facts=facts, problems=backend.diagnose())
+    return BackendReport(description=description, problems=backend.diagnose())
 
 
 def _hub_cache() -> Path:

@@ -1,4 +1,4 @@
-"""Heat maps of delta norms: layers down, modules across."""
+"""Heat maps of delta norms: one row for each layer, one column for each module."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from phi3_lora.storage.optional import optional_package
 
 _SUFFIXES = (".png", ".html")
 _STOPS = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")
-"""From norm 0 to the largest, evenly spaced. Source: ColorBrewer, Blues."""
+"""Colours from norm 0 to the largest norm, evenly spaced. Source: ColorBrewer, Blues."""
 _ORDER = (
     *("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
 )
-"""Modules as a layer runs them; others come after, by name."""
+"""Columns in the order in which a layer runs its modules; others follow by name."""
 _ZERO = "changes nothing (norm 0)"
 _ABSENT = "not adapted"
 
@@ -31,13 +31,13 @@ _ABSENT = "not adapted"
 class _Row:
     label: str
     cells: tuple[float | None, ...]
-    """One norm for each column, None for a module without a delta; a single one spans all."""
+    """One norm for each column, None without a delta; a single cell spans all columns."""
     modules: tuple[str, ...]
-    """The full path behind each cell."""
+    """The full path of each cell's module."""
 
 
 def check_name(path: Path) -> None:
-    """Make sure that a heat map can be written under this name.
+    """Check that a heat map can be written under a name.
 
     Raises:
         ConfigError: when the suffix is not .png or .html, or matplotlib is missing.
@@ -57,25 +57,24 @@ def check_name(path: Path) -> None:
 def write_heat_map(path: Path, norms: Mapping[str, float], title: str) -> None:
     """Write the norms of an adapter's deltas as a heat map.
 
-    One row is one decoder layer, one column is one module; a module outside the layers has its own
-    row.
-    One scale of colours, from 0 to the largest norm; a norm of 0 and a module without a delta are
-    marked and not coloured.
+    Each decoder layer is a row and each module a column; a module outside the layers has its own
+    row. Colours go from 0 to the largest norm. A norm of 0 and a module without a delta have marks
+    in place of a colour.
 
     Args:
-        path: .png (drawn by matplotlib) or .html (a page of its own, without scripts).
+        path: a .png (drawn by matplotlib) or .html file (one page without scripts).
         norms: full path of a module -> Frobenius norm of its delta.
-        title: above the map.
+        title: the text above the map.
 
     Raises:
         AdapterError: when there are no norms, or one is not finite.
-        ConfigError: as check_name.
+        ConfigError: when the suffix is not .png or .html, or matplotlib is missing.
         StorageError: when the file cannot be written.
     """
     check_name(path)
     wrong = [f"{name}: {norm}" for name, norm in norms.items() if not 0 <= norm < math.inf]
     if wrong:
-        raise AdapterError(listing("these norms are no finite numbers >= 0:", wrong))
+        raise AdapterError(listing("these norms are not finite numbers >= 0:", wrong))
     if not norms:
         raise AdapterError("nothing to draw: the adapter has no module with A and B")
     columns, rows = _table(norms)
@@ -139,7 +138,7 @@ class _Cell:
     text: str
     title: str
     kind: str = ""
-    """zero or absent; empty where the cell is coloured by its norm."""
+    """zero or absent; empty if the norm gives the colour."""
     colour: str = ""
     ink: str = ""
 
@@ -150,12 +149,12 @@ class _PageRow:
 
     label: str
     span: int
-    """Columns that each cell takes."""
+    """Number of columns that each cell spans."""
     cells: list[_Cell]
 
 
 def _html(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
-    """Draw the map as a table, with the numbers as text and the modules' paths as titles."""
+    """Draw the map as an HTML table; each cell shows its module's path on hover."""
     return render_page(
         "heatmap.html.jinja",
         title=title,
@@ -199,7 +198,7 @@ def _look(norm: float | None, largest: float) -> tuple[str, dict[str, Any]]:
 
 
 def _png(columns: list[str], rows: list[_Row], largest: float, title: str) -> bytes:
-    """Draw the map with matplotlib, without a display and without its global state."""
+    """Draw the map with matplotlib, without a display or matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize

@@ -1,4 +1,4 @@
-"""HTML pages from the templates of this package, each whole in itself and without scripts."""
+"""HTML pages from the templates of this package: single files without scripts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def render_page(template: str, **values: Any) -> bytes:
-    """Fill a template; every value is escaped.
+    """Fill a template and escape every value.
 
     Args:
-        template: file name in phi3_lora/report/templates.
-        values: variables of the template.
+        template: a file name in phi3_lora/report/templates.
+        values: the variables of the template.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -1,4 +1,4 @@
-"""A converted adapter compared with its source: their deltas, and a model's answers with each."""
+"""Comparison of a converted adapter with its source: deltas, and a model's answers with each."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from phi3_lora.models.family import peer_differences
 from phi3_lora.verification.fingerprint import probe_documents
 
 _GATE = 1e-4
-"""Largest difference of logits, over their standard deviation."""
+"""Largest allowed difference of logits, divided by their standard deviation."""
 _DOCUMENTS = 2
 Note = Callable[[str], None]
 
 
 class Answers(NamedTuple):
-    """The distance between one reader's answers with the result and ours with the source."""
+    """Distance between a reader's logits with the result and our logits with the source."""
 
     reader: str
     max_difference: float
-    """Of logits, over their standard deviation."""
+    """Largest difference of the logits, divided by their standard deviation."""
     gate: float | None
-    """None where the reader's base model is another one: then nothing is judged."""
+    """Largest allowed difference; None if the reader computes the base model differently."""
 
     @property
     def is_equal(self) -> bool:
-        """True if the answers are the same, as far as they can be judged."""
+        """True if the difference is within the gate, or there is no gate."""
         return self.gate is None or bool(self.max_difference <= self.gate)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,17 +50,17 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ConversionCheck:
-    """How far the result of a conversion is from its source."""
+    """Distance between the result of a conversion and its source."""
 
     max_relative_difference: float
-    """Of a module's delta, over the delta's norm."""
+    """Largest difference of a module's delta, divided by the delta's norm."""
     worst_module: str | None
     answers: tuple[Answers, ...] | None
-    """None where no model answered."""
+    """None if no model was asked."""
 
     @property
     def is_equal(self) -> bool:
-        """True if deltas and answers differ by no more than roundings."""
+        """True if deltas and answers differ by rounding errors only."""
         same_deltas = self.max_relative_difference <= SAME
         return bool(same_deltas) and all(answer.is_equal for answer in self.answers or ())
 
@@ -79,12 +79,12 @@ class ConversionCheck:
 def verify_conversion(
     result: Conversion, target: Path, base: FoundModel | None, note: Note
 ) -> ConversionCheck:
-    """Compare a converted adapter with its source, by its deltas and by a model's answers.
+    """Compare a converted adapter with its source by deltas and by a model's answers.
 
     Args:
-        result: of the conversion.
-        target: where the result lies.
-        base: with its weights; None compares the deltas only.
+        result: the finished conversion.
+        target: the file or folder of the result.
+        base: the base model with its weights; None compares the deltas only.
         note: receives why a backend or a stock tool did not answer.
     """
     answers = None
@@ -109,11 +109,11 @@ def compare_answers(
     """Compare logits of probe texts with the source and the result, here and in the stock tools.
 
     Args:
-        base: with its weights.
-        adapters: the source of the conversion, and its result as read back.
-        target: where the result lies.
-        backends: those that can run here, at least one; each also names a stock tool.
-        note: receives which readers are left out.
+        base: the base model with its weights.
+        adapters: the source of the conversion, and the result after it was read back.
+        target: the file or folder of the result.
+        backends: at least one backend that can run here; each also names a stock tool.
+        note: receives the readers that are left out.
     """
     documents = probe_documents(base.tokenizer)[:_DOCUMENTS]
     found = []
@@ -134,7 +134,7 @@ def compare_answers(
         )
         other = peer_differences(base.config).get(backend.stock_tool)
         if other is not None:
-            note(f"{backend.stock_tool} {other}: its difference says nothing of the adapter")
+            note(f"{backend.stock_tool} {other}: its difference says nothing about the adapter")
         gate = _GATE if other is None else None
         found.append(
             Answers(f"{backend.stock_tool} (stock, {name})", _gap(logits, before) / std, gate)
@@ -151,7 +151,7 @@ def _our_logits(
 ) -> tuple[Float32, Float32]:
     """Compute a backend's logits with each of two adapters.
 
-    The model is loaded once where both adapters have one spec.
+    The model is loaded once if both adapters have the same spec.
     """
     first, second = adapters
     batch = make_batch(documents)
@@ -172,7 +172,7 @@ def _our_logits(
 
 
 def _open(base: FoundModel, backend: str, adapter: Adapter, note: Note) -> Engine:
-    # A copy is compared with its source: which base either was trained on does not matter.
+    # Source and result are compared on one base, which need not be the base of the training.
     compared = dataclasses.replace(adapter, base_identity=None)
     placement = Placement(backend=backend, device="cpu", dtype="float32")
     return open_engine(base, compared, placement, note).engine

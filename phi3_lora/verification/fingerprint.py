@@ -1,4 +1,4 @@
-"""An adapter's answers to fixed probe texts, taken and compared."""
+"""Fingerprints of adapters: scores of fixed probe texts, taken and compared."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.inference.loading import Note, Placement, open_engine, with_adapter
 
 THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
-"""Nats that a log-probability may differ by, for the coarser of the two dtypes."""
-
+"""Largest allowed difference of a log-probability in nats; the coarser dtype decides."""
 
 _PROBES = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -44,14 +43,14 @@ class Verdict:
     """Nats, over all next tokens."""
     mean_difference: float
     greedy_agreement: float
-    """Share of positions whose most likely next token is the same."""
+    """Share of positions with the same most likely next token."""
     base_max_difference: float
-    """Nats; the base model alone."""
+    """Nats, for the base model alone."""
     threshold: float
     """Nats."""
     equal: bool
     same_base: bool
-    """True if the base model is, by its identity, the one that the adapter was trained on."""
+    """True if this base model has the identity of the one that the adapter was trained on."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by name."""
@@ -59,12 +58,12 @@ class Verdict:
 
 
 def _whole_documents(ids: Sequence[Int32]) -> Batch:
-    """Make a batch in which every next token counts."""
+    """Make a batch in which every next token is supervised."""
     return make_batch([Document(i, np.ones(len(i), bool), "probe") for i in ids])
 
 
 def probe_documents(tokenizer: ChatTokenizer) -> list[Document]:
-    """Encode the probe texts with a model's tokenizer and template, answers supervised."""
+    """Encode the probe texts with a model's tokenizer; their answers are supervised."""
     rows = [
         Conversation(
             ({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
@@ -76,7 +75,7 @@ def probe_documents(tokenizer: ChatTokenizer) -> list[Document]:
 
 
 def probe_batch(tokenizer: ChatTokenizer) -> Batch:
-    """Make a batch of the probe texts in which every next token counts."""
+    """Make a batch of the probe texts in which every next token is supervised."""
     return _whole_documents([d.tokens for d in probe_documents(tokenizer)])
 
 
@@ -92,10 +91,10 @@ def take_fingerprint(engine: Engine, batch: Batch, origin: dict[str, str]) -> Fi
 
 
 def check_vocabulary(stored: Fingerprint, vocab_size: int) -> None:
-    """Make sure that a base model has the probes' token ids.
+    """Check that the vocabulary of a base model has every token id of the probes.
 
     Raises:
-        AdapterError: when an id is outside its vocabulary, so that it cannot be the base.
+        AdapterError: when an id is outside the vocabulary; the model is not the adapter's base.
     """
     if stored.tokens.min() < 0 or stored.tokens.max() >= vocab_size:
         raise AdapterError(
@@ -108,9 +107,9 @@ def compare(stored: Fingerprint, engine: Engine, identity: str) -> Verdict:
     """Replay a fingerprint on an engine that holds the adapter.
 
     Args:
-        stored: taken where the adapter was trained.
-        engine: here.
-        identity: of the base model here.
+        stored: the fingerprint from the adapter's training.
+        engine: the engine to replay it on.
+        identity: identity of the base model in the engine.
     """
     bounds = itertools.pairwise(stored.doc_starts.tolist())
     batch = _whole_documents([stored.tokens[a:b] for a, b in bounds])
@@ -134,11 +133,11 @@ def compare(stored: Fingerprint, engine: Engine, identity: str) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The verdict on an adapter, and where the adapter was trained."""
+    """The verdict on an adapter, and the place of its training."""
 
     verdict: Verdict
     origin: dict[str, str]
-    """backend, dtype and model_identity of the training."""
+    """Backend, dtype and model_identity of the training run."""
 
     @property
     def equal(self) -> bool:
@@ -153,13 +152,13 @@ class Verification:
 def verify_adapter(
     adapter: str, find_base: Callable[[], FoundModel], placement: Placement, note: Note
 ) -> Verification:
-    """Replay an adapter's fingerprint, and compare with where it was trained.
+    """Replay an adapter's fingerprint and compare the result with its training.
 
     Args:
         adapter: a folder or a hub id.
-        find_base: finds the base model, once the fingerprint is known to be readable.
-        placement: where to replay it.
-        note: receives what the user should know, before the work that it is about.
+        find_base: finds the base model; called after the fingerprint was read.
+        placement: the backend, device and dtype to replay it on.
+        note: receives each text for the user, before the work starts.
 
     Raises:
         AdapterError: when there is no fingerprint, or the adapter does not fit the base model.

@@ -1,6 +1,6 @@
-"""The laws of parity on a user's own model, data and adapter, on the backends of this machine.
+"""Measurement of the laws of parity on a user's model, data and adapter.
 
-One backend is open at a time: each leaves its numbers behind, and the numbers are compared.
+One backend is open at a time. Its numbers are kept and compared with those of the other backend.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from phi3_lora.inference.loading import check_for_backend
 DOCUMENTS_PER_STEP = 4
 _LEARNING_RATE = 1e-4
 _LOGIT_ROWS = 64
-"""Positions whose logits are compared; all of them would fill the memory."""
+"""Number of positions whose logits are compared; logits of all would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """One law, measured."""
+    """A measured law."""
 
     law: str
     what: str
@@ -42,7 +42,7 @@ class Law:
 
     @property
     def holds(self) -> bool:
-        """True if the value is within the gate; NaN is not."""
+        """True if the value is within the gate; false for NaN."""
         return bool(self.value <= self.gate)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,17 +56,17 @@ class Numbers:
 
     base_logits: Float32
     start: Tensors
-    """The adapter as read back before any step."""
+    """The adapter, read back before the first step."""
     gradients: Tensors
-    """Gradients of the first step's documents together."""
+    """Gradients of the first step, from one batch of its documents."""
     gradients_alone: Tensors
-    """Gradients of the first step, summed over documents one at a time in reverse order."""
+    """Gradients of the first step, summed over single documents in reverse order."""
     losses: list[float]
-    """Nats per supervised token, of each step."""
+    """Loss of each step, in nats per supervised token."""
     trained: Tensors
     trained_logits: Float32
     other_logits: Float32 | None
-    """With the adapter that the other backend trained."""
+    """Logits with the adapter that the other backend trained; None for the first backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,13 @@ class Trial:
     num_steps: int
 
     def steps(self) -> list[list[Document]]:
-        """Return the documents of each step, starting again from the first when they run out."""
+        """Return the documents of each step; after the last document the first follows."""
         endless = itertools.cycle(self.documents)
         return [list(itertools.islice(endless, DOCUMENTS_PER_STEP)) for _ in range(self.num_steps)]
 
 
 def random_start(spec: LoraSpec, shapes: dict[str, tuple[int, int]]) -> Tensors:
-    """Make an adapter whose B is not 0: at 0 the gradient of A would be exactly 0."""
+    """Make an adapter whose B is not 0, since with B = 0 the gradient of A is exactly 0."""
     weights = initial_weights(spec, shapes, seed=0)
     return {
         name: uniform(0, f"parity {name}", value.shape, 0.01) if is_b(name) else value
@@ -101,14 +101,14 @@ def measure(
     other: Tensors | None = None,
     dtype: str = "float32",
 ) -> Numbers:
-    """Measure on one backend everything that the laws compare.
+    """Measure the numbers of one backend that the laws compare.
 
     Args:
         trial: the model, adapter and documents.
         backend: the backend to measure.
         device: auto, cpu or gpu.
-        other: an adapter that another backend trained.
-        dtype: of the base model; the gates are float32's.
+        other: the adapter that the other backend trained, if it ran before.
+        dtype: dtype of the base model; the gates are for float32.
     """
     request = LoadRequest(
         model=trial.base.files,
@@ -154,7 +154,7 @@ def _measure(engine: Engine, steps: list[list[Document]], other: Tensors | None)
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """Every law that could be measured on this machine."""
+    """All laws that could be measured on this machine."""
 
     laws: tuple[Law, ...]
     backends: tuple[str, ...]
@@ -172,12 +172,12 @@ class ParityResult:
 
 @dataclass(frozen=True, slots=True)
 class ParityInputs:
-    """The model, documents and adapter that the laws are measured with."""
+    """The model, documents and adapter to measure the laws with."""
 
     base: FoundModel
     documents: Sequence[Document]
     adapter: Adapter | None
-    """None starts from random weights on every linear layer."""
+    """The adapter to start from; None for random weights on every linear layer."""
     num_steps: int
 
 
@@ -191,9 +191,9 @@ def run_laws(
 
     Args:
         inputs: the model, documents and adapter.
-        backends: by name; with one, only its own laws are measured.
+        backends: one or two, by name; with one, only its own law is measured.
         device: auto, cpu or gpu.
-        note: receives a line before work that takes time, and when laws are left out.
+        note: receives a text before long work, and a text if laws are left out.
 
     Raises:
         ModelError: when the weights cannot be used.
@@ -202,7 +202,7 @@ def run_laws(
     shapes = base.config.linear_shapes()
     spec = LoraSpec.uniform(shapes, r=8, scaling=2.0) if adapter is None else adapter.spec
     start = random_start(spec, shapes) if adapter is None else adapter.weights
-    # All are checked before the first, long measurement begins.
+    # Check every backend before the first long measurement.
     checked = {name: check_for_backend(base, b, note) for name, b in backends.items()}
     laws: list[Law] = []
     measured: list[Numbers] = []
@@ -219,13 +219,13 @@ def run_laws(
 
 
 def own_laws(name: str, numbers: Numbers) -> list[Law]:
-    """Return the law that one backend shows alone."""
+    """Return the law that needs only one backend."""
     value = _largest_relative(numbers.gradients_alone, numbers.gradients)
     return [Law("L7", f"{name}: gradients, documents together or alone, relative", value, 1e-5)]
 
 
 def cross_laws(first: Numbers, second: Numbers) -> list[Law]:
-    """Return the laws between two backends; the second also ran the first's trained adapter."""
+    """Return the laws between two backends; the second also ran the adapter of the first."""
     assert second.other_logits is not None
     std = float(first.base_logits.std())
     start = max(float(np.abs(second.start[n] - v).max()) for n, v in first.start.items())

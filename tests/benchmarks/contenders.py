@@ -126,7 +126,7 @@ def plain_torch(job: Job) -> Iterator[float]:
 
 
 def _write_start(base: Any, job: Job) -> list[Any]:
-    """Our own first adapter in PEFT's layers; the trainable parameters."""
+    """Write our starting adapter into PEFT's layers and return the trainable parameters."""
     import torch
 
     parameters = dict(base.named_parameters())
@@ -244,7 +244,7 @@ def trl(job: Job, **changes: Any) -> Iterator[float]:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(output_dir=folder, **options),
-            # A given fingerprint: making one pickles half of pyarrow.
+            # Pass a fingerprint, since computing one pickles half of pyarrow.
             train_dataset=datasets.Dataset(
                 datasets.table.InMemoryTable.from_pydict(rows), fingerprint="benchmark"
             ),
@@ -262,9 +262,9 @@ def trl(job: Job, **changes: Any) -> Iterator[float]:
 
 
 STEP_TIMES: list[float] = []
-"""Filled by trainers that own their loop."""
+"""Times of steps, which trainers with their own loop record."""
 PEAK: list[int] = []
-"""Bytes on the GPU."""
+"""Memory on the GPU in bytes."""
 
 CONTENDERS: dict[str, Callable[[Job], Iterator[float]]] = {
     "ours-cuda": lambda job: ours(job, "cuda"),

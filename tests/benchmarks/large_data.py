@@ -27,7 +27,7 @@ from phi3_lora.training.plan.streamed import StreamedPlan
 
 
 def main() -> None:
-    """Without a file: write one of each size and measure it."""
+    """Write and measure a file of each size; --load and --stream measure one file."""
     if sys.argv[1] == "--load":
         load(Path(sys.argv[2]))
         return
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Chats of one short turn."""
+    """Write chats of one short turn."""
     with open(path, "w") as file:
         for i in range(count):
             turns = [("user", f"Order {i}: two red cups."), ("assistant", f"Order {i}: 2 cups.")]
@@ -52,7 +52,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def load(path: Path) -> None:
-    """Print the time and the most memory of each part, memory-mapped files apart."""
+    """Print the time and peak memory of each part, without memory-mapped files."""
     tokenizer = ChatTokenizer(DEMO_MODEL_DIR, vocab_size=2**31)
     said: list[str] = []
     with Memory() as memory:
@@ -89,7 +89,7 @@ def load(path: Path) -> None:
 
 
 def stream(path: Path) -> None:
-    """Print the time to the first step, to the last one of a pass, and to go on from there."""
+    """Print the time to the first step, to the last step of a pass, and to resume after it."""
     tokenizer = ChatTokenizer(DEMO_MODEL_DIR, vocab_size=2**31)
     rows = StreamedRows([Source(path=str(path))], tokenizer, Encoding(max_length=2048), 10_000)
 
@@ -116,7 +116,7 @@ def stream(path: Path) -> None:
 
 
 class Memory:
-    """The most memory of its own that this process holds meanwhile, looked at 50 times a second."""
+    """Measure the peak private memory of this process, 50 times a second."""
 
     def __enter__(self) -> Memory:
         self.peak_bytes = 0

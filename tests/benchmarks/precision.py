@@ -1,4 +1,4 @@
-"""How far the laws' figures move in half precision and on quantised bases, on the CPU.
+"""Measure the laws in half precision and on quantised bases, on the CPU.
 
 python tests/benchmarks/precision.py --model demo --data demo --steps 20
 """
@@ -24,7 +24,7 @@ SETTINGS = (
 
 
 def rows(trial: Trial, dtype: str) -> list[tuple[str, float]]:
-    """Name and value of each law, PyTorch first."""
+    """Return the name and value of each law, with PyTorch as the first backend."""
     torch, mlx = load_backend("cuda"), load_backend("mlx")
     first = measure(trial, torch, "cpu", dtype=dtype)
     second = measure(trial, mlx, "cpu", first.trained, dtype=dtype)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Arguments that are contenders run in turns; the others go to contenders.py."""
+    """Run the contenders among the arguments in turns; pass other arguments to contenders.py."""
     words = sys.argv[1:]
     first = next((i for i, w in enumerate(words) if w.startswith("--")), len(words))
     contenders, options = words[:first], words[first:]
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run(name: str, options: list[str]) -> dict | None:
-    """The last line that a contender printed, or None where it failed."""
+    """Return the last line that a contender printed, or None if it failed."""
     command = [sys.executable, str(HERE / "contenders.py"), name, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

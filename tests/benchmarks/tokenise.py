@@ -20,7 +20,7 @@ from phi3_lora.demo import DEMO_DATA_DIR, DEMO_MODEL_DIR
 
 
 def main() -> None:
-    """Print the best time of each and their ratio."""
+    """Print the best time of each contender and their ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, default=DEMO_MODEL_DIR)
     parser.add_argument("--data")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def chat_rows(data: str | None, count: int) -> list[Conversation]:
-    """As many rows as asked for; no two are alike, so that no cache of whole texts helps."""
+    """Return count different rows, since a cache of whole texts would help with equal rows."""
     given = read_conversations(data or str(DEMO_DATA_DIR / "train.jsonl"))
     if data is not None:
         return [given[i % len(given)] for i in range(count)]
@@ -59,7 +59,7 @@ def chat_rows(data: str | None, count: int) -> list[Conversation]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock time of one run; what it makes is freed within it."""
+    """Return the wall-clock time of one run, including the time to free its results."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -73,7 +73,7 @@ def test_plain_text_is_scored_but_not_answered(capsys: Capture, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("loss_on", "loss_tokens"), [("assistant", 5), ("last", 3), ("all", 13)])
-def test_evaluate_scores_what_the_loss_counts_on(
+def test_evaluate_scores_the_tokens_in_the_loss(
     capsys: Capture, tmp_path: Path, loss_on: str, loss_tokens: int
 ) -> None:
     model = write_model(tmp_path / "model")

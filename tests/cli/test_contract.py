@@ -122,7 +122,7 @@ def test_options_are_those_promised(capsys: Capture, name: str) -> None:
     check_options(capsys, group.get_command(click.Context(group), name), name)
 
 
-def test_options_of_the_data_commands_are_those_promised(capsys: Capture) -> None:
+def test_the_data_commands_have_the_promised_options(capsys: Capture) -> None:
     data = group.get_command(click.Context(group), "data")
     assert isinstance(data, click.Group) and list(data.commands) == list(DATA_OPTIONS)
     for name, command in data.commands.items():
@@ -205,7 +205,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys: Capture) -> N
     assert code == 2 and "Traceback" in err and "error: no such adapter folder" in err
 
 
-def test_fault_of_ours_exits_1(
+def test_an_internal_error_exits_1(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -245,7 +245,7 @@ def test_inspect_prints_one_object(capsys: Capture, tmp_path: Path) -> None:
     assert code == 0 and "alpha / r" in out
 
 
-def test_inspect_draws_where_it_is_told(capsys: Capture, tmp_path: Path) -> None:
+def test_inspect_writes_the_heat_map_to_the_given_file(capsys: Capture, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", write_model(tmp_path / "model"))
     page = tmp_path / "map.html"
     facts = run_json(capsys, "inspect", tmp_path / "a", "--plot", page)

@@ -1,4 +1,4 @@
-"""convert as users call it: each tool's rules, what is verified, and what is refused."""
+"""The command convert: rules of each tool, verification and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def adapter_for(model: Path, seed: int = 1, **changes: object) -> Adapter:
 
 
 def with_patterns(adapter: Adapter) -> Adapter:
-    """One module of rank 2, another of another alpha."""
+    """Return the adapter with one module of rank 2 and another module of alpha 3."""
     small, other = adapter.modules[1], adapter.modules[2]
     a, b = adapter.pair(small)
     weights = {
@@ -66,7 +66,7 @@ def test_vllm_gets_one_rank_and_scale_and_the_flag_to_start_it_with(
 
 
 @pytest.mark.parametrize("tool", ["vllm", "llama.cpp", "ollama"])
-def test_what_a_tool_cannot_hold_is_refused_and_nothing_is_written(
+def test_an_adapter_that_a_tool_cannot_hold_is_refused_and_nothing_is_written(
     capsys: Capture, model: Path, tmp_path: Path, tool: str
 ) -> None:
     write_adapter_folder(tmp_path / "a", with_magnitudes(adapter_for(model)))
@@ -92,7 +92,7 @@ def test_a_rank_above_vllms_is_refused_until_it_is_cut(capsys: Capture, tmp_path
     assert "cut to rank 512: 1 deltas lost up to" in err
     found = read_adapter(tmp_path / "v")
     assert found.r == 512
-    # Nothing of that rank is nearer: Eckart and Young.
+    # No matrix of that rank is nearer (Eckart and Young).
     u, s, vt = np.linalg.svd(adapter.delta(module).astype(np.float64))
     best = (u[:, :512] * s[:512]) @ vt[:512]
     assert np.abs(found.delta(module) - best).max() <= 1e-5 * np.abs(best).max()
@@ -159,7 +159,7 @@ def test_verify_asks_a_backend_and_the_stock_tools(
 def test_verify_sees_a_stock_tool_that_answers_otherwise(
     capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check can fail: here the file that PEFT reads has lost its scale."""
+    """The file that PEFT reads has lost its scale."""
     from phi3_lora.adapters.formats import peft as peft_layout
 
     write_adapter_folder(tmp_path / "a", adapter_for(model, use_rslora=False), to="mlx")

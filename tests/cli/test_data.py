@@ -1,4 +1,4 @@
-"""phi3-lora data check, preview and split."""
+"""The commands data check, preview and split."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "d.jsonl", [row for row, _ in ROWS])
 
 
-def test_check_goes_on_after_bad_rows_and_names_every_problem(
+def test_check_continues_after_bad_rows_and_names_every_problem(
     capsys: Capture, data: Path, model: Path
 ) -> None:
     report = run_json(capsys, "check", data, "--model", model, expected=3)
@@ -99,7 +99,7 @@ def test_check_is_silent_on_good_data_and_measures_it(
     assert (characters["lengths"]["min"], characters["lengths"]["max"]) == (3, 29)
     assert characters["num_tokens"] is characters["loss_share"] is None
     tokens = run_json(capsys, "check", data, "--model", model)
-    # The markers are five tokens, of which one is in the loss; a byte is a token.
+    # Five tokens are markers, and one of them is in the loss; each byte is a token.
     assert tokens["lengths"]["unit"] == "tokens"
     assert (tokens["lengths"]["min"], tokens["lengths"]["max"]) == (8, 34)
     assert (tokens["num_tokens"], tokens["loss_tokens"]) == (42, 24)
@@ -187,7 +187,7 @@ def test_check_names_rows_that_the_template_refuses(capsys: Capture, tmp_path: P
     assert report["num_tokens"] == 14
 
 
-def test_check_names_lines_that_are_not_utf8_and_goes_on(capsys: Capture, tmp_path: Path) -> None:
+def test_check_names_lines_that_are_not_utf8_and_continues(capsys: Capture, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     good = json.dumps(chat("a", "b")).encode()
     data.write_bytes(b'{"prompt": "caf\xe9", "completion": "x"}\n' + good + b"\n")
@@ -219,7 +219,7 @@ def test_check_takes_the_settings_of_train(capsys: Capture, tmp_path: Path, mode
     assert run_json(capsys, "preview", "-c", config)["documents"][0]["loss_mask"][1:] == [True] * 6
 
 
-def test_a_template_of_ones_own_is_used(capsys: Capture, tmp_path: Path, model: Path) -> None:
+def test_a_custom_template_is_used(capsys: Capture, tmp_path: Path, model: Path) -> None:
     template = tmp_path / "own.jinja"
     template.write_text(
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -251,7 +251,7 @@ def test_without_datasketch_check_says_so_and_split_stops(
 def test_preview_gives_ids_and_mask_of_the_first_rows(
     capsys: Capture, tmp_path: Path, model: Path
 ) -> None:
-    # What comes after the rows that are shown is not read.
+    # Rows after the rows to show are not read.
     data = write_rows(tmp_path / "d.jsonl", [chat("a", "bc"), chat("d", "e"), ["nonsense"]])
     found = run_json(capsys, "preview", data, "--model", model, "--limit", "2")
     assert list(found) == ["documents"] and len(found["documents"]) == 2
@@ -318,7 +318,7 @@ def test_check_measures_nothing_where_no_row_can_be_read(capsys: Capture, tmp_pa
     assert code == 3 and "a row" not in out and "0 to train on" in out
 
 
-def test_no_fewer_than_95_percent_are_at_most_as_long_as_is_said() -> None:
+def test_at_least_95_percent_of_rows_are_within_the_reported_length() -> None:
     import numpy as np
 
     found = Lengths("tokens", np.array([10] * 8 + [3000], dtype=np.int64)).to_dict()

@@ -1,4 +1,4 @@
-"""data clean: what is left, what was done, and that it can be taken back."""
+"""The command data clean: the rows left, the changes, and their reversal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_each_step_is_counted_and_each_change_can_be_taken_back(
     kept = read_conversations(tmp_path / "c/train.jsonl")
     assert [row.messages[-1]["content"] for row in kept] == ["Noted.", "c d", "four"]
     assert kept[2].weights == (None, False, None, True)
-    # Backwards, each change gives the row as it was.
+    # Each change, taken back, gives the row before it.
     rows = {i: row for i, row in enumerate(lines(tmp_path / "c/train.jsonl"))}
     current = {json.dumps(row): row for row in rows.values()}
     for change in reversed(lines(tmp_path / "c/changes.jsonl")):
@@ -87,7 +87,7 @@ def test_plain_text_stays_plain_text(capsys: Capture, tmp_path: Path) -> None:
         (("--min-chars", "9", "--max-chars", "3"), "no row could stay"),
     ],
 )
-def test_what_cannot_be_done_is_told_and_nothing_is_written(
+def test_an_impossible_request_is_refused_and_nothing_is_written(
     capsys: Capture, tmp_path: Path, words: tuple[str, ...], phrase: str
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", ROWS[:1])
@@ -153,7 +153,7 @@ def test_other_keys_of_a_row_stay_for_a_split(
     assert [r.messages for r in kept] == [r.messages for r in before]
 
 
-def test_mapped_columns_are_not_kept_beside_what_they_became(
+def test_mapped_columns_are_not_kept_beside_their_new_names(
     capsys: Capture, tmp_path: Path
 ) -> None:
     rows = [{"q": "a ", "chosen": "b", "rejected": "c", "user": 1}]
@@ -184,7 +184,7 @@ def test_a_pipe_is_read_once(capsys: Capture, tmp_path: Path) -> None:
     assert change["before"] == chat("a ", "b") | {"user": 1}
 
 
-def test_that_no_row_is_left_is_told(capsys: Capture, tmp_path: Path) -> None:
+def test_a_cleaning_that_leaves_no_row_is_reported(capsys: Capture, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [chat("a", "b")])
     arguments = ("data", "clean", data, "--min-chars", "9", "--output", tmp_path / "c")
     code, out, err = run(capsys, *arguments)

@@ -1,4 +1,4 @@
-"""phi3-lora data split."""
+"""The command data split."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def test_split_writes_two_files_that_train_takes(capsys: Capture, tmp_path: Path
     assert report["num_valid_rows"] == 10 and report["problems"] == []
 
 
-def test_split_says_what_it_did_and_when_the_share_is_another(
-    capsys: Capture, tmp_path: Path
-) -> None:
+def test_split_reports_its_files_and_a_share_that_differs(capsys: Capture, tmp_path: Path) -> None:
     rows = [chat(f"a{i}", "b") | {"user": i % 2} for i in range(10)]
     data = write_rows(tmp_path / "d.jsonl", rows)
     folder = tmp_path / "s"

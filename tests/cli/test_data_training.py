@@ -1,4 +1,4 @@
-"""phi3-lora data: what check and preview say of rows that training shortens or leaves out."""
+"""The reports of data check and data preview on rows that training shortens or drops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_check_names_rows_that_training_finds_too_long(
         ("error", "error", [14, 36]),
     ],
 )
-def test_preview_shows_rows_as_they_are_trained_on(
+def test_preview_shows_rows_as_in_training(
     capsys: Capture, tmp_path: Path, model: Path, too_long: str, training: str, lengths: list[int]
 ) -> None:
     turns = [*chat("a", "b")["messages"], *chat("c", "de")["messages"]]
@@ -67,7 +67,7 @@ def test_preview_says_that_a_row_without_loss_is_dropped(
     assert (found["training"], found["remark"]) == ("dropped", "no token is in the loss")
 
 
-def test_a_preview_whose_reader_leaves_is_no_fault(tmp_path: Path, model: Path) -> None:
+def test_a_preview_into_a_closed_pipe_is_not_an_error(tmp_path: Path, model: Path) -> None:
     data = write_rows(tmp_path / "d.jsonl", [chat(f"a{i}", "b" * 400) for i in range(400)])
     arguments = ["data", "preview", str(data), "--model", str(model), "--limit", "400"]
     with subprocess.Popen(
@@ -82,7 +82,7 @@ def test_a_preview_whose_reader_leaves_is_no_fault(tmp_path: Path, model: Path) 
     assert process.returncode == 0
 
 
-def test_of_many_labels_the_largest_are_shown_and_cannot_drive_the_terminal(
+def test_many_labels_show_the_largest_and_cannot_control_the_terminal(
     capsys: Capture, tmp_path: Path
 ) -> None:
     labels = ["often\x1b[31m", "often\x1b[31m", *(f"{i} " + "x" * 80 for i in range(40))]

@@ -1,4 +1,4 @@
-"""--help answers at once: nothing is imported before it is needed."""
+"""--help is fast, since nothing is imported before it is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quantize and --quantize: contract, cache, identity and refusals."""
+"""The command quantize and the option --quantize: contract, cache, identity and refusals."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_words_that_the_backends_would_read_differently_are_refused(
     assert "missing: model.layers.1.mlp.down_proj.scales" in str(caught.value)
 
 
-def test_a_grid_is_read_back_as_it_was_made(capsys: Capture, model: Path, tmp_path: Path) -> None:
+def test_a_grid_is_read_back_unchanged(capsys: Capture, model: Path, tmp_path: Path) -> None:
     run_json(capsys, "quantize", "--model", model, "--output", tmp_path / "q")
     grid = read_grid(
         read_header(tmp_path / "q" / MLX_FILE, ModelError), "model.layers.0.mlp.down_proj"
@@ -148,7 +148,7 @@ def evaluated(capsys: Capture, model: Path, data: Path) -> tuple[float, str]:
     return json.loads(out)["loss"], err
 
 
-def test_weights_that_differ_outside_the_sample_get_a_base_of_their_own(
+def test_weights_that_differ_outside_the_sample_are_quantised_again(
     capsys: Capture, model: Path, data: Path, tmp_path: Path
 ) -> None:
     first, _ = evaluated(capsys, model, data)
@@ -161,7 +161,7 @@ def test_weights_that_differ_outside_the_sample_get_a_base_of_their_own(
     assert second != first and "quantising" in err
 
 
-def test_a_damaged_cache_is_made_anew_and_a_whole_one_may_be_read_only(
+def test_a_damaged_cache_is_replaced_and_a_whole_one_may_be_read_only(
     capsys: Capture, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""The table of docs/family.md, made from the records."""
+"""Make the table of docs/family.md from the records of the models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = (
 
 
 def row(member: FamilyMember) -> list[str]:
-    """One model, a cell a column."""
+    """Return the cells of one model."""
     is_long = member.rope == "longrope"
     names = ", ".join(name.removeprefix("microsoft/") for name in member.hub_ids)
     rope = f"LongRoPE from {member.original_context:,}" if is_long else f"{member.rope_theta:,.0f}"
@@ -34,7 +34,7 @@ def row(member: FamilyMember) -> list[str]:
 
 
 def table() -> str:
-    """Markdown; the bars inside tokens are escaped."""
+    """Return the table as Markdown, with bars inside tokens escaped."""
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *(row(member) for member in FAMILY)]
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines

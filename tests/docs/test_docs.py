@@ -1,4 +1,4 @@
-"""Every example of docs/ and README.md runs as it is written.
+"""Every example of docs/ and README.md runs unchanged.
 
 The blocks of a page run in order in one folder. Fences: `sh` (with `exits=2` for a mistake that
 is shown on purpose, `exits=3` for a check that finds something), `python`, `output` (lines that
@@ -36,19 +36,19 @@ FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 KINDS = {"sh", "sh exits=2", "sh exits=3", "python", "output", "text"}
 DECIMAL = r"\d+\.\d+(?:e[+-]?\d+)?"
 TOLERANCE = 0.02
-"""Relative; printed decimals may differ in the last digit from machine to machine."""
+"""Largest relative difference of printed decimals, whose last digit depends on the machine."""
 PAGE_OF = {"data": "data-commands", "doctor": "backends", "inspect": "convert"}
-"""Commands that are described on the page of another one."""
+"""Commands that the page of another command describes."""
 Capture = pytest.CaptureFixture[str]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Fence and content of each block."""
+    """Return the fence and the content of each block."""
     return FENCE.findall(page.read_text(encoding="utf-8"))
 
 
 def commands(block: str) -> Iterator[str]:
-    """Commands of a shell block, with continued lines and here-documents."""
+    """Return the commands of a shell block, with continued lines and here-documents."""
     lines = iter(block.replace("\\\n", " ").splitlines())
     for line in lines:
         command = line
@@ -62,7 +62,7 @@ def commands(block: str) -> Iterator[str]:
 
 
 def run_command(command: str) -> int:
-    """phi3-lora in this process, which imports the frameworks once; the rest in a shell."""
+    """Run phi3-lora in this process, which imports the frameworks once, and the rest in a shell."""
     if command.startswith("phi3-lora "):
         return run_reporting_faults(group, shlex.split(command, comments=True)[1:])
     shell = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -71,7 +71,7 @@ def run_command(command: str) -> int:
 
 
 def has_line(printed: str, expected: str) -> bool:
-    """Whether a line was printed: same words and integers, decimals up to TOLERANCE."""
+    """Return whether a line was printed: equal words and integers, decimals within TOLERANCE."""
     parts = re.split(rf"(\.\.\.|{DECIMAL})", " ".join(expected.split()))
     numbers = [float(part) for part in parts[1::2] if part != "..."]
     parts[0::2] = map(re.escape, parts[0::2])
@@ -89,7 +89,7 @@ def has_line(printed: str, expected: str) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The built-in model is too small to gain by threads, which wait on a busy machine."""
+    """Use one thread: the built-in model is small, and threads wait on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,7 +125,7 @@ def test_examples_run_and_print_what_the_page_shows(
 
 
 def test_readme_commands_run(folder: Path, capsys: Capture) -> None:
-    """With the built-in model on the CPU; a second first run gets a folder of its own."""
+    """Commands run with the built-in model on the CPU, each new run in a new folder."""
     words = ("Hello", "What now", "Where to", "Why not")
     rows = [f'{{"prompt": "{word}?", "completion": "Good day, {word}."}}\n' for word in words]
     for name in ("chats.jsonl", "test.jsonl"):
@@ -159,7 +159,7 @@ def test_index_links_every_page_and_every_link_leads_somewhere() -> None:
 def test_every_function_has_an_example_that_runs() -> None:
     page = blocks(DOCS / "python.md")
     python = "".join(block for kind, block in page if kind == "python")
-    # Nothing is sent to the hub by a page's example.
+    # An example must not send anything to the hub.
     not_run = "".join(block for kind, block in page if kind == "text")
     for name in phi3_lora.__all__:
         found = not_run if name == "push" else python

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of whole runs. A file's own fixture of the same name wins."""
+"""Fixtures for tests of whole runs; a fixture of the same name in a test file wins."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.tiny import write_model, write_rows
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a tiny random model."""
+    """Write the folder of a tiny random model."""
     return str(write_model(tmp_path_factory.mktemp("inputs") / "model"))
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Rows that are streamed."""
+    """Write the rows to stream."""
     return write_rows(tmp_path / "rows.jsonl", ROWS)

@@ -62,7 +62,7 @@ def phi3_lora_warm(
 
 
 def phi3_lora_here(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in this process, where the frameworks are imported already."""
+    """Run a command in this process, which has imported the frameworks."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run_reporting_faults(group, list(arguments))
@@ -70,7 +70,7 @@ def phi3_lora_here(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def train_arguments(inputs: tuple[str, str], run: Path, backend: str) -> list[str]:
-    """Sixty steps with a checkpoint every five."""
+    """Return arguments for sixty steps with a checkpoint every five steps."""
     model, data = inputs
     return [
         *("train", "--model", model, "--data", data, "--output", str(run)),

@@ -1,4 +1,4 @@
-"""Rows that are streamed in tests of whole runs."""
+"""Rows to stream in tests of whole runs."""
 
 from __future__ import annotations
 

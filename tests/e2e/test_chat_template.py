@@ -1,4 +1,4 @@
-"""A chat template of one's own, from the setting to what generate asks the adapter."""
+"""A custom chat template in training, in the adapter folder and in generate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_adapter_brings_the_template_that_it_was_trained_with(tmp_path: Path
     prompt = base.tokenizer.encode_prompt([{"role": "user", "content": "a"}])
     assert base.tokenizer.decode(prompt, skip_special_tokens=False) == "Q: a<|endoftext|>A: "
     assert base.tokenizer.end_of_turn_id in base.stop_ids
-    # Training on from it keeps the template; one that is named wins.
+    # Training from the adapter keeps the template unless the settings name another one.
     assert train(tmp_path, "more", "--adapter", str(adapter)) == 0
     assert (tmp_path / "more" / "adapter" / "chat_template.jinja").read_text() == OWN
     (tmp_path / "other.jinja").write_text(OWN.replace("Q: ", "Ask: "))
@@ -42,7 +42,7 @@ def test_the_adapter_brings_the_template_that_it_was_trained_with(tmp_path: Path
     assert "Ask: " in (tmp_path / "other" / "adapter" / "chat_template.jinja").read_text()
 
 
-def test_an_adapter_of_the_models_own_template_brings_none(tmp_path: Path) -> None:
+def test_an_adapter_trained_with_the_models_template_holds_no_template(tmp_path: Path) -> None:
     assert train(tmp_path, "plain") == 0
     assert not (tmp_path / "plain" / "adapter" / "chat_template.jinja").exists()
 

@@ -1,4 +1,4 @@
-"""What the world does to a run: other inputs on resume, full disks, missing packages, slow BLAS."""
+"""Runs under faults: other inputs on resume, full disks, missing packages, slow BLAS."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_doctor_notices_reference_blas_under_mlx() -> None:
 
 
 @pytest.mark.parametrize("words", [["data", "preview", "demo", "--model", "demo"], ["--version"]])
-def test_a_reader_that_leaves_is_no_fault(words: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -166,7 +166,7 @@ def test_a_reader_that_leaves_is_no_fault(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_full_memory_is_told_with_what_to_do_in_that_command(
+def test_full_memory_is_reported_with_advice_for_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     group = click.Group()

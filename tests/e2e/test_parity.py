@@ -1,4 +1,4 @@
-"""phi3-lora parity: the laws hold on a model with LongRoPE and a window, and a bug is seen."""
+"""The command parity: the laws hold with LongRoPE and a window, and a bug misses them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_law_holds(model: str) -> None:
     assert names == ["L1", "L2", "L4", "L4", "L5", "L6", "L7", "L7"]
 
 
-def test_a_wrong_scale_of_one_backend_is_a_miss(
+def test_a_wrong_scale_on_one_backend_misses_the_laws(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from phi3_lora_mlx.lora import LoRALinear
@@ -57,13 +57,13 @@ def test_a_wrong_scale_of_one_backend_is_a_miss(
     assert all("logits of the base" not in line for line in missed)
 
 
-def test_one_backend_alone_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_backend_alone_is_reported(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phi3_lora.engine.registry._auto_order", lambda: ["mlx"])
     found = parity(model)
     assert found.returncode == 0 and "verify needs just one" in found.stderr
 
 
-def test_an_adapter_and_data_of_ones_own(model: str, tmp_path: Path) -> None:
+def test_an_adapter_and_data_of_the_user_are_measured(model: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Hello", "completion": "Good day."}\n' * 8)
     run = ("train", "--model", model, "--data", str(rows), "--output", str(tmp_path / "run"))

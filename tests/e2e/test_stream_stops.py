@@ -1,4 +1,4 @@
-"""Runs whose data is read as it goes, stopped, finished and gone on with in every odd way."""
+"""Runs on streamed data that are stopped, finished and resumed in unusual ways."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_unstreamed_run_cannot_go_on_streamed_nor_the_reverse(
         assert "Traceback" not in ran.stderr
 
 
-def test_a_position_that_was_tampered_with_is_told(model: str, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_position_is_reported(model: str, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert phi3_lora_here(*arguments(model, data, run, *STREAMED)).returncode == 0
     folder = run / "checkpoints" / "step-000012"
@@ -136,7 +136,7 @@ def test_a_hub_data_set_that_fails_on_the_way_leaves_its_checkpoint(
     assert ran.returncode == 2
     assert "ConnectionError: gone" in ran.stderr and "Traceback" not in ran.stderr
     assert "last good checkpoint: " in ran.stderr and "step-000005" in ran.stderr
-    # Steps of what had come are taken.
+    # The steps whose rows had come were taken.
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
     is_broken = False
     assert resumed(run).returncode == 0
@@ -158,7 +158,7 @@ def open_for_writing(pipe: Path, reader: BaseProcess) -> io.FileIO:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
+def test_a_signal_during_a_slow_read_saves_the_steps_taken(
     model: str, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run, pipe = tmp_path / "run", tmp_path / "pipe.jsonl"
@@ -185,7 +185,7 @@ def test_a_signal_while_rows_are_slow_to_come_saves_what_was_done(
     said = output.read_text()
     assert process.exitcode == 128 + number, said
     assert "stopped at step 3 of 12, saved" in said
-    # The same rows give the rest, from the step that was saved.
+    # With equal rows, the run continues from the saved step.
     assert (run / "checkpoints" / "step-000003").is_dir()
     pipe.unlink()
     write_rows(pipe, ROWS)
@@ -215,7 +215,7 @@ def test_a_signal_before_the_next_rows_have_come_takes_no_more_steps(
     monkeypatch.setattr(sources_module, "hub_rows", hub_rows)
     monkeypatch.setattr(sources_module, "hub_splits", lambda *named: ["train"])
     run = tmp_path / "run"
-    # Of three rows at a time, four are needed for the first step.
+    # Each read gives three rows, and the first step needs four.
     buffer = ["--set", "data.streaming=true", "--set", f"data.buffer_size={3 + 2 * step}"]
     ran = phi3_lora_here(*arguments(model, "owner/name", run, *buffer))
     assert ran.returncode == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""A run that trains on rows as they are read: the numbers of any other run, and nothing silent."""
+"""Runs on streamed data: their numbers equal those of other runs, and every fault is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lines(run: Path, key: str = "loss") -> list[dict[str, Any]]:
     return [line for line in found if key in line]
 
 
-def test_both_backends_and_a_run_that_is_not_streamed_give_the_same_numbers(
+def test_streamed_runs_of_both_backends_equal_a_run_that_is_not_streamed(
     model: str, data: Path, tmp_path: Path
 ) -> None:
     losses: dict[str, list[float]] = {}
@@ -66,7 +66,9 @@ def card(run: Path) -> str:
     return (run / "adapter" / "README.md").read_text()
 
 
-def test_what_is_known_before_and_after_is_told(model: str, data: Path, tmp_path: Path) -> None:
+def test_facts_known_before_and_after_the_run_are_reported(
+    model: str, data: Path, tmp_path: Path
+) -> None:
     valid = write_rows(tmp_path / "valid.jsonl", ROWS[:6])
     options = [*STREAMED, "--set", "data.buffer_size=8", "--valid", str(valid)]
     settings = arguments(model, data, tmp_path / "run", *options)
@@ -127,9 +129,7 @@ def test_a_buffer_without_streaming_is_said_to_do_nothing(
     assert "data.buffer_size has no effect without data.streaming" in ran.stderr
 
 
-def test_resuming_with_other_rows_is_refused_and_with_the_same_it_goes_on(
-    model: str, data: Path, tmp_path: Path
-) -> None:
+def test_resuming_needs_the_same_rows(model: str, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*STREAMED, "--set", "data.buffer_size=8"]
     assert phi3_lora_here(*arguments(model, data, run, *options)).returncode == 0
@@ -141,7 +141,7 @@ def test_resuming_with_other_rows_is_refused_and_with_the_same_it_goes_on(
         path.rmdir()
     write_rows(data, [*ROWS[:38], chat("another", "row"), ROWS[39]])
     ran = phi3_lora_here("train", "--resume", "--output", str(run))
-    # Step 20 is the end of a pass: what follows begins with rows that are as they were.
+    # Step 20 ends a pass, so the next step begins with unchanged rows.
     assert ran.returncode == 0
     assert [line["plan_hash"] for line in lines(run)] == whole
     write_rows(data, [chat("another", "row"), *ROWS[1:]])
@@ -162,7 +162,7 @@ def test_a_bad_row_stops_the_run_where_it_is_read_or_is_left_out(
     assert ran.returncode == 2
     assert "1 bad row(s) among rows 25 to 32 of" in ran.stderr and f"{data}:31: " in ran.stderr
     assert "last good checkpoint: " in ran.stderr and "step-000005" in ran.stderr
-    # Corrected, the run goes on.
+    # With corrected rows, the run continues.
     resumed = phi3_lora_here(
         "train", "--resume", "--output", str(tmp_path / "run"), "--on-bad-row", "skip"
     )

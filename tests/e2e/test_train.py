@@ -1,4 +1,4 @@
-"""The program from its command line: train, kill, resume, score elsewhere, and wrong input."""
+"""Whole runs: train, kill, resume, score on the other backend, and wrong input."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_fresh_process_that_is_killed_is_resumed_bit_equal_to_uninterrupted(
     [
         ("mlx", PARTS_AND_WHOLE),
         ("cuda", PARTS_AND_WHOLE),
-        # Streams on PyTorch are stopped and resumed in one process, by test_streaming.py.
+        # test_streaming.py stops and resumes streams on PyTorch, in one process.
         ("mlx", STREAMED),
     ],
 )
@@ -111,9 +111,7 @@ def assert_resumed_to_the_same_end(
     assert [x for x in losses[0] if x] == [x for x in losses[1] if x]
 
 
-def test_a_run_started_on_one_backend_goes_on_on_the_other(
-    inputs: tuple[str, str], tmp_path: Path
-) -> None:
+def test_a_run_can_be_resumed_on_the_other_backend(inputs: tuple[str, str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     moved = tmp_path / "moved"
     assert phi3_lora_here(*train_arguments(inputs, whole, "cuda")).returncode == 0

@@ -1,4 +1,4 @@
-"""Fingerprints: an adapter is recognised on the other backend, and a changed one is not."""
+"""The command verify: an adapter is equal on both backends, and a changed one differs."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_a_changed_adapter_is_different(adapter: Path, model: str, tmp_path: Pat
     assert found.returncode == 3 and not json.loads(found.stdout)["equal"], found.stderr
 
 
-def test_another_base_is_told(adapter: Path, tmp_path: Path) -> None:
+def test_another_base_is_reported(adapter: Path, tmp_path: Path) -> None:
     found = verify(adapter, str(write_model(tmp_path / "other", seed=1)))
     assert found.returncode == 3 and "another base model" in found.stderr
     assert json.loads(found.stdout)["base_max_difference"] > 0.1
 
 
-def test_a_missing_or_damaged_fingerprint_is_told(
+def test_a_missing_or_damaged_fingerprint_is_reported(
     adapter: Path, model: str, tmp_path: Path
 ) -> None:
     phi3_lora_here("convert", str(adapter), str(tmp_path / "a"), "--to", "peft")

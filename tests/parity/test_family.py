@@ -32,7 +32,7 @@ BACKENDS = ("mlx", "mlx-padded", "cuda")
 
 
 def few_heads(member: FamilyMember, vocab_size: int = 264) -> dict:
-    """config.json of a member with the least heads of its grouping and two layers."""
+    """Return a member's config.json with two layers and the fewest heads of its grouping."""
     groups = member.num_attention_heads // member.num_key_value_heads
     heads = groups * (2 if groups == 1 else 1)
     hidden = heads * member.head_dim
@@ -52,7 +52,7 @@ def few_heads(member: FamilyMember, vocab_size: int = 264) -> dict:
 
 
 def lengths(config: dict) -> list[int]:
-    """Around the window and the boundary of LongRoPE."""
+    """Return lengths around the window and the boundary of LongRoPE."""
     found = [1, 2, WINDOW - 1, WINDOW, WINDOW + 1]
     if config.get("rope_scaling"):
         found += [BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY]
@@ -78,7 +78,7 @@ def opened(folder: Path, backend: str, **changes: object):
 
 
 def alone(folder: Path, documents: list, attention: str) -> np.ndarray:
-    """Logits of transformers, each document in a pass of its own."""
+    """Return the logits of transformers, one document in each pass."""
     reference = Phi3ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention
     ).eval()
@@ -87,12 +87,12 @@ def alone(folder: Path, documents: list, attention: str) -> np.ndarray:
     return torch.cat(rows).numpy()
 
 
-def test_l1_base_logits_are_those_of_transformers(folder: Path) -> None:
+def test_l1_base_logits_equal_transformers(folder: Path) -> None:
     check_base_logits(folder, lengths(few_heads_of(folder)))
 
 
 def check_base_logits(folder: Path, document_lengths: list[int]) -> None:
-    """Logits of documents together, and of the last one alone."""
+    """Check the logits of all documents together, and of the last document alone."""
     documents = random_documents(document_lengths)
     expected, eager = (alone(folder, documents, kind) for kind in ("sdpa", "eager"))
     gate = max(1e-4 * expected.std(), 3 * np.abs(expected - eager).max())
@@ -109,12 +109,12 @@ def check_base_logits(folder: Path, document_lengths: list[int]) -> None:
 
 
 def few_heads_of(folder: Path) -> dict:
-    """What lengths() asks of a config."""
+    """Return the values of a config that lengths() needs."""
     return {"rope_scaling": read_model_config(folder).rope.long_factor}
 
 
 def assert_equal_step(folder: Path, documents: list) -> None:
-    """Loss and every gradient of one step, at the gates of L4."""
+    """Compare the loss and every gradient of one step, at the gates of L4."""
     batch = make_batch(documents)
     count = int(batch.loss_mask.sum())
     engines = {name: opened(folder, name) for name in BACKENDS}
@@ -143,7 +143,7 @@ def test_l4_holds_at_the_true_vocabulary(tmp_path: Path, index: int) -> None:
 
 
 def greedy_reference(reference: Phi3ForCausalLM, prompt: list[int], count: int) -> list[int]:
-    """New ids by transformers, the whole sequence each time, up to a tie of the best two."""
+    """Return new ids of transformers without a cache, up to a tie of the best two logits."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def greedy_reference(reference: Phi3ForCausalLM, prompt: list[int], count: int) 
     return ids[len(prompt) :]
 
 
-def test_greedy_tokens_cross_the_boundary_as_whole_sequences_do(folder: Path) -> None:
+def test_greedy_tokens_across_the_boundary_match_whole_sequences(folder: Path) -> None:
     """A batch: 64 tokens, or up to the first whose two best logits are closer than twice the gate.
 
     The first prompt crosses the boundary while the others stay on their sides of it; a second call

@@ -166,7 +166,7 @@ def test_l7_gradients_do_not_depend_on_batching_or_micro_batches(plain: Path, na
         assert relative(sum(part[key] for part in alone), value) <= 1e-5
 
 
-def test_greedy_tokens_are_equal_and_those_of_whole_sequences(plain: Path) -> None:
+def test_greedy_tokens_are_equal_and_match_whole_sequences(plain: Path) -> None:
     prompt = random_documents([10])[0].tokens.tolist()
     found = {
         name: list(engine.generate([prompt], Sampling(max_new_tokens=12)))

@@ -90,7 +90,7 @@ def start_of(name: str, folder: Path) -> Tensors:
 
 
 def random_values(name: str, folder: Path) -> Tensors:
-    """As after some training: nothing is 0 or at its start, except what never trains."""
+    """Return weights as after training: those that train are neither 0 nor at their start."""
     rng = np.random.default_rng(0)
     config = read_model_config(folder)
     start, spec, shapes = start_of(name, folder), spec_of(name, config), config.adaptable_shapes()
@@ -261,8 +261,8 @@ def test_merged_into_the_base_it_answers_the_same(folder: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mlx"])
-def test_generation_with_every_kind_is_that_of_whole_sequences(folder: Path, kind: str) -> None:
-    """Cached norms of DoRA and the adapted embedding and head also serve decoding."""
+def test_generation_with_every_kind_equals_whole_sequences(folder: Path, kind: str) -> None:
+    """Decoding uses the cached norms of DoRA and the adapted embedding and head."""
     prompt = random_documents([9])[0].tokens.tolist()
     for name in ("dora", "outside", "whole"):
         adapter = adapter_of(name, folder)
@@ -287,10 +287,10 @@ STOCK = {
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_gradients_and_answers_are_stock_pefts_for_its_own_adapter(
+def test_gradients_and_answers_equal_stock_peft_for_its_own_adapter(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
-    """Made by PEFT, read here: the same loss and the same gradients as PEFT's own."""
+    """An adapter of PEFT, read here, has the loss and the gradients that PEFT computes."""
     import peft
     import torch
     from transformers import Phi3ForCausalLM
@@ -335,7 +335,7 @@ def test_gradients_and_answers_are_stock_pefts_for_its_own_adapter(
 def test_dora_and_whole_weights_on_a_quantised_base(
     folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Norms and starts are those of the weights that the base really has."""
+    """Norms and starting values come from the quantised weights of the base."""
     from phi3_lora.models.quantization.folder import dense_weight, write_quantized_folder
     from phi3_lora.models.weights import check_weights, tensor_index
 

@@ -1,5 +1,4 @@
-"""merge: the result is base plus adapter in both backends and in the stock tools, and says what
-was lost."""
+"""The command merge: the result is base plus adapter in both backends and the stock tools."""
 
 from __future__ import annotations
 
@@ -92,7 +91,7 @@ def test_several_adapters_add_up_by_weight(capsys: Capture, model: Path, tmp_pat
     assert code == 2 and "2 --adapter and 1 --weight" in err
 
 
-def test_what_bfloat16_loses_is_measured_and_told(
+def test_the_loss_of_bfloat16_is_measured_and_reported(
     capsys: Capture, model: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(tmp_path / "a", model, scale=2e-3)

@@ -1,4 +1,4 @@
-"""Quantised bases: one grid, the same numbers on both backends and in the stock tools."""
+"""Quantised bases: one grid gives equal numbers on both backends and in the stock tools."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def quantized(source: Path, bits: int) -> Path:
 
 
 def dense_model(folder: Path, config: ModelConfig) -> Phi3ForCausalLM:
-    """Stock transformers with the weights that the grid stands for, as plain float32."""
+    """Return stock transformers with the weights of the grid in float32."""
     source = folder.with_name("dense")
     model = Phi3ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tensors = read_header(folder / MLX_FILE, ModelError)
@@ -82,7 +82,7 @@ def dense_model(folder: Path, config: ModelConfig) -> Phi3ForCausalLM:
     return model
 
 
-def test_l1_logits_are_those_of_the_dense_weights_and_l4_holds(folder: Path) -> None:
+def test_l1_logits_equal_the_dense_weights_and_l4_holds(folder: Path) -> None:
     config = read_model_config(folder)
     check_weights(folder, config)
     documents = random_documents([5, 40, 17])
@@ -105,7 +105,7 @@ def test_l1_logits_are_those_of_the_dense_weights_and_l4_holds(folder: Path) -> 
 
 
 def test_the_words_are_the_same_numbers_in_half_precision(folder: Path) -> None:
-    """Dense weights of MLX and of PyTorch, in each dtype, equal the core's bit for bit."""
+    """Dense weights of MLX and PyTorch equal those of the core bit for bit, in each dtype."""
     config = read_model_config(folder)
     tensors = read_header(folder / MLX_FILE, ModelError)
     module = "model.layers.1.mlp.gate_up_proj"
@@ -172,7 +172,7 @@ def test_l4_holds_with_dropout_checkpointing_and_layers_without_lora(tmp_path: P
             assert np.linalg.norm(other[name] - value) <= 1e-5 * np.linalg.norm(value), name
 
 
-def test_nf4_weights_are_those_of_stock_transformers_and_it_trains(tmp_path: Path) -> None:
+def test_nf4_weights_equal_stock_transformers_and_train(tmp_path: Path) -> None:
     dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
     from transformers import BitsAndBytesConfig
 

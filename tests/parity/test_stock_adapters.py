@@ -1,4 +1,4 @@
-"""Adapters made by stock PEFT and stock mlx-lm answer the same here, and after every conversion."""
+"""Adapters of stock PEFT and stock mlx-lm keep their logits here and after every conversion."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TOKENS = random_documents([24])[0].tokens
 
 
 def made_by_peft(model: Path, folder: Path, **settings: Any) -> np.ndarray:
-    """An adapter of random numbers, and PEFT's own logits with it."""
+    """Write a random adapter with PEFT, and return PEFT's logits with it."""
     import torch
     from transformers import Phi3ForCausalLM
 
@@ -73,7 +73,7 @@ def made_by_peft(model: Path, folder: Path, **settings: Any) -> np.ndarray:
 
 
 def made_by_mlx_lm(model: Path, folder: Path, kind: str, **parameters: Any) -> np.ndarray:
-    """The same of mlx-lm, written as its trainer does."""
+    """Write a random adapter like mlx-lm's trainer, and return mlx-lm's logits with it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -117,7 +117,7 @@ def assert_answers(
 def assert_conversions(
     source: Path, model: Path, expected: np.ndarray, layouts: tuple[str, ...], folder: Path
 ) -> None:
-    """Each layout holds it, and stock tools that read the layout answer as the maker did."""
+    """Stock tools that read a layout give the logits of the tool that made the adapter."""
     config = read_model_config(model)
     for to in layouts:
         target = folder / f"to-{to}"
@@ -162,7 +162,7 @@ def test_adapters_of_stock_mlx_lm(
 
 
 def test_dora_of_separate_q_and_v_takes_the_base_rows_for_k(model: Path, tmp_path: Path) -> None:
-    """A llama-style adapter that leaves k out: its magnitude in the fused weight is the norm."""
+    """For k, which a llama-style adapter leaves out, the fused magnitude is the base's norm."""
     from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
     from phi3_lora.errors import AdapterError
     from phi3_lora.inference.base_model import find_base_model

@@ -1,4 +1,4 @@
-"""The package imports little before a name is used, and offers every public name."""
+"""The package offers every public name, and imports little before a name is used."""
 
 from __future__ import annotations
 

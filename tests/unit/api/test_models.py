@@ -1,4 +1,4 @@
-"""A loaded model: answers whole and in pieces, scores, and what it shows of itself."""
+"""A loaded model: whole answers, pieces of answers, scores and repr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWER = "Caf\u00e9, noted."
 
 
 class EchoEngine(ToyEngine):
-    """Gives every prompt the same answer, and every document half a nat a token."""
+    """An engine with one answer for every prompt, and half a nat for every token."""
 
     def __init__(self, answer: list[int], stop: int) -> None:
         super().__init__(vocab_size=264)

@@ -1,4 +1,4 @@
-"""Rows in memory wherever data is taken: they read as the same rows in a file do."""
+"""Rows in memory give the results of equal rows in a file, in every function."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from phi3_lora_cli.data import check, clean, preview, split
 from phi3_lora_cli.main import group
 
 PRINTED = {"as_json", "debug", "samples", "verbose", "quiet", "dry_run", "config_file"}
-"""Options on what is printed, and those of train that have another form in Python."""
+"""Options for printing, and options of train with another form in Python."""
 CASES: list[tuple[click.Command | str, Callable[..., Any]]] = [
     ("train", phi3_lora.train),
     ("evaluate", phi3_lora.evaluate),
@@ -47,7 +47,7 @@ CASES: list[tuple[click.Command | str, Callable[..., Any]]] = [
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    """Parameter -> default, with the keys of a typed dictionary of keywords."""
+    """Return parameter -> default, including the keys of a typed dictionary of keywords."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():

@@ -52,11 +52,11 @@ def test_keywords_are_the_options_of_the_command() -> None:
     )
 
 
-def test_a_regular_expression_stays_as_it_is() -> None:
+def test_a_regular_expression_stays_unchanged() -> None:
     assert config_of(**NEEDED, targets=r".*\.(a|b)").peft_config.target_modules == r".*\.(a|b)"
 
 
-def test_keywords_win_over_every_form_of_configuration(tmp_path: Path) -> None:
+def test_keywords_override_every_form_of_configuration(tmp_path: Path) -> None:
     mapping = {**NEEDED, "peft_config": {"r": 4, "lora_alpha": 8}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(mapping))
@@ -69,7 +69,7 @@ def test_keywords_win_over_every_form_of_configuration(tmp_path: Path) -> None:
         assert found.data.train == "other.jsonl"
 
 
-def test_a_mapping_wins_over_the_preset_as_a_file_does(tmp_path: Path) -> None:
+def test_a_mapping_overrides_the_preset_like_a_file(tmp_path: Path) -> None:
     mapping = {**NEEDED, "training_config": {"learning_rate": 0.5}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(mapping))

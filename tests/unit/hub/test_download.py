@@ -1,4 +1,4 @@
-"""What is asked of the hub, without a hub and of a stand-in."""
+"""Downloads from the hub, with replaced functions and with a stand-in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny import random_adapter
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The arguments of the download."""
+    """Record the arguments of the download."""
     found: dict[str, Any] = {}
 
     def download(model: str, **options: Any) -> str:
@@ -48,13 +48,13 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/a/b", "~/nowhere/x", "a/b/c"])
-def test_what_is_no_hub_id_is_not_asked_for(asked: dict[str, Any], name: str) -> None:
+def test_a_name_that_is_not_a_hub_id_is_not_requested(asked: dict[str, Any], name: str) -> None:
     with pytest.raises(ModelError, match="no such model folder"):
         resolve_model_dir(name)
     assert not asked
 
 
-def test_an_unreachable_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> str:
         raise OSError("no route to host\nmore")
 
@@ -63,7 +63,7 @@ def test_an_unreachable_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model_dir("microsoft/Phi-3-mini-4k-instruct")
 
 
-def test_a_token_that_cannot_be_one_is_told_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_token_is_reported_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret\x07bell")
     with pytest.raises(ConfigError, match="characters that no token has") as caught:
         resolve_model_dir("microsoft/Phi-3-mini-4k-instruct")
@@ -85,7 +85,9 @@ def test_an_adapter_that_exists_is_not_asked_for(
 @pytest.mark.parametrize(
     "name", ["nowhere", "./a/b", "/a/b", "~/nowhere/x", "a/b/c", "a/b@", "a/b\n", "a b/c"]
 )
-def test_what_is_no_hub_id_of_an_adapter_is_not_asked_for(asked: dict[str, Any], name: str) -> None:
+def test_an_adapters_name_that_is_not_a_hub_id_is_not_requested(
+    asked: dict[str, Any], name: str
+) -> None:
     with pytest.raises(AdapterError, match=r"(?s)no such adapter folder: .*owner/name@revision"):
         resolve_adapter_dir(name)
     assert not asked
@@ -103,7 +105,7 @@ def test_a_revision_of_an_adapter_is_given_once_and_not_of_a_folder(
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with an adapter beside what must not be downloaded."""
+    """A hub with an adapter, and files beside it that must not be downloaded."""
     adapter = Adapter(
         weights=random_adapter({"model.layers.0.self_attn.qkv_proj": (12, 8)}, r=2),
         r=2,
@@ -143,7 +145,7 @@ def test_only_an_adapters_own_files_are_downloaded(hub: Hub, tmp_path: Path) -> 
     assert not any(b"not wanted" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_a_revision_is_that_of_the_name(hub: Hub, tmp_path: Path) -> None:
+def test_a_revision_in_the_name_is_used(hub: Hub, tmp_path: Path) -> None:
     assert (pull(hub, tmp_path, "ada/orders") / "README.md").read_text() == "# Newer"
     assert not (pull(hub, tmp_path, "ada/orders@v1") / "README.md").exists()
 
@@ -190,7 +192,7 @@ def test_an_adapter_that_cannot_be_had_exits_2(
 def test_every_command_takes_an_adapter_of_the_hub(
     asked: dict[str, Any], tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by what is asked; the empty folder that comes back ends the command."""
+    """The requests are checked; the empty folder of the answer ends each command."""
     monkeypatch.chdir(tmp_path)
     at = 3 if arguments[0] == "convert" else len(arguments)
     found = phi3_lora_here(*arguments[:at], "ada/orders@v1", *arguments[at:])

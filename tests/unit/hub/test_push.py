@@ -1,4 +1,4 @@
-"""Pushing to a stand-in of the hub, in processes of their own."""
+"""Uploads to a stand-in for the hub, each in another process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def hub() -> Iterator[Hub]:
 
 
 def write_adapter(folder: Path, *, seed: int = 1, to: str = "both", value: float = 0.5) -> Path:
-    """An adapter with a card; each seed gives other numbers."""
+    """Write an adapter with a card; each seed gives different weights."""
     weights = random_adapter(SHAPES, r=2, seed=seed)
     weights["base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"][0, 0] = value
     adapter = Adapter(
@@ -47,7 +47,7 @@ def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter", to="peft")
 
 
-def test_what_is_pushed_is_what_is_pulled(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+def test_a_pushed_adapter_is_pulled_unchanged(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     done = hub.run(tmp_path / "writer", ["push", adapter, REPO, "--message", "first", "--json"])
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -92,7 +92,7 @@ def test_a_second_push_updates_and_deletes_what_the_adapter_no_longer_has(
 ) -> None:
     assert hub.run(tmp_path / "cache", ["push", adapter, REPO]).returncode == 0
     repo = hub.repos[REPO]
-    # As an earlier adapter in both layouts would have left it, beside a file of the user's.
+    # Files of an earlier adapter in both layouts, and one file of the user.
     repo.commit("main", repo.files() | {"adapters.safetensors": b"old", "notes.txt": b"mine"})
     before = len(repo.commits)
     again = write_adapter(tmp_path / "new", seed=2, to="peft")
@@ -163,7 +163,7 @@ def test_a_token_that_does_not_serve_exits_2(
         ("/commit/", 403, "may not write there"),
         ("/preupload/", 404, "no such repository, owner or branch"),
         ("/blobs/", 413, "refuses files of this size"),
-        ("/commit/", 500, "a fault of its own"),
+        ("/commit/", 500, "an internal fault"),
         ("/repos/create", 418, "the hub refuses it"),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_refusal_is_one_line_with_the_next_step(
 def test_a_hub_out_of_reach_and_an_offline_machine_exit_2(
     hub: Hub, adapter: Path, tmp_path: Path
 ) -> None:
-    # Nothing listens on the port for discarding.
+    # Nothing listens on port 9, which is reserved for discarding.
     away = hub.run(tmp_path / "cache", ["push", adapter, REPO], HF_ENDPOINT="http://127.0.0.1:9")
     assert away.returncode == 2 and "out of reach" in away.stderr, away.stderr
     offline = hub.run(tmp_path / "cache", ["push", adapter, REPO], HF_HUB_OFFLINE="1")
@@ -187,7 +187,7 @@ def test_a_hub_out_of_reach_and_an_offline_machine_exit_2(
     assert hub.requests == []
 
 
-def test_files_that_the_repository_ignores_are_told(
+def test_files_that_the_repository_ignores_are_reported(
     hub: Hub, adapter: Path, tmp_path: Path
 ) -> None:
     hub.ignored = ("README.md",)

@@ -1,4 +1,4 @@
-"""What of an adapter folder would be sent to the hub."""
+"""Choice of the files of an adapter that go to the hub."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def head(upload: Upload) -> dict[str, Any]:
     return found
 
 
-def test_a_clean_folder_is_sent_as_it_is(tmp_path: Path) -> None:
+def test_a_clean_folder_is_sent_unchanged(tmp_path: Path) -> None:
     upload = files_to_push(write(tmp_path / "a", card=f"---\n{HEAD}---\n# Mine\n"), "ada/x")
     assert upload.notes == ()
     assert upload.files == {
@@ -107,7 +107,7 @@ def test_other_local_paths_in_the_config_are_sent_as_null(tmp_path: Path) -> Non
     }
 
 
-def test_a_missing_card_is_made_with_what_the_hub_reads(tmp_path: Path) -> None:
+def test_a_missing_card_is_made_with_the_head_that_the_hub_reads(tmp_path: Path) -> None:
     upload = files_to_push(write(tmp_path / "a"), "ada/orders")
     assert head(upload) == {"library_name": "peft", "tags": ["lora", "phi-3"], "base_model": BASE}
     text = content(upload, "README.md")
@@ -115,14 +115,14 @@ def test_a_missing_card_is_made_with_what_the_hub_reads(tmp_path: Path) -> None:
     assert f"--model {BASE} --adapter ada/orders" in text
 
 
-def test_the_name_of_the_built_in_model_is_no_base_for_the_hub(tmp_path: Path) -> None:
+def test_the_name_of_the_built_in_model_is_left_out_of_the_card(tmp_path: Path) -> None:
     card = "---\nlibrary_name: peft\nbase_model: demo\n---\n# Mine\n"
     upload = files_to_push(write(tmp_path / "a", "demo", card), "ada/x")
     assert head(upload) == {"library_name": "peft"}
-    assert any("'demo' is no hub id" in text for text in upload.notes)
+    assert any("'demo' is not a hub id" in text for text in upload.notes)
 
 
-def test_a_card_of_peft_loses_its_local_base_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_card_of_peft_loses_only_its_local_base(tmp_path: Path) -> None:
     card = (
         "---\nbase_model: /home/ada/phi\nlibrary_name: peft\nlicense: mit\ntags:\n"
         "- base_model:adapter:/home/ada/phi\n- lora\n---\n# Gr\u00fc\u00dfe\n\nOf /home/ada/phi.\n"
@@ -132,7 +132,13 @@ def test_a_card_of_peft_loses_its_local_base_and_keeps_the_rest(tmp_path: Path) 
     assert content(upload, "README.md").endswith("---\n# Gr\u00fc\u00dfe\n\nOf phi.\n")
 
 
-def test_paths_in_the_rows_of_a_trainings_card_are_shortened(tmp_path: Path) -> None:
+def test_a_changed_card_keeps_keys_whose_value_is_null(tmp_path: Path) -> None:
+    card = "---\nlibrary_name: peft\nlicense: null\nbase_model: demo\n---\n# Mine\n"
+    upload = files_to_push(write(tmp_path / "a", "demo", card), "ada/x")
+    assert content(upload, "README.md") == ("---\nlibrary_name: peft\nlicense: null\n---\n# Mine\n")
+
+
+def test_paths_in_the_card_of_a_training_run_are_shortened(tmp_path: Path) -> None:
     rows = (
         "| Base model | `microsoft/Phi-3-mini-4k-instruct` |\n"
         "| Training data | `{}chats.jsonl`: 8 documents |\n| Seed | `/api/chat` |\n"
@@ -151,7 +157,7 @@ def test_a_card_without_a_head_gets_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("card", "phrase"),
     [
-        ("---\ntags: [\n---\n", "is no YAML"),
+        ("---\ntags: [\n---\n", "is not YAML"),
         ("---\n- lora\n---\n", "must be names with values, got list"),
         ("---\ntags: lora\n", "has no end line"),
         ("---\nbase_model: 3\n---\n", "base_model must be texts, got 3"),
@@ -178,7 +184,7 @@ def test_a_damaged_fingerprint_is_refused(tmp_path: Path) -> None:
         files_to_push(folder, "ada/x")
 
 
-def test_an_adapter_that_changes_nothing_is_told(tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_gets_a_note(tmp_path: Path) -> None:
     weights = random_adapter(SHAPES, r=2)
     zero = {n: v * 0 if "lora_B" in n else v for n, v in weights.items()}
     write_adapter_folder(tmp_path / "a", Adapter(weights=zero, r=2, lora_alpha=4.0), to="peft")

@@ -1,4 +1,4 @@
-"""A base model on its way to an engine."""
+"""A base model before an engine opens it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a model beside the expected ones."""
+"""Generated answers and the expected answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP = 1
 
 
 class ScriptedEngine(ToyEngine):
-    """Answers prompts of a batch together; the later ones finish first."""
+    """An engine that answers a batch together and finishes later prompts first."""
 
     def __init__(self, scripts: list[list[int]]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def test_answers_come_in_the_order_of_the_rows_and_each_is_reported(tmp_path: Pa
     write_tokenizer(tmp_path)
     tokenizer = ChatTokenizer(tmp_path, vocab_size=264)
     texts = [tokenizer.encode_text(text) for text in ("abc", "x", "yz")]
-    # The first is cut by max_new_tokens, the second stops, the third fills the context.
+    # max_new_tokens ends the first answer, a stop token the second, the context the third.
     engine = ScriptedEngine([texts[0], [*texts[1], STOP], texts[2]])
     rows = [row("one", "abc"), row("no answer"), row("two", "y"), row("three", "yz")]
     reported: list[int] = []

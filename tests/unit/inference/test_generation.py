@@ -1,4 +1,4 @@
-"""Answers as pieces, whole answers, and characters that span tokens."""
+"""Pieces of answers, whole answers, and characters of several tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "caf\u00e9 \u4f60\u597d \U0001f600!"
 
 
 class ScriptedEngine(ToyEngine):
-    """Gives the i-th prompt the i-th script, all of them in turn."""
+    """An engine that answers prompt i with script i, one token of each in turn."""
 
     def __init__(self, *scripts: list[int]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ScriptedEngine(ToyEngine):
 
 
 class SentencePieceStandIn:
-    """Decodes as Phi-3's tokenizer: a space sign, single bytes, no space at the start of a text."""
+    """A decoder like Phi-3's: a space sign, single bytes, and no space at the start of a text."""
 
     PIECES = ("\u2581a", "\u2581", "b", "\u2581the", "<s>", *(f"<0x{i:02X}>" for i in range(256)))
 

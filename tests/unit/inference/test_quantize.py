@@ -1,4 +1,4 @@
-"""Quantising a base model by one call."""
+"""Quantisation of a base model in one call."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ NORMS = {
 
 
 class Page(HTMLParser):
-    """The cells of a page's table, row by row: attributes and text."""
+    """Collects the attributes and text of each cell of the table, row by row."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_a_page_is_whole_in_itself_and_runs_nothing(tmp_path: Path) -> None:
     assert page.rows[1][0][1] == f'x"{evil}' == (page.rows[1][1][0]["title"] or "")[:-3]
 
 
-def test_columns_of_the_same_ending_are_told_by_their_paths(tmp_path: Path) -> None:
+def test_columns_with_the_same_ending_have_their_paths_as_titles(tmp_path: Path) -> None:
     norms = {"model.layers.0.a.proj": 1.0, "model.layers.0.b.proj": 2.0}
     _, page = write_page(tmp_path, norms)
     assert [text for _, text in page.rows[0]] == ["layer", "a.proj", "b.proj"]
@@ -140,7 +140,7 @@ def test_a_picture_shows_the_largest_darkest_and_hatches_zeros(tmp_path: Path) -
     darkest, hatch = np.array([8, 48, 107]) / 255, np.array([0xF0, 0xB0, 0xB0]) / 255
 
     def rows_of(colour: np.ndarray) -> np.ndarray:
-        # Left of the scale of colours, which holds them all.
+        # The area left of the scale, since the scale has every colour.
         area = pixels[:, : int(0.7 * pixels.shape[1])]
         counts = (np.abs(area - colour).max(axis=-1) < 0.02).sum(axis=1)
         return np.flatnonzero(counts > 5)
@@ -180,16 +180,16 @@ def test_without_matplotlib_a_picture_is_refused_with_the_line_that_installs_it(
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
-def test_a_norm_that_is_none_is_refused_by_name(tmp_path: Path, norm: float) -> None:
+def test_an_invalid_norm_is_refused_with_its_module(tmp_path: Path, norm: float) -> None:
     with pytest.raises(AdapterError, match=f"lm_head: {norm}"):
         write_page(tmp_path, {"lm_head": norm})
 
 
-def test_nothing_to_draw_is_told(tmp_path: Path) -> None:
+def test_a_map_without_norms_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nothing to draw"):
         write_page(tmp_path, {})
 
 
-def test_a_map_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_map_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_heat_map(tmp_path / "nowhere" / "map.html", NORMS, "Norms")

@@ -28,7 +28,7 @@ def test_the_package_holds_every_template_and_the_style_sheet() -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_fits_a_phone_follows_dark_mode_and_says_what_is_usual(name: str) -> None:
+def test_a_page_fits_a_phone_follows_dark_mode_and_explains_the_usual_loss(name: str) -> None:
     text = render_page(name, title="Title", **PAGES[name]).decode()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "prefers-color-scheme: dark" in text

@@ -1,4 +1,4 @@
-"""The tokens of documents as people see them: text, loss, special tokens, hostile content."""
+"""The preview of documents: text, loss, special tokens and hostile content."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from phi3_lora.report.preview import (
     loss_mask,
     pieces_of,
     preview_rows,
-    print_preview,
     shown_parts,
     summary,
     visible,
-    write_preview,
 )
+from phi3_lora.report.preview_page import write_preview
+from phi3_lora.report.preview_terminal import print_preview
 from tests.tiny import write_model
 
 HOSTILE = [
@@ -59,7 +59,7 @@ def printed(tokenizer: ChatTokenizer, *documents: Document, **settings: Any) -> 
 
 
 class Page(HTMLParser):
-    """Tags and the spans of a page's rows: attributes and text."""
+    """Collects the tags of a page, and the attributes and text of the spans in its rows."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_the_first_token_is_never_in_the_loss() -> None:
 
 
 def test_spaces_survive_a_tokenizer_that_drops_the_first(tmp_path: Path) -> None:
-    """As Phi-3's own: a space is part of the word after it, and decoding drops a leading one."""
+    """Like Phi-3's, this tokenizer joins a space to the next word and drops a leading space."""
     folder = write_model(tmp_path / "m")
     words = [
         "<unk>",
@@ -173,7 +173,7 @@ def test_spaces_survive_a_tokenizer_that_drops_the_first(tmp_path: Path) -> None
         ("caf\u00e9 \u4eca\U0001f44d", "caf\u00e9\u00b7\u4eca\U0001f44d"),
     ],
 )
-def test_what_has_no_shape_is_made_visible(text: str, seen: str) -> None:
+def test_a_character_without_a_shape_is_made_visible(text: str, seen: str) -> None:
     assert visible(text) == seen
 
 
@@ -190,7 +190,7 @@ def test_without_colours_brackets_show_the_loss(tokenizer: ChatTokenizer) -> Non
 
 
 @pytest.mark.parametrize("marker", ["<|end|>", "<s>", "</s>", "<|tool_call|>"])
-def test_without_colours_text_that_reads_like_a_marker_is_told_from_one(
+def test_without_colours_text_that_looks_like_a_marker_differs_from_one(
     tokenizer: ChatTokenizer, marker: str
 ) -> None:
     out = printed(tokenizer, document(tokenizer, f"say {marker}", f"{marker}!"))
@@ -198,13 +198,13 @@ def test_without_colours_text_that_reads_like_a_marker_is_told_from_one(
     assert f"<|user|>say\u00b7{seen}<|end|><|assistant|>\u27e6{seen}!<|end|>\u27e7" in out
 
 
-def test_our_own_signs_in_the_data_are_told_from_what_we_write(tokenizer: ChatTokenizer) -> None:
+def test_our_own_signs_in_the_data_differ_from_the_signs_we_write(tokenizer: ChatTokenizer) -> None:
     out = printed(tokenizer, document(tokenizer, "a\u00b7b \u27e6no\u27e7", "\u2192\u21b5"))
     assert "a<U+00B7>b\u00b7<U+27E6>no<U+27E7><|end|>" in out
     assert "\u27e6<U+2192><U+21B5><|end|>\u27e7" in out
 
 
-def test_of_a_long_document_the_ends_are_shown_and_the_rest_is_counted(
+def test_a_long_document_shows_its_ends_and_counts_the_rest(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     found = document(tokenizer, "u" * MOST_TOKENS, "a" * 1000)
@@ -288,7 +288,7 @@ def test_a_page_shows_every_token_with_its_id_and_runs_nothing(
     assert [("l" in c, "s" in c) for c in classes] == [(p.is_learnt, p.is_special) for p in pieces]
 
 
-def test_an_accent_alone_in_its_span_stands_on_a_dotted_circle(
+def test_an_accent_alone_in_its_span_gets_a_dotted_circle(
     tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     write_preview(tmp_path / "p.html", [document(tokenizer, "e\u0301")], tokenizer, "t")
@@ -308,7 +308,9 @@ def test_a_remark_stands_beside_its_document(tokenizer: ChatTokenizer, tmp_path:
     assert '<p class="note">dropped &lt;in&gt; [bold]training</p>' in page
 
 
-def test_a_page_that_cannot_be_written_is_told(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_reported(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_preview(tmp_path / "no/p.html", [document(tokenizer, "a")], tokenizer, "t")
 

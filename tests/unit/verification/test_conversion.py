@@ -1,4 +1,4 @@
-"""A converted adapter compared with its source by a model's answers."""
+"""The comparison of a converted adapter with its source."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from phi3_lora.arrays import Float32, Tensors
 from phi3_lora.engine.lora_spec import LoraSpec
 from phi3_lora.inference.base_model import find_base_model
 from phi3_lora.verification import conversion
-from phi3_lora.verification.conversion import compare_answers
+from phi3_lora.verification.conversion import Answers, ConversionCheck, compare_answers
 from tests.tiny import random_adapter, write_model
 
 
 class Counted:
-    """An engine whose logits are its adapter's first number, times the position."""
+    """An engine whose logits are the first number of its adapter times the position."""
 
     opened = 0
     closed = 0
@@ -82,3 +82,29 @@ def test_a_model_is_loaded_once_for_two_adapters_of_one_spec(
     )
     assert (Counted.opened, Counted.closed) == (times, times)
     assert answers.max_difference > 0
+
+
+def test_a_check_reports_the_deltas_and_each_readers_answers() -> None:
+    close = Answers("phi3-lora, toy", 1e-6, 1e-4)
+    far = Answers("PEFT (stock, toy)", 1e-2, 1e-4)
+    unjudged = far._replace(gate=None)
+    check = ConversionCheck(1e-9, "q", (close, unjudged))
+    assert check.to_dict() == {
+        "max_relative_difference": 1e-9,
+        "worst_module": "q",
+        "equal": True,
+        "answers": [
+            {"reader": "phi3-lora, toy", "max_difference": 1e-6, "gate": 1e-4, "equal": True},
+            {"reader": "PEFT (stock, toy)", "max_difference": 1e-2, "gate": None, "equal": True},
+        ],
+    }
+    assert not ConversionCheck(1e-9, "q", (close, far)).is_equal
+    assert not ConversionCheck(1e-2, "q", (close,)).is_equal
+
+
+def test_a_check_without_a_model_reports_no_answers() -> None:
+    assert ConversionCheck(0.0, None, None).to_dict() == {
+        "max_relative_difference": 0.0,
+        "worst_module": None,
+        "equal": True,
+    }
