@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.compress import compressed
-from phi3_lora.adapters.deltas import relative_difference
+from phi3_lora.adapters.deltas import factor_difference, relative_difference
 from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
 from phi3_lora.adapters.formats.folder import (
     TEMPLATE_NAME,
@@ -26,7 +25,7 @@ from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.adapters.formats.record import FileFormat, Written
 from phi3_lora.adapters.formats.registry import FILE_FORMATS, TARGETS
 from phi3_lora.adapters.formats.tools import adapted_for
-from phi3_lora.adapters.names import EMBEDDING, HEAD, lora_a_name, lora_b_name
+from phi3_lora.adapters.names import EMBEDDING, HEAD
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import explained
@@ -117,7 +116,7 @@ def convert(request: ConversionRequest) -> Conversion:
     notes = [*source.notes, *notes, *more, *outcome.notes]
     written = _read_back(request, outcome.missing)
     differences = relative_difference(source, written)
-    gap = _factor_difference(source, written)
+    gap = factor_difference(source, written)
     return Conversion(
         source=layouts,
         to=request.to,
@@ -217,35 +216,6 @@ def _card_line(request: ConversionRequest, adapter: Adapter) -> str:
         f"\n## Converted\n\nBy phi3-lora, to {what}{cut}: here rank, alpha and scale are "
         f"{adapter.r}, {adapter.lora_alpha:g} and {adapter.scaling:g}.\n"
     )
-
-
-def _factor_difference(source: Adapter, written: Adapter) -> float | None:
-    """Largest difference of a number, after scales are put into B; None for other factors."""
-    if set(source.modules) != set(written.modules):
-        return None
-    gaps = [_pair_difference(source, written, module) for module in source.modules]
-    factors = {name(m) for m in source.modules for name in (lora_a_name, lora_b_name)}
-    for name in (source.weights.keys() | written.weights.keys()) - factors:
-        first, second = source.weights.get(name), written.weights.get(name)
-        gaps.append(None if first is None or second is None else _largest(first - second))
-    return None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0)
-
-
-def _pair_difference(source: Adapter, written: Adapter, module: str) -> float | None:
-    (a, b), (other_a, other_b) = source.pair(module), written.pair(module)
-    r = min(len(a), len(other_a))
-    if any(f.any() for f in (a[r:], b[:, r:], other_a[r:], other_b[:, r:])):
-        return None
-    ratio = written.scaling_of(module) / source.scaling_of(module)
-    # Two roundings of one scale are the same scale.
-    ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
-    return max(
-        _largest(a[:r] - other_a[:r]), _largest(b[:, :r] - other_b[:, :r] * np.float32(ratio))
-    )
-
-
-def _largest(value: np.ndarray) -> float:
-    return float(np.abs(value).max(initial=0.0))
 
 
 def _write(request: ConversionRequest, adapter: Adapter) -> Written:

@@ -124,6 +124,38 @@ def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, 
     return product_norm(b, a), size
 
 
+def factor_difference(source: Adapter, written: Adapter) -> float | None:
+    """Return the largest difference of a number in the factors, with scales put into B.
+
+    None if the two adapters have other modules, or factors that do not correspond.
+    """
+    if set(source.modules) != set(written.modules):
+        return None
+    gaps = [_pair_difference(source, written, module) for module in source.modules]
+    factors = {name(m) for m in source.modules for name in (lora_a_name, lora_b_name)}
+    for name in (source.weights.keys() | written.weights.keys()) - factors:
+        first, second = source.weights.get(name), written.weights.get(name)
+        gaps.append(None if first is None or second is None else _largest(first - second))
+    return None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0)
+
+
+def _pair_difference(source: Adapter, written: Adapter, module: str) -> float | None:
+    (a, b), (other_a, other_b) = source.pair(module), written.pair(module)
+    r = min(len(a), len(other_a))
+    if any(f.any() for f in (a[r:], b[:, r:], other_a[r:], other_b[:, r:])):
+        return None
+    ratio = written.scaling_of(module) / source.scaling_of(module)
+    # Two roundings of one scale are the same scale.
+    ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
+    return max(
+        _largest(a[:r] - other_a[:r]), _largest(b[:, :r] - other_b[:, :r] * np.float32(ratio))
+    )
+
+
+def _largest(value: Float64 | NDArray[np.float32]) -> float:
+    return float(np.abs(value).max(initial=0.0))
+
+
 def changes_nothing(adapter: Adapter) -> bool:
     """Whether every delta is 0; with DoRA or whole weights that cannot be told without the base."""
     if adapter.use_dora or adapter.saved:

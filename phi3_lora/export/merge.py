@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import adapter_problems
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.deltas import Weighted, concatenated
 from phi3_lora.adapters.formats.folder import check_unused, write_adapter_folder
 from phi3_lora.errors import AdapterError, ConfigError, ModelError, listing

@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from phi3_lora.adapters.adapter import Adapter, adapter_problems, module_of, uniform_pair
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
+from phi3_lora.adapters.formats.agreement import check_agree
 from phi3_lora.adapters.formats.config_file import CONFIG_NAME, read_adapter_config
 from phi3_lora.adapters.formats.detect import find_layouts
 from phi3_lora.adapters.formats.fused import RowNorms, fuse
 from phi3_lora.adapters.formats.record import FileFormat
 from phi3_lora.adapters.formats.registry import FOLDER_FORMATS, TARGETS
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_bytes
@@ -68,42 +66,8 @@ def read_adapter(
     if not keep_parts:
         adapters = [fuse(adapter, base, row_norms) for adapter in adapters]
     for other in adapters[1:]:
-        _check_agree(folder, adapters[0], other)
+        check_agree(folder, adapters[0], other)
     return adapters[0]
-
-
-def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
-    problems = []
-    if abs(first.scaling - second.scaling) > 1e-6 * abs(first.scaling):
-        problems.append(f"scale {first.scaling:g} (PEFT) against {second.scaling:g} (mlx-lm)")
-    r = max((a.rank(m) for a in (first, second) for m in a.modules), default=0)
-    for name in sorted(set(first.weights) | set(second.weights)):
-        a, b = first.weights.get(name), second.weights.get(name)
-        if (a is None or b is None) and _is_empty_pair(first if b is None else second, name):
-            # A pair of zeros fills mlx-lm's layers up and is dropped in reading.
-            continue
-        if a is None or b is None:
-            problems.append(f"{name}: only in the {'mlx-lm' if a is None else 'PEFT'} file")
-        elif not np.array_equal(_as_uniform(first, name, r), _as_uniform(second, name, r)):
-            problems.append(f"{name}: different values")
-    if problems:
-        problems.append("delete the file that you do not trust")
-        raise AdapterError(listing(f"the two adapter files in {folder} disagree:", problems))
-
-
-def _is_empty_pair(adapter: Adapter, name: str) -> bool:
-    module = module_of(name)
-    return module in adapter.modules and not any(value.any() for value in adapter.pair(module))
-
-
-def _as_uniform(adapter: Adapter, name: str, r: int) -> Float32:
-    """A tensor in one rank and scale for all: mlx-lm's file holds no other, PEFT's may."""
-    module = module_of(name)
-    if name == lora_a_name(module):
-        return uniform_pair(adapter, module, r)[0]
-    if name == lora_b_name(module):
-        return uniform_pair(adapter, module, r)[1]
-    return adapter.weights[name]
 
 
 def check_unused(folder: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
 from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
-from phi3_lora.adapters.formats.record import FileFormat, Written
+from phi3_lora.adapters.formats.record import FileFormat, Written, whole_weights_reason
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
@@ -35,7 +35,7 @@ def why_not_gguf(adapter: Adapter) -> str | None:
     if adapter.use_dora:
         return "it uses DoRA"
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     foreign = [m for m in adapter.modules if _is_foreign(m)]
     return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
 

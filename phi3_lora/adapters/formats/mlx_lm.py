@@ -16,7 +16,7 @@ import numpy as np
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
 from phi3_lora.adapters.formats.config_file import is_finite, is_number
 from phi3_lora.adapters.formats.peft import is_peft
-from phi3_lora.adapters.formats.record import FolderContent, FolderFormat
+from phi3_lora.adapters.formats.record import FolderContent, FolderFormat, whole_weights_reason
 from phi3_lora.adapters.names import (
     EMBEDDING,
     HEAD,
@@ -146,7 +146,7 @@ def why_not_mlx(adapter: Adapter) -> str | None:
     module that is not adapted, which DoRA does not have.
     """
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     for module in adapter.modules:
         if split_layer(module) is None and module not in (EMBEDDING, HEAD):
             return f"{module} lies outside the decoder layers"

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from phi3_lora.adapters.adapter import Adapter, adapter_problems
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.formats.detect import detect_file_format, find_adapter_file, find_layouts
 from phi3_lora.adapters.formats.folder import read_adapter
 from phi3_lora.adapters.formats.fused import RowNorms, fuse

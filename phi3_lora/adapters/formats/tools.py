@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
-from phi3_lora.adapters.formats.gguf import why_not_gguf
-from phi3_lora.adapters.formats.mlx_lm import why_not_mlx
-from phi3_lora.adapters.formats.record import hold_any
+from phi3_lora.adapters.formats.gguf import GGUF
+from phi3_lora.adapters.formats.mlx_lm import MLX_LM
+from phi3_lora.adapters.formats.peft import PEFT
+from phi3_lora.adapters.formats.record import AdapterFormat, Refusal, hold_any, whole_weights_reason
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
@@ -18,19 +19,32 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes; 16 is its default."""
 
 
+def _no_hints(adapter: Adapter) -> list[str]:
+    return []
+
+
 class Consumer(NamedTuple):
     """A tool that loads adapters."""
 
-    layout: str
-    """What it reads."""
-    refusal: Callable[[Adapter], str | None]
-    """Why it cannot hold an adapter, or None."""
-    is_uniform: bool
-    """Whether it knows one rank and one alpha / r alone."""
-    hints: Callable[[Adapter], list[str]]
-    """What to say to the tool."""
+    format: AdapterFormat
+    """The format that the tool reads."""
+    is_uniform: bool = True
+    """True if the tool takes only one rank and one alpha / r for all modules."""
+    hints: Callable[[Adapter], list[str]] = _no_hints
+    """Return instructions on how to load an adapter in the tool."""
     peer: str | None = None
-    """Its name among peer_differences."""
+    """Name of the tool in peer_differences."""
+    own_refusal: Refusal = hold_any
+    """Limits of the tool beyond the limits of its format."""
+
+    @property
+    def layout(self) -> str:
+        """Name of the format that the tool reads."""
+        return self.format.name
+
+    def refusal(self, adapter: Adapter) -> str | None:
+        """Return the reason why the tool cannot hold an adapter, or None."""
+        return self.format.refusal(adapter) or self.own_refusal(adapter)
 
 
 def _vllm_refusal(adapter: Adapter) -> str | None:
@@ -38,7 +52,7 @@ def _vllm_refusal(adapter: Adapter) -> str | None:
     if adapter.use_dora:
         return "it uses DoRA"
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     outside = [module for module in adapter.modules if split_layer(module) is None]
     if outside:
         return f"it adapts {outside[0]}, outside the decoder layers"
@@ -58,16 +72,12 @@ def _llama_hints(adapter: Adapter) -> list[str]:
     return ["llama.cpp loads it beside the base's GGUF: llama-cli -m BASE.gguf --lora FILE.gguf"]
 
 
-def _no_hints(adapter: Adapter) -> list[str]:
-    return []
-
-
 CONSUMERS: Mapping[str, Consumer] = {
-    "vllm": Consumer("peft", _vllm_refusal, True, _vllm_hints, "vLLM"),
-    "llama.cpp": Consumer("gguf", why_not_gguf, True, _llama_hints, "llama.cpp"),
-    "ollama": Consumer("gguf", why_not_gguf, True, _no_hints, "llama.cpp"),
-    "mlx-lm": Consumer("mlx", why_not_mlx, True, _no_hints, "mlx-lm"),
-    "peft": Consumer("peft", hold_any, False, _no_hints),
+    "vllm": Consumer(PEFT, hints=_vllm_hints, peer="vLLM", own_refusal=_vllm_refusal),
+    "llama.cpp": Consumer(GGUF, hints=_llama_hints, peer="llama.cpp"),
+    "ollama": Consumer(GGUF, peer="llama.cpp"),
+    "mlx-lm": Consumer(MLX_LM, peer="mlx-lm"),
+    "peft": Consumer(PEFT, is_uniform=False),
 }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import (
     check_replaceable,

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.convert import SAME, ConversionRequest, convert
 from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import check_fits
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.errors import AdapterError
