@@ -24,9 +24,9 @@ from phi3_lora.engine.lora_spec import LoraLayer, LoraSpec, lora_scaling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """LoRA weights under PEFT names, with what is needed to use them.
+    """LoRA weights under PEFT names, with their ranks and scales.
 
-    The form in the middle of every conversion. A module's rank is that of its own tensors.
+    Every conversion reads into this form and writes from it. The tensors give each module's rank.
     """
 
     weights: Tensors
@@ -35,20 +35,20 @@ class Adapter:
     lora_alpha: float
     use_rslora: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
-    """lora_alpha of the modules that have another one."""
+    """lora_alpha of the modules where it differs from the field lora_alpha."""
     lora_dropout: float = 0.0
     base_model: str | None = None
-    """What the adapter says it was trained on."""
+    """The base model that the adapter names."""
     base_identity: str | None = None
-    """The identity of that base, where the adapter carries a fingerprint."""
+    """Identity of the base model; None if the adapter has no fingerprint."""
     num_layers: int | None = None
-    """Decoder layers of the base model, where known."""
+    """Number of decoder layers of the base model; None if it is not known."""
     notes: tuple[str, ...] = ()
-    """What of its files was left aside."""
+    """Remarks on tensors in the files that were left out."""
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by in most modules."""
+        """The factor of B A in most modules."""
         return lora_scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
     @property
@@ -65,42 +65,42 @@ class Adapter:
 
     @property
     def saved_weights(self) -> Tensors:
-        """Those whole weights, under their names here."""
+        """The whole weights that were trained, under their names in weights."""
         return {saved_name(module): self.weights[saved_name(module)] for module in self.saved}
 
     def has(self, module: str) -> bool:
-        """Whether it changes a module, by A and B or by a whole weight."""
+        """Return whether the adapter has A and B, or a whole weight, for a module."""
         return lora_a_name(module) in self.weights or saved_name(module) in self.weights
 
     @property
     def use_dora(self) -> bool:
-        """Whether its modules have magnitudes."""
+        """True if the modules have DoRA magnitudes."""
         return any(name.endswith(".lora_magnitude_vector") for name in self.weights)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one rank and one scale hold for all."""
+        """True if all modules have the same rank and scale."""
         return not self.alphas and all(self.rank(module) == self.r for module in self.modules)
 
     def rank(self, module: str) -> int:
-        """Columns of a module's B."""
+        """Return the rank of a module."""
         return len(self.weights[lora_a_name(module)])
 
     def alpha_of(self, module: str) -> float:
-        """lora_alpha of a module."""
+        """Return lora_alpha of a module."""
         return self.alphas.get(module, self.lora_alpha)
 
     def scaling_of(self, module: str) -> float:
-        """What B A of a module is multiplied by."""
+        """Return the factor of B A in a module."""
         return lora_scaling(self.alpha_of(module), self.rank(module), use_rslora=self.use_rslora)
 
     def pair(self, module: str) -> tuple[Float32, Float32]:
-        """A (r, in) and B (out, r) of a module."""
+        """Return A (r, in) and B (out, r) of a module."""
         return self.weights[lora_a_name(module)], self.weights[lora_b_name(module)]
 
     @property
     def spec(self) -> LoraSpec:
-        """What a backend needs."""
+        """The settings from which a backend builds the LoRA layers."""
         layers = {m: LoraLayer(r=self.rank(m), lora_alpha=self.alpha_of(m)) for m in self.modules}
         return LoraSpec(
             layers=layers,
@@ -111,7 +111,7 @@ class Adapter:
         )
 
     def delta(self, module: str) -> Float32:
-        """Scaling B A of a module, (out, in), in float64 rounded once."""
+        """Compute scaling B A of a module, (out, in), in float64, and round it once."""
         a, b = (value.astype(np.float64) for value in self.pair(module))
         return (self.scaling_of(module) * (b @ a)).astype(np.float32)
 
@@ -146,7 +146,7 @@ def with_spec(
 def with_factors(
     adapter: Adapter, weights: Tensors, alphas: Mapping[str, float], *, use_rslora: bool
 ) -> Adapter:
-    """The same adapter with other tensors, of ranks and of a lora_alpha for each module."""
+    """Replace the tensors of an adapter; each module gets its own rank and lora_alpha."""
     layers = {m: LoraLayer(r=len(weights[lora_a_name(m)]), lora_alpha=a) for m, a in alphas.items()}
     new = with_spec(weights, LoraSpec(layers=layers, use_rslora=use_rslora))
     return dataclasses.replace(
@@ -162,7 +162,7 @@ def with_factors(
 def with_scalings(
     pairs: Mapping[str, tuple[Float32, Float32]], scalings: Mapping[str, float]
 ) -> Adapter:
-    """An adapter of factors A (r, in) and B (out, r), each with its own rank and scale."""
+    """Build an adapter from factors A (r, in) and B (out, r); each pair has its own scale."""
     layers = {
         m: LoraLayer(r=len(a), lora_alpha=scalings[m] * len(a)) for m, (a, _) in pairs.items()
     }
@@ -173,9 +173,9 @@ def with_scalings(
 
 
 def uniform_adapter(adapter: Adapter) -> Adapter:
-    """The same deltas with one rank and one alpha / r: for tools that know only those.
+    """Rewrite an adapter with one rank and one alpha / r; its deltas stay the same.
 
-    Ranks are padded with zeros to the largest, and scales that differ are put into B.
+    Smaller ranks are padded with zeros, and scales that differ are multiplied into B.
     """
     modules = adapter.modules
     if not modules:
@@ -192,10 +192,10 @@ def uniform_adapter(adapter: Adapter) -> Adapter:
 
 
 def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float32]:
-    """A and B of a module in a rank that is not smaller, for the adapter's own scaling."""
+    """Return A and B of a module at rank r >= its own, for the scaling of most modules."""
     a, b = adapter.pair(module)
     ratio = adapter.scaling_of(module) / adapter.scaling
-    # The ratio of two roundings of one number is no scale of its own.
+    # Scales this close are two roundings of one number.
     if abs(ratio - 1.0) > 1e-12:
         # A power of two rounds nothing.
         if math.frexp(ratio)[0] != 0.5 and _cancels(a, b):
@@ -208,15 +208,15 @@ def uniform_pair(adapter: Adapter, module: str, r: int) -> tuple[Float32, Float3
 
 
 def _cancels(a: Float32, b: Float32) -> bool:
-    """Whether B A is much smaller than its factors, so that their roundings would be large in it.
+    """Return whether B A is much smaller than its factors, so that rounding errors grow in it.
 
-    So it is where an adapter takes a start from the weights off again, as pissa's does.
+    An adapter that was trained with pissa has such factors: its second half subtracts the start.
     """
     size = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
     return size > 100.0 * product_norm(b.astype(np.float64), a.astype(np.float64))
 
 
 def module_of(name: str) -> str:
-    """The module that a PEFT name belongs to."""
+    """Return the module that a tensor with a PEFT name belongs to."""
     part = split_name(name)
     return name.removeprefix(PEFT_PREFIX) if part is None else part[0]

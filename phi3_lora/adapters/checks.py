@@ -33,7 +33,7 @@ def check_fits(
         adapter: the adapter.
         shapes: module path -> (out, in) of the layers that LoRA can adapt.
         where: the adapter's path, for the message.
-        tensor_shapes: of the base model's weights, by name; for whole weights in the adapter.
+        tensor_shapes: shapes of the base model's weights, by name, to check whole weights.
 
     Raises:
         AdapterError: one message with every tensor that does not fit.
@@ -73,7 +73,7 @@ def _why_missing(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def adapter_problems(adapter: Adapter) -> list[str]:
-    """What is wrong with an adapter's tensors, seen without a base model."""
+    """List the faults of an adapter's tensors that show without a base model."""
     weights = adapter.weights
     problems = pair_problems(weights)
     magnitudes = {m for m in adapter.modules if magnitude_name(m) in weights}
@@ -97,7 +97,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
 
 
 def pair_problems(weights: Mapping[str, NDArray[np.float32]]) -> list[str]:
-    """Pairs that are not whole, factors that do not belong together, numbers that are none."""
+    """List incomplete pairs, factors of different ranks, and values that are not finite."""
     problems = []
     for name, value in weights.items():
         part = split_name(name)

@@ -1,4 +1,4 @@
-"""Adapters from one layout to another, and how exact that was; numpy only."""
+"""Conversion of adapters between formats, with a measure of its error; numpy only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import explained
 
 SAME = 1e-6
-"""|difference| / |delta| up to which a conversion changed nothing but roundings."""
+"""|difference| / |delta| up to which a conversion changed only roundings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,47 +45,47 @@ class ConversionRequest:
     to: str
     """A name in TARGETS."""
     consumer: str | None = None
-    """A tool, by its name in CONSUMERS, whose rules are kept."""
+    """Name in CONSUMERS of the tool that the result is for."""
     config: ModelConfig | None = None
-    """The base model's shape, if known; unfused needs it."""
+    """Configuration of the base model, if known; unfused needs it."""
     row_norms: RowNorms | None = None
-    """Of the base's weights, which DoRA of separate q, k, v may need."""
+    """Norms of the base's weight rows; DoRA of separate q, k, v may need them."""
     missing: MissingMetadata = field(default_factory=MissingMetadata)
     """Values that a .pt or .npz does not store."""
     rank: int | None = None
-    """The largest rank of the result: what lies above is lost."""
+    """The largest rank of the result; larger ranks are truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did."""
+    """The outcome of a conversion."""
 
     source: str
-    """Layouts found in the source, joined by +."""
+    """Names of the formats in the source, joined by +."""
     to: str
     tensors: int
     lossless: bool
-    """Whether every number is the same, but for zeros in its factors and powers of two."""
+    """True if every number is the same, apart from zeros in the factors and powers of two."""
     max_weight_difference: float
-    """Largest difference of a number of the factors; where those are others, of a delta."""
+    """Largest difference of a number in the factors; if these do not correspond, of a delta."""
     differences: dict[str, float]
     """|difference| / |delta| by module, in float64 and the Frobenius norm."""
     notes: list[str]
     adapters: tuple[Adapter, Adapter]
-    """The source, and the result as read back."""
+    """The source, and the result after reading it back."""
 
     @property
     def worst_module(self) -> str | None:
-        """The module whose delta differs most."""
+        """The module with the largest difference of its delta."""
         return max(self.differences, key=lambda m: self.differences[m], default=None)
 
     @property
     def max_relative_difference(self) -> float:
-        """Over the modules."""
+        """The largest difference of a module."""
         return max(self.differences.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures under the names of the command's JSON."""
+        """Return the figures under the names of the command's JSON."""
         return {
             "from": self.source,
             "to": self.to,
@@ -96,10 +96,11 @@ class Conversion:
 
 
 def convert(request: ConversionRequest) -> Conversion:
-    """Read an adapter of any layout, write it in another, and read the result back.
+    """Read an adapter of any format, write it in another, and read the result back.
 
     Raises:
-        AdapterError: when the source is damaged, the target is in use, or cannot hold it.
+        AdapterError: when the source is damaged, the target is in use, or its format cannot hold
+            the adapter.
     """
     _check_target(request)
     source, layouts = read_source(
@@ -140,7 +141,7 @@ def _outside_notes(source: Adapter) -> list[str]:
 
 
 def _with_layers(adapter: Adapter, config: ModelConfig | None) -> Adapter:
-    """Add the base model's number of layers, where it is known."""
+    """Set the base model's number of layers, if it is known."""
     if config is None:
         return adapter
     return dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
@@ -157,7 +158,7 @@ def _check_target(request: ConversionRequest) -> None:
 
 
 def _check_options(request: ConversionRequest, layouts: str) -> None:
-    """Check that every value of MissingMetadata that was given is used."""
+    """Check that the conversion uses every given value of MissingMetadata."""
     used: set[str] = set()
     if layouts in FILE_FORMATS:
         used |= FILE_FORMATS[layouts].read_options
@@ -180,7 +181,7 @@ def _check_options(request: ConversionRequest, layouts: str) -> None:
 
 
 def _read_back(request: ConversionRequest, missing: MissingMetadata) -> Adapter:
-    """Read the result; a result that cannot be read is deleted."""
+    """Read the result; delete a result that cannot be read."""
     try:
         return read_source(request.target, request.config, missing, request.row_norms).adapter
     except AdapterError:
@@ -192,7 +193,7 @@ def _read_back(request: ConversionRequest, missing: MissingMetadata) -> Adapter:
 
 
 def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list[str]]:
-    """The adapter in the rank, and by the rules, that were asked for."""
+    """Truncate the adapter and adjust it to the tool, as the request says."""
     notes = []
     if request.rank is not None:
         adapter, lost = compressed(adapter, request.rank)
@@ -209,7 +210,7 @@ def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list
 
 
 def _card_line(request: ConversionRequest, adapter: Adapter) -> str:
-    """What a model card does not know of the converted adapter."""
+    """Build the section on the conversion for the model card."""
     what = request.to if request.consumer is None else f"{request.to}, for {request.consumer}"
     cut = "" if request.rank is None else f", cut to rank {request.rank}"
     return (
@@ -226,7 +227,7 @@ def _write(request: ConversionRequest, adapter: Adapter) -> Written:
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         return to.write(target, adapter, request.missing)
-    # What it answered where it was trained holds in every layout.
+    # The fingerprint does not depend on the format.
     names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if request.source.is_dir() else ()
     files = {n: (request.source / n).read_bytes() for n in names if (request.source / n).exists()}
     if request.rank is not None:

@@ -1,4 +1,4 @@
-"""Adapter folders: one folder that PEFT, vLLM and mlx-lm load as it is."""
+"""Adapter folders, which PEFT, vLLM and mlx-lm load without a conversion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_
 from phi3_lora.storage.safetensors import write_streamed
 
 TEMPLATE_NAME = "chat_template.jinja"
-"""Where training had another template than the model's; named as transformers names it."""
+"""Name of the chat template of training, if it differs from the model's; transformers' name."""
 
 
 def read_adapter(
@@ -33,13 +33,13 @@ def read_adapter(
     keep_parts: bool = False,
     row_norms: RowNorms | None = None,
 ) -> Adapter:
-    """The adapter in a folder of any layout, on fused modules; with two files, they must agree.
+    """Read the adapter in a folder of any format, on fused modules; two files must agree.
 
     Args:
-        folder: of the adapter.
-        base: the base model's shape, which an adapter of separate q, k, v may need.
-        keep_parts: leave q, k, v and gate, up apart where they are.
-        row_norms: of the base's weights, which DoRA of separate q, k, v may need.
+        folder: the adapter folder.
+        base: configuration of the base model; an adapter of separate q, k, v may need it.
+        keep_parts: keep separate q, k, v and gate, up separate.
+        row_norms: norms of the base's weight rows; DoRA of separate q, k, v may need them.
 
     Raises:
         AdapterError: when a file is missing, damaged, or contradicts another.
@@ -74,16 +74,16 @@ def check_unused(folder: Path) -> None:
     """Make sure that a folder is new or empty.
 
     Raises:
-        AdapterError: when it is not.
+        AdapterError: when the folder holds files.
     """
     check_folder_unused(folder, AdapterError, "is in use: choose a new or empty folder")
 
 
 def check_apart(target: Path, *sources: Path) -> None:
-    """Make sure that a new folder does not lie inside what it is made from.
+    """Make sure that a new folder is not inside one of its sources.
 
     Raises:
-        AdapterError: when it does.
+        AdapterError: when it is.
     """
     for source in sources:
         if source.resolve() in target.resolve().parents:
@@ -120,17 +120,17 @@ def write_adapter_folder(
     """Write an adapter folder in one move.
 
     Args:
-        folder: where; an older adapter there is replaced.
-        adapter: what.
-        to: peft, mlx, both, or unfused (PEFT's layout with q, k, v and gate, up on their own).
-        base: the base model's shape, which unfused needs.
+        folder: the folder to write; an older adapter in it is replaced.
+        adapter: the adapter to write.
+        to: peft, mlx, both, or unfused (PEFT's format with separate q, k, v and gate, up).
+        base: configuration of the base model; unfused needs it.
         files: further files, by name.
 
     Returns:
-        Notes: which layout was left out and why.
+        Notes on formats that were left out, with the reason.
 
     Raises:
-        AdapterError: when the only layout asked for cannot hold the adapter.
+        AdapterError: when the only format asked for cannot hold the adapter.
         StorageError: when the folder cannot be written; the old content stays.
     """
     target = TARGETS[to]

@@ -1,4 +1,4 @@
-"""Tools that load adapters: what each takes, and what each would do wrong in silence."""
+"""Tools that load adapters, with their formats and limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.family import peer_differences
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank takes; 16 is its default."""
+"""Allowed values of vLLM's --max-lora-rank; 16 is the default."""
 
 
 def _no_hints(adapter: Adapter) -> list[str]:
@@ -48,7 +48,10 @@ class Consumer(NamedTuple):
 
 
 def _vllm_refusal(adapter: Adapter) -> str | None:
-    """Source: vLLM, lora/peft_helper.py."""
+    """Return the reason why vLLM cannot hold an adapter, or None.
+
+    Source: vLLM, lora/peft_helper.py.
+    """
     if adapter.use_dora:
         return "it uses DoRA"
     if adapter.saved:
@@ -88,10 +91,10 @@ def _largest_rank(adapter: Adapter) -> int:
 def adapted_for(
     name: str, adapter: Adapter, config: ModelConfig | None
 ) -> tuple[Adapter, list[str]]:
-    """The same adapter in the shape that a tool takes, and what the user should know.
+    """Adjust an adapter to a tool, and return notes for the user.
 
     Raises:
-        AdapterError: when the tool cannot hold it.
+        AdapterError: when the tool cannot hold the adapter.
     """
     consumer = CONSUMERS[name]
     reason = consumer.refusal(adapter)
@@ -115,7 +118,7 @@ def adapted_for(
 
 
 def faults_of(name: str, adapter: Adapter, layouts: set[str]) -> str:
-    """Yes, or what a tool would do with an adapter as it is stored, and the way out."""
+    """Return yes, or why a tool cannot load the stored adapter and which command helps."""
     consumer = CONSUMERS[name]
     reason = consumer.refusal(adapter)
     if reason is not None:
