@@ -1,4 +1,4 @@
-"""Cases in which an adapter could be taken for another one in silence."""
+"""Cases in which an adapter could silently be read as a different one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def spec_and_start(config: ModelConfig, folder: Path, **settings: object):
 
 
 def trained(spec, start: dict, config: ModelConfig) -> dict:
-    """Everything that trains, moved a little."""
+    """Add small random changes to all elements that train."""
     masks = trained_masks(spec, config.adaptable_shapes())
     rng = np.random.default_rng(0)
     return {
@@ -128,7 +128,7 @@ def test_magnitudes_of_rows_that_are_not_adapted_do_not_train(model: Path) -> No
 def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
     model: Path, tmp_path: Path, targets: str | tuple[str, ...]
 ) -> None:
-    """Halves that nearly cancel would be noise in half precision, and in another scale."""
+    """Two halves that nearly cancel would become noise in half precision or another scale."""
     config = read_model_config(model)
     settings = {"target_modules": targets, "init_lora_weights": "pissa"}
     if targets == "all-linear":
@@ -161,7 +161,7 @@ def test_a_merged_linear_with_one_part_is_that_part(
     config = read_model_config(model) if with_model else None
     rng = np.random.default_rng(0)
     part, half = enable
-    # loralib's equal parts of 96 rows are none of this model's; gate and up are equal anyway.
+    # loralib's equal parts of 96 rows differ from the model's; gate and up are equal anyway.
     rows = {"q": 64, "v": 32}[part]
     gate_up = "model.layers.0.mlp.gate_up_proj"
     tensors = {

@@ -1,4 +1,4 @@
-"""Files that are no adapter, or not a whole one: one clear error, exit code 2, nothing written."""
+"""Damaged and foreign files give one clear error and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_cut(folder: Path, kept: int) -> None:
 
 
 def write_index(folder: Path, where: str = "../{}") -> None:
-    """Shards outside the folder."""
+    """Write an index whose shards are outside the folder."""
     write_adapter_folder(folder, adapter(), to="peft")
     (folder / PEFT_FILE).rename(folder.parent / PEFT_FILE)
     names = {name: where.format(PEFT_FILE) for name in adapter().weights}

@@ -1,4 +1,4 @@
-"""Adapters of stock PEFT with ranks and alphas by module, and in shards."""
+"""Adapters of stock PEFT with a rank and alpha for each module, and with shards."""
 
 from __future__ import annotations
 

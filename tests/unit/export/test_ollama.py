@@ -60,7 +60,7 @@ def template(content: str) -> str:
 
 
 def filled(go: str, values: dict[str, str]) -> str:
-    """What Go's text/template makes of {{ if .X }} ... {{ end }} and {{ .X }}."""
+    """Evaluate {{ if .X }} ... {{ end }} and {{ .X }} like Go's text/template."""
 
     def chosen(match: re.Match[str]) -> str:
         return match[2] if values.get(match[1]) else ""
@@ -70,7 +70,7 @@ def filled(go: str, values: dict[str, str]) -> str:
 
 
 def as_ollama(go: str, messages: Messages) -> str:
-    """The prompt, as Ollama's template.Execute puts it together turn by turn."""
+    """Build a prompt turn by turn like Ollama's template.Execute."""
     done, turn = "", dict[str, str]()
     for message in messages:
         role, content = message["role"], message["content"]

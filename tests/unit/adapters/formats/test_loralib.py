@@ -183,10 +183,10 @@ def test_state_dicts_of_loralib_itself_give_its_own_deltas(
         for name, value in lora.lora_state_dict(layer).items()
     }
     torch.save(state, tmp_path / "x.pt")
-    untold = MissingMetadata(6.0, "net.", ("q", "v"))
+    missing = MissingMetadata(6.0, "net.", ("q", "v"))
     if all(enable):
-        untold = MissingMetadata(6.0, "net.")
-    adapter = from_loralib(read_torch_file(tmp_path / "x.pt"), untold, "x.pt")
+        missing = MissingMetadata(6.0, "net.")
+    adapter = from_loralib(read_torch_file(tmp_path / "x.pt"), missing, "x.pt")
     x = torch.randn(5, 64)
     for name in ("qkv_proj", "o_proj"):
         module = getattr(layer, name)
