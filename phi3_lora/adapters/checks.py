@@ -57,7 +57,7 @@ def check_fits(
         elif wanted != found:
             problems.append(
                 f"{module}: a whole weight of {found}, the base model "
-                + ("has none of that name" if wanted is None else f"needs {wanted}")
+                + ("has no weight of this name" if wanted is None else f"needs {wanted}")
             )
     if problems:
         raise AdapterError(listing(f"the adapter {where} does not fit:", problems))
@@ -90,7 +90,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
             problems.append(f"{module}: magnitude {magnitude.shape}, B has {len(b)} rows")
     for module in (*adapter.modules, *adapter.saved):
         if not is_of_phi3(module):
-            problems.append(f"{module}: no module of a Phi-3 model")
+            problems.append(f"{module}: not a module of a Phi-3 model")
     for module in set(adapter.modules) & set(adapter.saved):
         problems.append(f"{module}: a whole weight beside A and B")
     return problems

@@ -175,8 +175,8 @@ def _check_options(request: ConversionRequest, layouts: str) -> None:
     stray = [f"--{name}" for name, is_given in given.items() if is_given and name not in used]
     if stray:
         raise AdapterError(
-            f"{', '.join(stray)} has no effect: {request.source} is of {layouts}, which says it "
-            "itself"
+            f"{', '.join(stray)} has no effect: {request.source} is in the format {layouts}, which "
+            "does not need it"
         )
 
 

@@ -217,8 +217,7 @@ def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
         for key in pattern:
             if not any(by_pattern({key: 1.0}, module, 0.0) for module in chosen):
                 raise ConfigError(
-                    f"{option}: {key!r} matches none of the adapted layers; there are: "
-                    f"{_endings(chosen)}"
+                    f"{option}: {key!r} matches no adapted layer; there are: {_endings(chosen)}"
                 )
 
 

@@ -33,7 +33,7 @@ class MergeOptions:
 
     to: MergeTarget = "hf"
     dtype: str | None = None
-    """float32, bfloat16 or float16 of a model folder; None keeps the base's own."""
+    """float32, bfloat16 or float16 of a model folder; None keeps the base's."""
     out_type: str | None = None
     """Name in gguf_tensors.OUT_TYPES; None takes the type of the base's dtype."""
     dequantize: bool = False

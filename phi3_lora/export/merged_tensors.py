@@ -31,7 +31,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """How much of the adapters' delta the stored weights of a module hold."""
+    """Measures of how much of a module's delta its stored weights keep."""
 
     cosine: float
     """Cosine between delta and change of the stored weights; 1 keeps the whole direction."""

@@ -62,7 +62,7 @@ def test_an_adapted_embedding_of_a_tied_model_is_refused_wherever_it_is_read(
     ):
         code, _, err = run(capsys, *words)
         assert code == 2 and "head is its embedding" in err, err
-    # Without a model it cannot be known, and is said.
+    # Without a model the check is not possible, and a note says so.
     _, _, err = run(capsys, "convert", tmp_path / "a", tmp_path / "c", "--to", "peft")
     assert f"it adapts {name}: on a model whose head is its embedding" in err
 
@@ -141,7 +141,7 @@ def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
         a, b = (value.astype(np.float64) for value in found.pair(module))
         size = np.linalg.norm(a) * np.linalg.norm(b)
         assert size <= 20 * product_norm(b, a)
-    # What another tool wrote so is mended on the way to one scale.
+    # The conversion to one scale repairs such factors of another tool.
     for number, adapter in enumerate((raw, found)):
         write_adapter_folder(tmp_path / f"{number}", adapter, to="peft")
         result = convert(
@@ -281,7 +281,7 @@ def test_numbers_that_no_float_holds_are_named(
 )
 def test_modules_that_no_phi3_has_are_refused(tmp_path: Path, module: str) -> None:
     write_adapter_folder(tmp_path / "a", plain({module: (64, 96)}), to="peft")
-    with pytest.raises(AdapterError, match="no module of a Phi-3 model"):
+    with pytest.raises(AdapterError, match="not a module of a Phi-3 model"):
         read_adapter(tmp_path / "a")
 
 
@@ -296,7 +296,7 @@ def test_targets_inside_their_sources_or_in_use_are_refused(
             *(capsys, "merge", "--model", model, "--adapter", tmp_path / "a"),
             *("--output", output, *words),
         )
-        assert code == 2 and "lies inside" in err and not output.exists()
+        assert code == 2 and "is inside" in err and not output.exists()
     (tmp_path / "o").mkdir()
     (tmp_path / "o/Modelfile").write_text("mine")
     code, _, err = run(

@@ -21,4 +21,4 @@ def entry_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError) as cause:
-        raise AdapterError(f"{path} is no whole archive: {cause}") from None
+        raise AdapterError(f"{path} is not a complete archive: {cause}") from None

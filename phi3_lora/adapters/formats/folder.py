@@ -87,7 +87,7 @@ def check_apart(target: Path, *sources: Path) -> None:
     """
     for source in sources:
         if source.resolve() in target.resolve().parents:
-            raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
+            raise AdapterError(f"{target} is inside {source}: choose a folder elsewhere")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -36,7 +36,7 @@ def why_not_gguf(adapter: Adapter) -> str | None:
     if adapter.saved:
         return whole_weights_reason(adapter)
     foreign = [m for m in adapter.modules if _is_foreign(m)]
-    return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
+    return f"{foreign[0]} is not a linear layer of Phi-3" if foreign else None
 
 
 def _is_foreign(module: str) -> bool:
@@ -88,7 +88,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
     reader = _reader(path)
     kind, alpha = _field(reader, "general.type"), _field(reader, _ALPHA)
     if kind != "adapter" or _field(reader, "adapter.type") != "lora":
-        raise AdapterError(f"{path} is no LoRA adapter: its general.type is {kind!r}")
+        raise AdapterError(f"{path} is not a LoRA adapter: its general.type is {kind!r}")
     if not isinstance(alpha, float):
         raise AdapterError(f"{path} has no {_ALPHA}")
     pairs: dict[str, dict[str, Float32]] = {}
@@ -121,7 +121,7 @@ def _reader(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as cause:
-        raise AdapterError(f"{path} is no whole GGUF file: {cause}") from None
+        raise AdapterError(f"{path} is not a complete GGUF file: {cause}") from None
 
 
 def _field(reader: Any, name: str) -> Any:

@@ -74,8 +74,8 @@ def _module(path: str, prefix: str) -> str:
     match = _MODULE.search(path.removeprefix(prefix))
     if match is None:
         raise AdapterError(
-            f"{path}: no module path of Phi-3 (model.layers.N...); pass --prefix if it starts with "
-            "a name of your own"
+            f"{path}: not a module path of Phi-3 (model.layers.N...); pass --prefix if it starts "
+            "with a name of your own"
         )
     return match[1]
 
@@ -93,7 +93,7 @@ def _factors(
     fused = next((name for name in FUSED_PARTS if path.endswith(name)), None)
     if fused is None:
         if count > 1:
-            raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
+            raise AdapterError(f"{path}: {count} parts, but it is not a fused projection")
         return a, b
     parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
     whole = sum(_own_rows(parts, config).values())
@@ -140,8 +140,9 @@ def _part_rows(
     fits_equal = given % len(chosen) == 0 and (not own or equal * len(parts) == sum(own.values()))
     if fits_own and fits_equal and len(set(own.values())) > 1 and layout is None:
         raise AdapterError(
-            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib itself "
-            "cuts them, cannot be told from the model's own: pass --parts equal or --parts model"
+            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib "
+            "splits them, cannot be distinguished from the model's: pass --parts equal or --parts "
+            "model"
         )
     if fits_own and layout != "equal":
         return dict(own)

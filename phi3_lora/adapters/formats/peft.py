@@ -178,7 +178,9 @@ def by_pattern(pattern: Mapping[str, float], module: str, default: float) -> flo
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error as cause:
-            raise AdapterError(f"the pattern {key!r} is no regular expression: {cause}") from None
+            raise AdapterError(
+                f"the pattern {key!r} is not a regular expression: {cause}"
+            ) from None
     return default
 
 

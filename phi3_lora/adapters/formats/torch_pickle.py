@@ -51,7 +51,7 @@ def _tensor(
     """Rebuild a tensor like _rebuild_tensor_v2, and check that it is inside its storage."""
     numbers = [offset, *size, *stride]
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError("a tensor's size, stride or offset is no whole number")
+        raise ValueError("a tensor's size, stride or offset is not a whole number >= 0")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count and (last >= len(storage.content) or count > len(storage.content)):
@@ -85,7 +85,7 @@ class _Reader(pickle.Unpickler):
             return name
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        raise ValueError(f"it asks for {module}.{name}, which is no tensor")
+        raise ValueError(f"it asks for {module}.{name}, which is not a tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, _, count = pid
@@ -126,7 +126,7 @@ def read_torch_file(path: Path) -> Tensors:
         isinstance(name, str) and isinstance(value, np.ndarray) for name, value in state.items()
     )
     if not named:
-        raise AdapterError(f"{path} holds something else than tensors by name")
+        raise AdapterError(f"{path} holds objects that are not named tensors")
     return dict(state)
 
 

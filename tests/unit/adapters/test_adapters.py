@@ -240,7 +240,7 @@ def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
 
 def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
-    with pytest.raises(AdapterError, match="lies inside"):
+    with pytest.raises(AdapterError, match="is inside"):
         convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "a" / "b", to="peft"))
     assert not (tmp_path / "a" / "b").exists()
 

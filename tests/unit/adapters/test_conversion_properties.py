@@ -208,7 +208,7 @@ def test_any_layout_to_any_other_and_back(
                 assert not target.exists() and not list(folder.glob(".*"))
                 continue
             found = moved(path, target, to, config, alpha)
-            # What a file of loralib does not say, the conversion that wrote it did.
+            # loralib's file has no alpha; the notes of the conversion name it.
             alphas = [
                 float(note.rsplit(" ", 1)[-1]) for note in found.notes if "neither rank" in note
             ]

@@ -75,7 +75,7 @@ def test_a_large_adapter_is_converted_quickly_and_in_little_memory(
         )
         seconds, held, difference, frameworks = json.loads(run.stdout)
         assert difference <= 1e-6 and frameworks == []
-        # The folder for both tools is two files, which are read back and compared.
+        # A folder for both tools has two files; both are read back and compared.
         assert held <= (4 if to == "both" else 3) * size
         best = min(best, seconds)
         if best < 2:

@@ -188,7 +188,7 @@ class TestUnchangedTensors:
         write_gguf(folder / "model.gguf", folder, config, tensors, out_type="bf16")
         found = values(gguf.GGUFReader(folder / "model.gguf"))
         for name, gguf_name in {**NAMES, **LAYER_0}.items():
-            # Vectors keep float32, for they are not rounded on the way.
+            # Vectors stay float32 because they are not rounded.
             kept = own[name] if own[name].ndim == 1 else rounded(own[name], "bf16")
             expected = merged[name] if name == f"{module}.weight" else kept
             np.testing.assert_array_equal(found[gguf_name], expected, err_msg=name)

@@ -79,7 +79,7 @@ def as_ollama(go: str, messages: Messages) -> str:
         ):
             done, turn = done + filled(go, turn), {}
         turn[{"system": "System", "user": "Prompt", "assistant": "Response"}[role]] = content
-    # The last turn ends where its answer begins.
+    # The last turn ends before its answer.
     return done + filled(go.partition("{{ .Response }}")[0], turn)
 
 
@@ -93,7 +93,7 @@ def test_the_template_gives_the_tokens_of_the_chat_template(
     messages = CONVERSATIONS[conversation]
     prompt = as_ollama(template(text(model)), messages)
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(prompt).ids
-    # llama.cpp puts the first token there by itself where the chat template does.
+    # llama.cpp adds the bos token itself if the chat template has it.
     bos = [256] if "{{ bos_token }}" in TEMPLATES[name].template else []
     assert bos + ids == chat.encode_prompt(messages)
 

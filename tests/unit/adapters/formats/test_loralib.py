@@ -274,8 +274,8 @@ def test_what_cannot_be_placed_is_told() -> None:
     cases = {
         "without its pair": {f"{qkv}.lora_A": a},
         "pass --enable": {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b},
-        "no module path of Phi-3": {"h.0.lora_A": a[:1], "h.0.lora_B": b},
-        "no fused projection": {
+        "not a module path of Phi-3": {"h.0.lora_A": a[:1], "h.0.lora_B": b},
+        "not a fused projection": {
             "model.layers.0.mlp.down_proj.lora_A": a,
             "model.layers.0.mlp.down_proj.lora_B": b,
         },
