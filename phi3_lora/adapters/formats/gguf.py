@@ -36,7 +36,7 @@ def why_not_gguf(adapter: Adapter) -> str | None:
     if adapter.saved:
         return whole_weights_reason(adapter)
     foreign = [m for m in adapter.modules if _is_foreign(m)]
-    return f"{foreign[0]} is not a linear layer of Phi-3" if foreign else None
+    return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
 
 
 def _is_foreign(module: str) -> bool:

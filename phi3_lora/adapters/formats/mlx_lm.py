@@ -149,7 +149,7 @@ def why_not_mlx(adapter: Adapter) -> str | None:
         return whole_weights_reason(adapter)
     for module in adapter.modules:
         if split_layer(module) is None and module not in (EMBEDDING, HEAD):
-            return f"{module} is outside the decoder layers"
+            return f"{module} lies outside the decoder layers"
     if adapter.use_dora and _missing(adapter):
         return "its layers do not all have the same modules up to the last one, and it uses DoRA"
     return None
