@@ -1,4 +1,4 @@
-"""An adapter cut down to a rank, as close as that rank allows."""
+"""Truncation of an adapter to a smaller rank by singular value decomposition."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from phi3_lora.errors import AdapterError
 
 
 def compressed(adapter: Adapter, r: int) -> tuple[Adapter, dict[str, float]]:
-    """The nearest deltas of at most a rank, and by module how much of its delta is lost.
+    """Truncate an adapter to a rank, and measure how much of each delta is lost.
 
-    Only modules above that rank change; scales stay.
+    Only modules above the rank change; scales stay.
 
     Args:
-        adapter: of any ranks, without DoRA.
-        r: the largest rank that stays.
+        adapter: an adapter of any ranks, without DoRA.
+        r: the largest rank of the result.
 
     Returns:
         The adapter, and |lost| / |delta| in the Frobenius norm of each module that was cut.
@@ -62,7 +62,7 @@ def drop_initial_factors(adapter: Adapter, spec: LoraSpec) -> Adapter:
         whole = (Block(module, (0, len(b)), (0, layer.num_trained)),)
         new_a, new_b = np.zeros_like(a), np.zeros_like(b)
         for _, rows, (first, end) in layer.blocks or whole:
-            # Twice, for what trained and what stayed.
+            # The trained half, then the fixed half.
             own = [*range(first, end), *range(layer.num_trained + first, layer.num_trained + end)]
             found = balanced_factors(a[own], b[slice(*rows)][:, own])
             new_a[own] = found.a

@@ -1,4 +1,4 @@
-"""Adapters from one layout to another, and how exact that was; numpy only."""
+"""Conversion of adapters between formats, with a measure of its error; numpy only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.compress import compressed
-from phi3_lora.adapters.deltas import relative_difference
+from phi3_lora.adapters.deltas import factor_difference, relative_difference
 from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
 from phi3_lora.adapters.formats.folder import (
     TEMPLATE_NAME,
@@ -26,13 +25,13 @@ from phi3_lora.adapters.formats.reading import read_source
 from phi3_lora.adapters.formats.record import FileFormat, Written
 from phi3_lora.adapters.formats.registry import FILE_FORMATS, TARGETS
 from phi3_lora.adapters.formats.tools import adapted_for
-from phi3_lora.adapters.names import EMBEDDING, HEAD, lora_a_name, lora_b_name
+from phi3_lora.adapters.names import EMBEDDING, HEAD
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import explained
 
 SAME = 1e-6
-"""|difference| / |delta| up to which a conversion changed nothing but roundings."""
+"""|difference| / |delta| up to which a conversion changed only roundings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,47 +45,47 @@ class ConversionRequest:
     to: str
     """A name in TARGETS."""
     consumer: str | None = None
-    """A tool, by its name in CONSUMERS, whose rules are kept."""
+    """Name in CONSUMERS of the tool that the result is for."""
     config: ModelConfig | None = None
-    """The base model's shape, if known; unfused needs it."""
+    """Configuration of the base model, if known; unfused needs it."""
     row_norms: RowNorms | None = None
-    """Returns the norms of the rows of a base weight, which DoRA of separate q, k, v may need."""
+    """Norms of the base's weight rows; DoRA of separate q, k, v may need them."""
     missing: MissingMetadata = field(default_factory=MissingMetadata)
     """Values that a .pt or .npz does not store."""
     rank: int | None = None
-    """The largest rank of the result: what lies above is lost."""
+    """The largest rank of the result; larger ranks are truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """The report of a conversion."""
+    """The outcome of a conversion."""
 
     source: str
-    """Layouts found in the source, joined by +."""
+    """Names of the formats in the source, joined by +."""
     to: str
     tensors: int
     lossless: bool
-    """True if every number is equal, apart from added zeros and powers of two."""
+    """True if every number is the same, apart from zeros in the factors and powers of two."""
     max_weight_difference: float
-    """Largest difference of a number of the factors; where those are others, of a delta."""
+    """Largest difference of a number in the factors; if these do not correspond, of a delta."""
     differences: dict[str, float]
     """|difference| / |delta| by module, in float64 and the Frobenius norm."""
     notes: list[str]
     adapters: tuple[Adapter, Adapter]
-    """The source, and the result as read back."""
+    """The source, and the result after reading it back."""
 
     @property
     def worst_module(self) -> str | None:
-        """The module whose delta differs most."""
+        """The module with the largest difference of its delta."""
         return max(self.differences, key=lambda m: self.differences[m], default=None)
 
     @property
     def max_relative_difference(self) -> float:
-        """Over the modules."""
+        """The largest difference of a module."""
         return max(self.differences.values(), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures under the names of the command's JSON."""
+        """Return the figures under the names of the command's JSON."""
         return {
             "from": self.source,
             "to": self.to,
@@ -97,10 +96,11 @@ class Conversion:
 
 
 def convert(request: ConversionRequest) -> Conversion:
-    """Read an adapter of any layout, write it in another, and read the result back.
+    """Read an adapter of any format, write it in another, and read the result back.
 
     Raises:
-        AdapterError: when the source is damaged, the target is in use, or cannot hold it.
+        AdapterError: when the source is damaged, the target is in use, or its format cannot hold
+            the adapter.
     """
     _check_target(request)
     source, layouts = read_source(
@@ -117,7 +117,7 @@ def convert(request: ConversionRequest) -> Conversion:
     notes = [*source.notes, *notes, *more, *outcome.notes]
     written = _read_back(request, outcome.missing)
     differences = relative_difference(source, written)
-    gap = _factor_difference(source, written)
+    gap = factor_difference(source, written)
     return Conversion(
         source=layouts,
         to=request.to,
@@ -141,7 +141,7 @@ def _outside_notes(source: Adapter) -> list[str]:
 
 
 def _with_layers(adapter: Adapter, config: ModelConfig | None) -> Adapter:
-    """Add the base model's number of layers, where it is known."""
+    """Set the base model's number of layers, if it is known."""
     if config is None:
         return adapter
     return dataclasses.replace(adapter, num_layers=config.num_hidden_layers)
@@ -158,7 +158,7 @@ def _check_target(request: ConversionRequest) -> None:
 
 
 def _check_options(request: ConversionRequest, layouts: str) -> None:
-    """Check that every value of MissingMetadata that was given is used."""
+    """Check that the conversion uses every given value of MissingMetadata."""
     used: set[str] = set()
     if layouts in FILE_FORMATS:
         used |= FILE_FORMATS[layouts].read_options
@@ -175,13 +175,13 @@ def _check_options(request: ConversionRequest, layouts: str) -> None:
     stray = [f"--{name}" for name, is_given in given.items() if is_given and name not in used]
     if stray:
         raise AdapterError(
-            f"{', '.join(stray)} has no effect: {request.source} is of {layouts}, which says it "
-            "itself"
+            f"{', '.join(stray)} has no effect: {request.source} is in the format {layouts}, which "
+            "does not need it"
         )
 
 
 def _read_back(request: ConversionRequest, missing: MissingMetadata) -> Adapter:
-    """Read the result; a result that cannot be read is deleted."""
+    """Read the result; delete a result that cannot be read."""
     try:
         return read_source(request.target, request.config, missing, request.row_norms).adapter
     except AdapterError:
@@ -193,7 +193,7 @@ def _read_back(request: ConversionRequest, missing: MissingMetadata) -> Adapter:
 
 
 def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list[str]]:
-    """The adapter in the rank, and by the rules, that were asked for."""
+    """Truncate the adapter and adjust it to the tool, as the request says."""
     notes = []
     if request.rank is not None:
         adapter, lost = compressed(adapter, request.rank)
@@ -210,42 +210,13 @@ def _shaped(request: ConversionRequest, adapter: Adapter) -> tuple[Adapter, list
 
 
 def _card_line(request: ConversionRequest, adapter: Adapter) -> str:
-    """Return the lines on the conversion for the model card."""
+    """Build the section on the conversion for the model card."""
     what = request.to if request.consumer is None else f"{request.to}, for {request.consumer}"
     cut = "" if request.rank is None else f", cut to rank {request.rank}"
     return (
         f"\n## Converted\n\nBy phi3-lora, to {what}{cut}: here rank, alpha and scale are "
         f"{adapter.r}, {adapter.lora_alpha:g} and {adapter.scaling:g}.\n"
     )
-
-
-def _factor_difference(source: Adapter, written: Adapter) -> float | None:
-    """Largest difference of a number, after scales are put into B; None for other factors."""
-    if set(source.modules) != set(written.modules):
-        return None
-    gaps = [_pair_difference(source, written, module) for module in source.modules]
-    factors = {name(m) for m in source.modules for name in (lora_a_name, lora_b_name)}
-    for name in (source.weights.keys() | written.weights.keys()) - factors:
-        first, second = source.weights.get(name), written.weights.get(name)
-        gaps.append(None if first is None or second is None else _largest(first - second))
-    return None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0)
-
-
-def _pair_difference(source: Adapter, written: Adapter, module: str) -> float | None:
-    (a, b), (other_a, other_b) = source.pair(module), written.pair(module)
-    r = min(len(a), len(other_a))
-    if any(f.any() for f in (a[r:], b[:, r:], other_a[r:], other_b[:, r:])):
-        return None
-    ratio = written.scaling_of(module) / source.scaling_of(module)
-    # Two roundings of one scale are the same scale.
-    ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
-    return max(
-        _largest(a[:r] - other_a[:r]), _largest(b[:, :r] - other_b[:, :r] * np.float32(ratio))
-    )
-
-
-def _largest(value: np.ndarray) -> float:
-    return float(np.abs(value).max(initial=0.0))
 
 
 def _write(request: ConversionRequest, adapter: Adapter) -> Written:
@@ -256,7 +227,7 @@ def _write(request: ConversionRequest, adapter: Adapter) -> Written:
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         return to.write(target, adapter, request.missing)
-    # What it answered where it was trained holds in every layout.
+    # The fingerprint does not depend on the format.
     names = (FINGERPRINT_NAME, TEMPLATE_NAME, "README.md") if request.source.is_dir() else ()
     files = {n: (request.source / n).read_bytes() for n in names if (request.source / n).exists()}
     if request.rank is not None:

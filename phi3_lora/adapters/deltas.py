@@ -1,4 +1,4 @@
-"""The deltas of adapters in float64, and the distance between two adapters."""
+"""Deltas of adapters in float64: values, norms, differences and sums."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Float64 = NDArray[np.float64]
 
 
 class Weighted(NamedTuple):
-    """An adapter and what its delta is multiplied by."""
+    """An adapter and the factor of its delta."""
 
     adapter: Adapter
     weight: float
 
 
 def change_of_rows(adapter: Adapter, module: str, base: NDArray[np.float32], start: int) -> Float64:
-    """Return the change that an adapter makes to some rows of a stored weight.
+    """Compute the change that an adapter makes to some rows of a stored weight.
 
     Args:
-        adapter: which has this module.
-        module: of the base model.
-        base: those rows of its weight, (rows, in); a norm's weight is (hidden,).
+        adapter: an adapter that has the module.
+        module: path of the module.
+        base: the rows of the module's weight, (rows, in); a norm's weight is (hidden,).
         start: number of the first row.
     """
     end = start + len(base)
@@ -51,7 +51,10 @@ def change_of_rows(adapter: Adapter, module: str, base: NDArray[np.float32], sta
 
 
 def _dora(base: NDArray[np.float32], delta: Float64, magnitude: NDArray[np.float32]) -> Float64:
-    """Source: DoRA, arXiv 2402.09353, equation 5."""
+    """Compute the change of a weight under DoRA.
+
+    Source: DoRA, arXiv 2402.09353, equation 5.
+    """
     adapted = base + delta
     norms = np.sqrt(np.einsum("oi,oi->o", adapted, adapted))
     gain = magnitude / np.maximum(norms, np.finfo(np.float64).tiny)
@@ -59,16 +62,16 @@ def _dora(base: NDArray[np.float32], delta: Float64, magnitude: NDArray[np.float
 
 
 def delta_norm(adapter: Adapter, module: str) -> float:
-    """Frobenius norm of scaling B A; a DoRA magnitude is not in it."""
+    """Compute the Frobenius norm of scaling B A, without a DoRA magnitude."""
     a, b = (value.astype(np.float64) for value in adapter.pair(module))
     return adapter.scaling_of(module) * product_norm(b, a)
 
 
 def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
-    """|difference of the deltas| / |first's delta| by module, in the Frobenius norm.
+    """Compute |difference of the deltas| / |first's delta| by module, in the Frobenius norm.
 
-    A DoRA magnitude counts as a delta of its own; a module that only one of them has differs by
-    all of itself: 1, or infinity where the first has none.
+    A DoRA magnitude counts as a separate delta. A module that only the first adapter has differs
+    by 1, a module that only the second has by infinity.
     """
     found = {}
     for module in dict.fromkeys([*first.modules, *second.modules]):
@@ -92,7 +95,7 @@ def relative_difference(first: Adapter, second: Adapter) -> dict[str, float]:
 
 
 def _is_same_pair(first: Adapter, second: Adapter, module: str) -> bool:
-    """Return whether factors and scale are equal, number for number, so that no delta is needed."""
+    """Return whether factors and scale of a module are equal, number for number."""
     names = (lora_a_name(module), lora_b_name(module))
     if any(name not in adapter.weights for adapter in (first, second) for name in names):
         return False
@@ -124,6 +127,38 @@ def _gap_and_size(first: Adapter, second: Adapter, module: str) -> tuple[float, 
     return product_norm(b, a), size
 
 
+def factor_difference(source: Adapter, written: Adapter) -> float | None:
+    """Return the largest difference of a number in the factors, with scales put into B.
+
+    None if the two adapters have other modules, or factors that do not correspond.
+    """
+    if set(source.modules) != set(written.modules):
+        return None
+    gaps = [_pair_difference(source, written, module) for module in source.modules]
+    factors = {name(m) for m in source.modules for name in (lora_a_name, lora_b_name)}
+    for name in (source.weights.keys() | written.weights.keys()) - factors:
+        first, second = source.weights.get(name), written.weights.get(name)
+        gaps.append(None if first is None or second is None else _largest(first - second))
+    return None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0)
+
+
+def _pair_difference(source: Adapter, written: Adapter, module: str) -> float | None:
+    (a, b), (other_a, other_b) = source.pair(module), written.pair(module)
+    r = min(len(a), len(other_a))
+    if any(f.any() for f in (a[r:], b[:, r:], other_a[r:], other_b[:, r:])):
+        return None
+    ratio = written.scaling_of(module) / source.scaling_of(module)
+    # Two roundings of one scale are the same scale.
+    ratio = 1.0 if abs(ratio - 1.0) <= 1e-7 else ratio
+    return max(
+        _largest(a[:r] - other_a[:r]), _largest(b[:, :r] - other_b[:, :r] * np.float32(ratio))
+    )
+
+
+def _largest(value: Float64 | NDArray[np.float32]) -> float:
+    return float(np.abs(value).max(initial=0.0))
+
+
 def changes_nothing(adapter: Adapter) -> bool:
     """Return whether every delta is 0; False with DoRA or whole weights, which need the base."""
     if adapter.use_dora or adapter.saved:
@@ -132,10 +167,10 @@ def changes_nothing(adapter: Adapter) -> bool:
 
 
 def concatenated(parts: Sequence[Weighted]) -> Adapter:
-    """One adapter whose delta is the weighted sum of the others': ranks side by side, exactly.
+    """Add adapters up to one, exactly: the ranks stand side by side.
 
     Raises:
-        AdapterError: when one uses DoRA or holds whole weights, whose sum is no LoRA.
+        AdapterError: when an adapter uses DoRA or holds whole weights; such a sum is not LoRA.
     """
     for adapter, _ in parts:
         if adapter.use_dora or adapter.saved:
@@ -151,7 +186,7 @@ def concatenated(parts: Sequence[Weighted]) -> Adapter:
             for p in chosen
         ]
         a = np.concatenate([a for (a, _), _ in pairs])
-        # A number that float32 does not hold is found with the other faults of the sum.
+        # A later check reports infinity together with the other faults of the sum.
         with np.errstate(over="ignore"):
             scaled = [(b * np.float64(f)).astype(np.float32) for (_, b), f in pairs]
         b = np.concatenate(scaled, axis=1)

@@ -1,4 +1,4 @@
-"""Factors of a weight that an adapter can start from, the same on every run."""
+"""Deterministic factorizations of weights and of products B A."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from phi3_lora.errors import ConfigError
 
 _OVERSAMPLING = 10
 _POWER_ITERATIONS = 8
-"""Enough for the singular values of trained weights, which fall slowly."""
+"""Trained weights have singular values that fall slowly and need this many."""
 
 
 class Factors(NamedTuple):
-    """Low-rank factors of a weight (out, in)."""
+    """Factors A and B of a weight (out, in)."""
 
     a: Float32
     """(r, in)."""
@@ -28,15 +28,15 @@ class Factors(NamedTuple):
 def pissa_factors(
     weight: Float32, r: int, *, scaling: float, niter: int | None, seed: int, path: str
 ) -> Factors:
-    """The largest r singular triplets, shared evenly: scaling B A is their part of the weight.
+    """Factor the largest r singular triplets of a weight evenly into B and A, over scaling.
 
     Args:
         weight: (out, in).
         r: at most min(out, in).
-        scaling: of the layer.
+        scaling: scale of the layer; scaling B A is the sum of the triplets.
         niter: power iterations; None takes enough for a close result.
-        seed: of the random start of the decomposition.
-        path: of the module, for the same.
+        seed: seed of the decomposition's random start.
+        path: path of the module, which also seeds the start.
 
     Source: PiSSA, arXiv 2404.02948, equation 2; PEFT, tuners/lora/layer.py, pissa_init.
     """
@@ -47,9 +47,9 @@ def pissa_factors(
 
 
 def olora_factors(weight: Float32, r: int) -> Factors:
-    """The first r columns of Q and rows of R of W = Q R, with the diagonal of R > 0.
+    """Return the first r columns of Q and rows of R in W = Q R, with the diagonal of R > 0.
 
-    Q's first columns depend on W's first columns alone, so only those are decomposed.
+    Q's first columns depend on W's first columns alone, so only these columns are decomposed.
 
     Source: OLoRA, arXiv 2406.01775, algorithm 1; PEFT, tuners/lora/layer.py, olora_init.
     """
@@ -62,9 +62,9 @@ def olora_factors(weight: Float32, r: int) -> Factors:
 def randomised_svd(
     weight: Float32, r: int, *, niter: int | None, seed: int, path: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """U (out, r), S (r,) and V^T (r, in) of the largest r singular values.
+    """Compute U (out, r), S (r,) and V^T (r, in) of the largest r singular values.
 
-    The entry of largest size in each column of U is positive: signs are then the same everywhere.
+    The largest entry by size in each column of U is positive, which fixes the signs.
 
     Source: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
@@ -83,18 +83,18 @@ def randomised_svd(
 
 
 def product_norm(b: NDArray[np.float64], a: NDArray[np.float64]) -> float:
-    """|B A| without making it: A^T = Q R gives |B A| = |B R^T|, however B's columns cancel."""
+    """Compute |B A| without the product: A^T = Q R gives |B R^T|, accurate under cancellation."""
     upper = np.asarray(np.linalg.qr(a.T, mode="r"))
     return float(np.linalg.norm(b @ upper.T))
 
 
 def balanced_factors(a: Float32, b: Float32, r: int | None = None) -> Factors:
-    """Factors of B A itself, whose sizes are the root of its own: nothing cancels in them.
+    """Factor B A again, evenly by its singular values, so that no terms cancel.
 
     Args:
         a: (R, in).
         b: (out, R).
-        r: singular values that are kept; None keeps R, and then the product is the same.
+        r: number of singular values to keep; None keeps R, and the product stays the same.
 
     Source: B A = Q_b (R_b R_a^T) Q_a^T, so only a matrix (R, R) is decomposed.
     """
@@ -105,7 +105,7 @@ def balanced_factors(a: Float32, b: Float32, r: int | None = None) -> Factors:
     root = np.sqrt(s[:kept])
     new_a = (root[:, None] * (vt[:kept] @ q_a.T)).astype(np.float32)
     new_b = ((q_b @ u[:, :kept]) * root).astype(np.float32)
-    # A weight smaller than the rank has fewer singular values than that.
+    # A weight smaller than the rank has fewer singular values than the rank.
     missing = kept - len(new_a)
     return Factors(np.pad(new_a, ((0, missing), (0, 0))), np.pad(new_b, ((0, 0), (0, missing))))
 

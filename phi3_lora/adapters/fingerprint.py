@@ -1,7 +1,7 @@
-"""The fingerprint of an adapter: its answers where it was trained, in a small file.
+"""Fingerprint of a trained adapter: its answers to fixed probe texts, stored beside it.
 
-Fixed probe texts, with the log-probability of each next token under the base model and under the
-adapter. Replayed elsewhere, they tell whether the adapter behaves there as it did.
+The file holds the log-probability of each next token under the base model and under the adapter.
+A replay on another machine or backend shows whether the adapter still gives the same answers.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ class Fingerprint:
     doc_starts: Int32
     """(D + 1,) bounds."""
     base_logprobs: Float32
-    """(T,) of each next token without the adapter; 0 at a document's last position."""
+    """(T,) nats, of each next token without the adapter; 0 at a document's last position."""
     logprobs: Float32
-    """(T,) the same with the adapter."""
+    """(T,) nats, of each next token with the adapter."""
     greedy: Int32
-    """(T,) the most likely next token with the adapter."""
+    """(T,) ids of the most likely next tokens with the adapter."""
     origin: dict[str, str]
     """backend, dtype and model_identity."""
 
 
 def encode_fingerprint(fingerprint: Fingerprint) -> bytes:
-    """The content of fingerprint.safetensors."""
+    """Encode a fingerprint as the content of fingerprint.safetensors."""
     arrays = {name: getattr(fingerprint, name) for name in _ARRAYS}
     return encode(arrays, metadata=fingerprint.origin)
 
 
 def read_fingerprint(folder: Path) -> Fingerprint:
-    """The fingerprint in an adapter folder.
+    """Read the fingerprint in an adapter folder.
 
     Raises:
-        AdapterError: when there is none, or it is damaged.
+        AdapterError: when the file is missing or damaged.
     """
     path = folder / FINGERPRINT_NAME
     if not path.exists():
@@ -76,7 +76,7 @@ def read_fingerprint(folder: Path) -> Fingerprint:
 
 
 def base_identity(folder: Path) -> str | None:
-    """The identity of the base model that an adapter was trained on, if it tells.
+    """Read the identity of an adapter's base model; None if the folder has no fingerprint.
 
     Raises:
         AdapterError: when the fingerprint is damaged.

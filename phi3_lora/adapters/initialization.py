@@ -1,4 +1,4 @@
-"""Initial values of everything that trains, and masks of the parts that stay fixed."""
+"""Initial values of the trained tensors, and masks of the elements that train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from phi3_lora.engine.lora_spec import Block, LoraLayer, LoraSpec
 from phi3_lora.engine.random_streams import uniform
 
 BaseWeight = Callable[[str], Float32]
-"""From a module of the base model to its weight in full, (out, in)."""
+"""From a module of the base model to its full weight, (out, in)."""
 
 
 def initial_weights(
@@ -26,18 +26,18 @@ def initial_weights(
     base: BaseWeight | None = None,
     init: bool | str = True,
 ) -> Tensors:
-    """The start of training, which changes nothing yet.
+    """Compute the initial adapter; its delta is 0.
 
     A is U(-1/sqrt(in), 1/sqrt(in)) and B is 0, the law of PEFT (kaiming_uniform with a = sqrt(5))
     and of mlx-lm; it depends on (seed, module path, shape) alone. For the embedding A is 0, so that
-    a token that never comes stays as it was, and B has variance 1, as in PEFT and loralib. pissa
-    and olora start from the base's own weight, minus the same in ranks that do not train.
+    a token that never occurs keeps its row, and B has variance 1, as in PEFT and loralib. pissa
+    and olora start from factors of the base's weight; fixed ranks subtract the same factors.
 
     Args:
-        spec: what is adapted.
+        spec: the layers and weights to train.
         shapes: module path -> (out, in).
-        seed: of the run.
-        base: gives the base's weights; DoRA, whole weights, pissa and olora need it.
+        seed: seed of the run.
+        base: reads a weight of the base model; DoRA, whole weights, pissa and olora need it.
         init: True, pissa, pissa_niter_N or olora (init_lora_weights).
     """
     weights: Tensors = {}
@@ -58,13 +58,13 @@ def initial_weights(
 
 
 def row_norms(weight: Float32) -> Float32:
-    """Euclidean norm of each row, summed in float64."""
+    """Compute the Euclidean norm of each row, (out,), with sums in float64."""
     squares = np.einsum("oi,oi->o", weight, weight, dtype=np.float64)
     return np.asarray(np.sqrt(squares), np.float32)
 
 
 def _blocks(layer: LoraLayer, module: str, out_features: int) -> tuple[Block, ...]:
-    """The parts of a module; one that is adapted as a whole is its own only part."""
+    """Return the parts of a module; a module that is adapted as a whole is its only part."""
     trained = layer.num_trained or layer.r
     return layer.blocks or (Block(module, (0, out_features), (0, trained)),)
 
@@ -86,10 +86,10 @@ def _drawn(
 def _decomposed(
     layer: LoraLayer, module: str, weight: Float32, scaling: float, init: str, seed: int
 ) -> tuple[Float32, Float32]:
-    """[A; A] and [B, -B] of the base's weight: the second half never trains.
+    """Factor the base's weight into [A; A] and [B, -B]; the second half never trains.
 
-    Where PEFT takes scaling B A off the base, here it is taken off beside it: the base stays as it
-    is, quantised or not, and what is trained is a plain LoRA of twice the rank.
+    PEFT subtracts scaling B A from the base. Here the second half subtracts it, so the base stays
+    unchanged, quantised or not, and the adapter is a plain LoRA of twice the rank.
 
     Source: PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775; PEFT, tuners/lora/layer.py.
     """
@@ -115,9 +115,9 @@ def _factors(weight: Float32, r: int, scaling: float, init: str, seed: int, part
 def trained_masks(
     spec: LoraSpec, shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, NDArray[np.bool_]]:
-    """Return masks of the trained parts, for tensors that do not train as a whole.
+    """Return masks of the elements that train, by tensor name; other tensors train in full.
 
-    A (R, 1), B (out, R), a magnitude (out,).
+    Shapes: A (R, 1), B (out, R), a magnitude (out,).
     """
     masks = {}
     for module, layer in spec.layers.items():
@@ -139,12 +139,12 @@ def num_trained(
     shapes: Mapping[str, tuple[int, int]],
     tensor_shapes: Mapping[str, tuple[int, ...]],
 ) -> int:
-    """Numbers that train.
+    """Count the numbers that train.
 
     Args:
-        spec: what is adapted.
+        spec: the layers and weights to train.
         shapes: module path -> (out, in).
-        tensor_shapes: of the base model's weights, by name.
+        tensor_shapes: shapes of the base model's weights, by name.
     """
     total = sum(math.prod(tensor_shapes[f"{module}.weight"]) for module in spec.saved)
     for module, layer in spec.layers.items():

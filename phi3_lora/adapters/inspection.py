@@ -75,15 +75,15 @@ def inspect_adapter(
 ) -> AdapterReport:
     """Report the format, ranks, scales, targets, layers and delta norms of an adapter.
 
-    With DoRA a norm is that of scaling B A, without the magnitudes.
+    A norm with DoRA is the norm of scaling B A, without the magnitudes.
 
     Args:
-        path: a folder or file of any layout.
+        path: a folder or file of any format.
         missing: values that a .pt or .npz does not store.
         config: the base model's shape, which parts of a fused weight in a .pt may need.
 
     Raises:
-        AdapterError: when it is damaged.
+        AdapterError: when the adapter is damaged.
     """
     if find_adapter_file(path) is None:
         layouts = set(find_layouts(path))

@@ -1,4 +1,4 @@
-"""Tensor names of adapters and which module each belongs to.
+"""Tensor names of adapters, and the module that each name belongs to.
 
 Source: PEFT, utils/save_and_load.py; mlx-lm, tuner/lora.py.
 """
@@ -20,31 +20,31 @@ _KINDS = {
     ".lora_magnitude_vector": "m",
     ".weight": "weight",
 }
-"""Ending -> what the tensor is; the first that fits counts."""
+"""Ending of a name -> kind of the tensor; the first ending that fits counts."""
 
 
 def lora_a_name(module: str) -> str:
-    """PEFT's name of a module's A, (R, in); of the embedding (R, vocabulary)."""
+    """Return PEFT's name of a module's A, (R, in); (R, vocabulary) for the embedding."""
     return f"{PEFT_PREFIX}{module}.lora_{'embedding_A' if module == EMBEDDING else 'A.weight'}"
 
 
 def lora_b_name(module: str) -> str:
-    """PEFT's name of a module's B, (out, R); of the embedding (hidden, R)."""
+    """Return PEFT's name of a module's B, (out, R); (hidden, R) for the embedding."""
     return f"{PEFT_PREFIX}{module}.lora_{'embedding_B' if module == EMBEDDING else 'B.weight'}"
 
 
 def magnitude_name(module: str) -> str:
-    """PEFT's name of a module's DoRA magnitude, (out,)."""
+    """Return PEFT's name of a module's DoRA magnitude, (out,)."""
     return f"{PEFT_PREFIX}{module}.lora_magnitude_vector"
 
 
 def saved_name(module: str) -> str:
-    """PEFT's name of a whole weight that was trained (modules_to_save)."""
+    """Return PEFT's name of a whole weight that was trained (modules_to_save)."""
     return f"{PEFT_PREFIX}{module}.weight"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """The module of a PEFT name, and whether it is its A, B, m or weight; None if it is foreign."""
+    """Split a PEFT name into module and kind (A, B, m, weight); None for any other name."""
     if not name.startswith(PEFT_PREFIX):
         return None
     for ending, kind in _KINDS.items():
@@ -59,21 +59,21 @@ def is_b(name: str) -> bool:
 
 
 def split_layer(module: str) -> tuple[int, str] | None:
-    """Layer number and the path below it, for a module inside a decoder layer."""
+    """Split a module path into layer number and path in the layer; None outside the layers."""
     match = _LAYER.match(module)
     return None if match is None else (int(match[1]), match[2])
 
 
 def ends_with(module: str, name: str) -> bool:
-    """Return whether a name is a module's path or a whole ending of it, as in PEFT's lists."""
+    """Return whether a name is a module's path or its last parts, as in PEFT's lists."""
     return module == name or module.endswith(f".{name}")
 
 
 def short_targets(modules: Sequence[str], num_layers: int | None) -> list[str]:
-    """The shortest target_modules list that PEFT resolves to exactly these modules.
+    """Return the shortest target_modules list that PEFT resolves to exactly these modules.
 
-    Endings such as qkv_proj when every layer of the base model has them, else (or when the number
-    of layers is unknown) the full paths.
+    The list holds endings, such as qkv_proj, if every layer has them. Otherwise, or if num_layers
+    is None, it holds full paths.
     """
     by_ending: dict[str, int] = {}
     for module in modules:
@@ -95,6 +95,6 @@ _IN_LAYER = frozenset(
 
 
 def is_of_phi3(module: str) -> bool:
-    """Return whether Phi-3 has this module, with q, k, v and gate, up fused or separate."""
+    """Return whether Phi-3, fused or with separate q, k, v and gate, up, has a module."""
     place = split_layer(module)
     return module in (EMBEDDING, HEAD, "model.norm") if place is None else place[1] in _IN_LAYER

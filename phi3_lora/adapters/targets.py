@@ -1,4 +1,4 @@
-"""From a LoRA configuration to the layers of a model that it means, every name accounted for."""
+"""Resolution of a LoRA configuration to layers of a model; a name without a match is an error."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Names = str | Sequence[str]
 
 
 class Resolved(NamedTuple):
-    """The LoRA layers that a configuration means on a model, and notes for the user."""
+    """The layers and weights that a configuration selects in a model."""
 
     spec: LoraSpec
     notes: list[str]
 
 
 def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
-    """The layers to adapt and the weights to train.
+    """Find the layers to adapt and the weights to train.
 
     Raises:
-        ConfigError: when a name matches nothing, or what it means cannot be trained.
+        ConfigError: when a name matches nothing, or a module that it matches cannot be trained.
     """
     notes: list[str] = []
     chosen = _without_parts_of_wholes(_targets(config, model), notes)
@@ -60,9 +60,9 @@ def resolve(config: LoraConfig, model: ModelConfig) -> Resolved:
 
 
 def in_model_order(spec: LoraSpec, model: ModelConfig) -> LoraSpec:
-    """Put the modules of a spec into the order of the model, whatever file they were read from.
+    """Sort the modules of a spec into the order of the model.
 
-    Sums over all tensors, such as a gradient's norm, round by their order.
+    The order changes the rounding of sums over all tensors, such as a gradient's norm.
     """
     names = [name.removesuffix(".weight") for name in model.tensor_shapes()]
     layers = {m: spec.layers[m] for m in model.adaptable_shapes() if m in spec.layers}
@@ -71,7 +71,7 @@ def in_model_order(spec: LoraSpec, model: ModelConfig) -> LoraSpec:
 
 
 def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:
-    """Full paths of what is adapted; parts of fused projections under their own names."""
+    """Return full paths of the modules to adapt; parts of fused projections have their own."""
     whole = [EMBEDDING, *model.linear_shapes(), HEAD]
     parts = [part for module in whole for part in part_slices(module, model)]
     wanted = _layers_to_transform(config, model)
@@ -93,7 +93,7 @@ def _targets(config: LoraConfig, model: ModelConfig) -> list[str]:
         parts = list(part_slices(module, model))
         kept = [part for part in parts if part not in excluded]
         if module not in excluded:
-            # Without one of its parts, what is left of a fused weight is its other parts.
+            # If one part of a fused weight is excluded, its other parts stay.
             left += [module] if kept == parts else kept
     if not left:
         raise ConfigError("exclude_modules leaves nothing of target_modules to adapt")
@@ -122,11 +122,11 @@ def match_names(
     all_linear: Sequence[str] = (),
     matches: Callable[[str, str], bool] = ends_with,
 ) -> list[str]:
-    """Full paths that names mean, in the order of available.
+    """Return the full paths that names match, in the order of available.
 
-    As in PEFT: a list matches whole paths or their endings, a single string is a regular
-    expression over the whole path, all-linear is every linear layer but the head. A list of one
-    name and the bare string of that name mean the same here.
+    PEFT's rules hold: a list matches whole paths or their endings, a single string is a regular
+    expression over the whole path, all-linear is every linear layer except the head. Here a bare
+    string also matches like a list of one name.
 
     Raises:
         ConfigError: when a name matches nothing; the message lists what exists.
@@ -166,7 +166,7 @@ def _endings(available: Iterable[str]) -> str:
 
 
 def _without_parts_of_wholes(chosen: list[str], notes: list[str]) -> list[str]:
-    """Without those parts whose fused module is adapted as a whole."""
+    """Remove the parts whose fused module is adapted as a whole."""
     covered = [m for m in chosen if (whole := fused_module(m)) is not None and whole in chosen]
     if covered:
         notes.append(
@@ -177,7 +177,7 @@ def _without_parts_of_wholes(chosen: list[str], notes: list[str]) -> list[str]:
 
 
 def _layer(config: LoraConfig, module: str, rows: Mapping[str, slice]) -> LoraLayer:
-    """One layer for a module as a whole, or for the parts that rows names, side by side."""
+    """Build the layer of a whole module, or of the parts in rows with their ranks side by side."""
     names = list(rows) or [module]
     try:
         ranks = [int(by_pattern(config.rank_pattern, name, config.r)) for name in names]
@@ -217,8 +217,7 @@ def _check_patterns(config: LoraConfig, chosen: Sequence[str]) -> None:
         for key in pattern:
             if not any(by_pattern({key: 1.0}, module, 0.0) for module in chosen):
                 raise ConfigError(
-                    f"{option}: {key!r} matches none of the adapted layers; there are: "
-                    f"{_endings(chosen)}"
+                    f"{option}: {key!r} matches no adapted layer; there are: {_endings(chosen)}"
                 )
 
 
@@ -228,7 +227,7 @@ def _saved(
     if not config.modules_to_save:
         return ()
     available = [name.removesuffix(".weight") for name in model.tensor_shapes()]
-    # PEFT takes any end of a path here: norm is every norm.
+    # PEFT compares any ending of the path here, so norm matches every norm.
     saved = match_names(
         "modules_to_save",
         config.modules_to_save,

@@ -1,1 +1,1 @@
-"""A base model with its adapter in the files of other tools."""
+"""Merging of adapters into models, and files for llama.cpp and Ollama."""

@@ -1,24 +1,27 @@
-"""Writer of GGUF files for llama.cpp and Ollama, a block of rows at a time.
+"""Writer of models as GGUF files for llama.cpp and Ollama.
 
 Source: llama.cpp, convert_hf_to_gguf.py (Phi3MiniModel) for keys and names, src/models/phi3.cpp
-for what is read; the GGUF format itself is the gguf package's.
+for what is read. The gguf package writes the file format.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from phi3_lora.arrays import Float32
 from phi3_lora.errors import ModelError
+from phi3_lora.export.gguf_tensors import (
+    OUT_TYPES,
+    Q8_0_VALUES,
+    PlannedTensor,
+    storage_type,
+    write_tensors,
+)
 from phi3_lora.export.gguf_tokenizer import GgufVocabulary, read_vocabulary
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.gguf_names import gguf_name
@@ -28,51 +31,10 @@ from phi3_lora.storage.safetensors import (
     FLOAT_TYPES,
     NewTensor,
     TensorInfo,
-    from_float32,
     read_raw,
-    to_float32,
 )
 
-_BLOCK_ELEMENTS = 1 << 22
-_Q8_0_VALUES = 32
-"""Weights of a row that share a scale."""
-_Q8_0_BYTES = 34
 _CONTEXT_STEP = 256
-_LARGEST_Q8_0 = 127 * float(np.finfo(np.float16).max)
-
-
-class OutType(NamedTuple):
-    """How a file stores its matrices; vectors are always float32."""
-
-    stored_as: str
-    """The float type of safetensors to give the tensors in."""
-    ggml: str
-    file_type: str
-    """llama.cpp's name of such a file."""
-
-
-OUT_TYPES = {
-    "f32": OutType("F32", "F32", "ALL_F32"),
-    "f16": OutType("F16", "F16", "MOSTLY_F16"),
-    "bf16": OutType("BF16", "BF16", "MOSTLY_BF16"),
-    "q8_0": OutType("F32", "Q8_0", "MOSTLY_Q8_0"),
-}
-OUT_TYPE_OF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-"""A dtype of a model -> the output type that holds it."""
-
-
-class _Planned(NamedTuple):
-    name: str
-    kind: str
-    """F32, F16, BF16 or Q8_0."""
-    tensor: NewTensor
-
-    @property
-    def num_bytes(self) -> int:
-        count = math.prod(self.tensor.shape)
-        if self.kind == "Q8_0":
-            return count // _Q8_0_VALUES * _Q8_0_BYTES
-        return count * (4 if self.kind == "F32" else 2)
 
 
 def write_gguf(
@@ -83,18 +45,18 @@ def write_gguf(
     *,
     out_type: str,
 ) -> list[str]:
-    """Write a model as one file; an older file of that name is replaced when the new one is whole.
+    """Write a model as one file; an older file is replaced when the new file is complete.
 
     Args:
-        path: the file.
-        model_dir: whose tokenizer and chat template go into the file.
-        config: of the model.
-        tensors: by the names of ModelConfig.tensor_shapes; matrices in the type of the file
-            are written as they are, all others are rounded once.
+        path: the file to write.
+        model_dir: model folder with the tokenizer and chat template.
+        config: configuration of the model.
+        tensors: tensors by the names of ModelConfig.tensor_shapes; matrices in the type of the
+            file are copied, all others are rounded once.
         out_type: one of OUT_TYPES.
 
     Returns:
-        How llama.cpp differs from this model, one sentence each.
+        Differences between llama.cpp and this model, one sentence each.
 
     Raises:
         ModelError: when gguf is not installed, llama.cpp cannot hold the model or its tokenizer,
@@ -110,7 +72,7 @@ def write_gguf(
             _add_model(writer, gguf, config, out_type)
             _add_vocabulary(writer, vocabulary)
             _write_header(writer, gguf, plan)
-        _write_tensors(part, plan, writer.data_alignment)
+        write_tensors(part, plan, writer.data_alignment)
     return [*vocabulary.notes, *_notes(config, plan, out_type)]
 
 
@@ -119,12 +81,12 @@ def unchanged_as_stored(
 ) -> dict[str, NewTensor]:
     """Take the float tensors that a merge does not change straight from the base.
 
-    They are then rounded once, a block at a time: no copy of an embedding is held, and vectors
-    keep the base's own precision.
+    Each is then rounded once, a block at a time. No copy of an embedding is held in memory, and
+    vectors keep the base's precision.
 
     Args:
-        tensors: for write_gguf.
-        base: the base's own, by the same names.
+        tensors: tensors for write_gguf.
+        base: tensors of the base model, by the same names.
         changed: paths of the modules that the merge changes.
     """
     found = dict(tensors)
@@ -139,7 +101,7 @@ def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
     """Check that llama.cpp can run a model before any weight is read; return its vocabulary.
 
     Raises:
-        ModelError: when it cannot.
+        ModelError: when llama.cpp cannot run the model.
     """
     width = config.num_attention_heads * config.head_dim
     if width != config.hidden_size:
@@ -153,33 +115,19 @@ def check_gguf(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
 def context_for(config: ModelConfig) -> int:
     """Choose the number of context tokens to run with.
 
-    llama.cpp rounds it up to a multiple of 256 and, where it is then above LongRoPE's boundary,
-    takes the long factors for every text.
+    llama.cpp rounds the number up to a multiple of 256. Above LongRoPE's boundary it uses the
+    long factors for every text.
     """
     limit = min(config.max_position_embeddings, config.original_max_position_embeddings)
     return limit // _CONTEXT_STEP * _CONTEXT_STEP or limit
 
 
-def as_q8_0(value: Float32) -> Float32:
-    """Round rows of a matrix to the values that a reader of a q8_0 file gets.
-
-    Rounding them again changes nothing more.
-
-    Raises:
-        ModelError: when a number is too large.
-    """
-    kind = _kind(value.shape, "Q8_0")
-    if kind != "Q8_0":
-        return to_float32(_stored(value, kind, "a matrix"), kind)
-    gguf = gguf_package(ModelError)
-    packed = _quantized(value, "a matrix")
-    return np.asarray(gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0), np.float32)
-
-
-def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> list[_Planned]:
+def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> list[PlannedTensor]:
     plan = [
-        _Planned(
-            f"{gguf_name(name.removesuffix('.weight'))}.weight", _kind(tensor.shape, ggml), tensor
+        PlannedTensor(
+            f"{gguf_name(name.removesuffix('.weight'))}.weight",
+            storage_type(tensor.shape, ggml),
+            tensor,
         )
         for name, tensor in tensors.items()
     ]
@@ -188,15 +136,8 @@ def _plan(config: ModelConfig, tensors: Mapping[str, NewTensor], ggml: str) -> l
         if factors is not None:
             value = np.asarray(factors, np.float32)
             tensor = NewTensor("F32", value.shape, lambda value=value: value)  # type: ignore[misc]
-            plan.append(_Planned(f"rope_factors_{name}.weight", "F32", tensor))
+            plan.append(PlannedTensor(f"rope_factors_{name}.weight", "F32", tensor))
     return plan
-
-
-def _kind(shape: tuple[int, ...], ggml: str) -> str:
-    if len(shape) == 1:
-        return "F32"
-    # As llama.cpp's converter does with rows that no whole number of scales covers.
-    return "F16" if ggml == "Q8_0" and shape[-1] % _Q8_0_VALUES else ggml
 
 
 def _add_model(writer: Any, gguf: Any, config: ModelConfig, out_type: str) -> None:
@@ -213,7 +154,7 @@ def _add_model(writer: Any, gguf: Any, config: ModelConfig, out_type: str) -> No
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.rotary_dim)
     writer.add_rope_freq_base(config.rope.theta)
-    # Older llama.cpp makes up a window where the key is missing; 0 is none.
+    # Older llama.cpp invents a window if the key is missing; 0 means no window.
     writer.add_sliding_window(config.sliding_window or 0)
     if config.rope.long_factor is not None:
         writer.add_rope_scaling_attn_factors(config.attention_factor)
@@ -228,7 +169,7 @@ def _add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     if vocabulary.model == "llama":
         writer.add_token_scores(vocabulary.scores)
     else:
-        # llama.cpp wants the key, the package writes no empty list; this pair merges nothing.
+        # llama.cpp needs the key, and the package skips an empty list; this pair merges nothing.
         writer.add_token_merges(vocabulary.merges or [" "])
     for kind, i in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(i)
@@ -237,7 +178,7 @@ def _add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     writer.add_chat_template(vocabulary.chat_template)
 
 
-def _write_header(writer: Any, gguf: Any, plan: list[_Planned]) -> None:
+def _write_header(writer: Any, gguf: Any, plan: list[PlannedTensor]) -> None:
     for planned in plan:
         writer.add_tensor_info(
             planned.name,
@@ -251,58 +192,7 @@ def _write_header(writer: Any, gguf: Any, plan: list[_Planned]) -> None:
     writer.write_ti_data_to_file()
 
 
-def _write_tensors(part: Path, plan: list[_Planned], alignment: int) -> None:
-    """Append the tensors to a header; the package's own way wants each tensor whole in memory."""
-    with open(part, "ab") as file:
-        file.write(bytes(-file.tell() % alignment))
-        for planned in plan:
-            _write_tensor(file, planned)
-            file.write(bytes(-planned.num_bytes % alignment))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(file: BinaryIO, planned: _Planned) -> None:
-    # A function of its own, so that no view of a tensor is left when the next one is made.
-    for block in _blocks(planned):
-        file.write(np.ascontiguousarray(block).data)
-
-
-def _blocks(planned: _Planned) -> Iterator[NDArray[Any]]:
-    """A tensor as the file holds it, some rows at a time."""
-    name, kind, tensor = planned
-    value = tensor.make()
-    assert value.shape == tensor.shape, name
-    rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, len(value), rows):
-        part = value[start : start + rows]
-        yield part if kind == tensor.dtype else _stored(to_float32(part, tensor.dtype), kind, name)
-
-
-def _stored(value: Float32, kind: str, name: str) -> NDArray[Any]:
-    if kind == "Q8_0":
-        return _quantized(value, name)
-    with np.errstate(over="ignore"):
-        stored = from_float32(value, kind)
-    if not np.isfinite(to_float32(stored, kind)).all():
-        raise _too_large(name, kind)
-    return stored
-
-
-def _quantized(value: Float32, name: str) -> NDArray[Any]:
-    gguf = gguf_package(ModelError)
-    if not np.abs(value).max(initial=0.0) <= _LARGEST_Q8_0:
-        raise _too_large(name, "Q8_0")
-    # 1 / a scale of nearly 0 is infinite; the scale itself is then stored as 0.
-    with np.errstate(all="ignore"):
-        return np.asarray(gguf.quantize(value, gguf.GGMLQuantizationType.Q8_0))
-
-
-def _too_large(name: str, kind: str) -> ModelError:
-    return ModelError(f"{name} has a number that {kind} does not hold: use --outtype bf16 or f32")
-
-
-def _notes(config: ModelConfig, plan: list[_Planned], out_type: str) -> list[str]:
+def _notes(config: ModelConfig, plan: list[PlannedTensor], out_type: str) -> list[str]:
     notes = []
     if config.rope.long_factor is not None:
         limit = context_for(config)
@@ -318,5 +208,5 @@ def _notes(config: ModelConfig, plan: list[_Planned], out_type: str) -> list[str
         )
     short = sum(p.kind == "F16" for p in plan) if out_type == "q8_0" else 0
     if short:
-        notes.append(f"{short} matrices are F16: their rows are no multiple of {_Q8_0_VALUES}")
+        notes.append(f"{short} matrices are F16: their rows are no multiple of {Q8_0_VALUES}")
     return notes

@@ -1,4 +1,4 @@
-"""Reader of a model folder's tokenizer as keys of a GGUF file.
+"""Conversion of a model folder's tokenizer to the keys of a GGUF file.
 
 Source: llama.cpp, convert_hf_to_gguf.py (Phi3MiniModel.set_vocab, get_vocab_base) for what is
 written, src/llama-vocab.cpp for how it is read.
@@ -31,7 +31,7 @@ _SPLITS = {
     "gpt-4o": rf"{_LEAD}{_UPPER}*{_LOWER}+{_ENDINGS}?|{_LEAD}{_UPPER}+{_LOWER}*{_ENDINGS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-"""llama.cpp's name of a way to split text -> that way. Phi-4's is dbrx's, Phi-4-mini's gpt-4o's."""
+"""llama.cpp's name of a pre-tokenizer -> its pattern. Phi-4 has dbrx, Phi-4-mini gpt-4o."""
 _PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n\U0001f680 (normal) \u2705 \U0001f999\U0001f999 "
     "3 33 333 3333 33333 333333 3.3 3..3 3...3 \u6211\u60f3\u5728apple\u5de5\u4f5c1314\u5929\uff5e "
@@ -39,14 +39,14 @@ _PROBE = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
     "I'll make it, 'D you like some tea? We'Ve a'lL camelCaseWords HTTPServer path/to//x/\n  end"
 )
-"""Text that the ways to split take apart differently, after llama.cpp's own."""
+"""Text that every pre-tokenizer splits differently, modelled on llama.cpp's own."""
 _PHI3_NAMED = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
-"""Tokens that llama.cpp looks up in a model whose name says Phi-3; it fails where one lacks."""
+"""Tokens that llama.cpp looks up in a model named Phi-3; it fails if one is missing."""
 _PHI3_KEEPS_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 class TokenType(IntEnum):
-    """What llama.cpp does with a token."""
+    """llama.cpp's types of tokens."""
 
     NORMAL = 1
     CONTROL = 3
@@ -58,7 +58,7 @@ class TokenType(IntEnum):
 
 
 class GgufVocabulary(NamedTuple):
-    """The keys tokenizer.ggml.* of a GGUF file, and what llama.cpp cannot follow."""
+    """The keys tokenizer.ggml.* of a GGUF file, and notes on differences in llama.cpp."""
 
     model: str
     """llama (merges by score, bytes as <0xNN>) or gpt2 (merges by rank, on bytes)."""
@@ -67,21 +67,21 @@ class GgufVocabulary(NamedTuple):
     """One for each row of the embedding; rows without a token are [PADn]."""
     types: list[int]
     scores: list[float]
-    """Of llama; empty for gpt2."""
+    """Merge scores for llama; empty for gpt2."""
     merges: list[str]
-    """Of gpt2; empty for llama."""
+    """Merges by rank for gpt2; empty for llama."""
     special_ids: dict[str, int]
-    """bos, eos, unk, pad, eot."""
+    """Token ids by the names bos, eos, unk, pad and eot."""
     adds_bos: bool
-    """As the chat template does."""
+    """True if the chat template starts with the bos token."""
     adds_space: bool
     chat_template: str
     model_name: str
-    """llama.cpp lets markers eat white space by the model's name."""
+    """Name of the model; llama.cpp strips white space after markers by this name."""
     eating: frozenset[str]
-    """Markers that eat the white space after them."""
+    """Markers after which the tokenizer strips white space."""
     notes: list[str]
-    """Where llama.cpp will not read text as this tokenizer does."""
+    """Differences between llama.cpp and this tokenizer, one sentence each."""
 
 
 def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
@@ -108,7 +108,7 @@ def read_vocabulary(model_dir: Path, config: ModelConfig) -> GgufVocabulary:
     special = {name: ids.get(strings.get(f"{name}_token", "")) for name in _KINDS}
     special["eot"] = chat.end_of_turn_id
     if special["eos"] is None:
-        # Without one llama.cpp takes id 11 (gpt2) or 2 (llama) for the end.
+        # If the key is missing, llama.cpp uses id 11 (gpt2) or 2 (llama).
         special["eos"] = min(config.stop_ids, default=chat.end_of_turn_id)
     start = chat.template.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
     bos = strings.get("bos_token", "")
@@ -151,7 +151,7 @@ def _kind(raw: Mapping[str, Any], model_dir: Path) -> str:
 
 
 def _merges(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return pairs in order of rank; files hold them as texts or as lists."""
+    """Return merges in order of rank; a file holds each as a text or a list."""
     found = []
     for pair in raw["model"].get("merges") or []:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -175,7 +175,7 @@ def _tokens(raw: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[To
 
 
 def _looks_special(text: str) -> bool:
-    """Return whether a token looks special; Phi-4-mini's file does not mark its tool markers."""
+    """Return whether a token looks special; Phi-4-mini's file does not flag its tool tokens."""
     return text.startswith("<|") and text.endswith("|>")
 
 
@@ -184,7 +184,7 @@ def _scores(
 ) -> list[float]:
     """Compute llama.cpp's merge scores: minus the rank of the first merge to a token.
 
-    A tokenizer.json holds SentencePiece's merges in the order of its scores, not the scores.
+    A tokenizer.json holds no scores; its merges are in the order of SentencePiece's scores.
     """
     order: dict[str, int] = {}
     for left, right in _merges(raw):
@@ -192,7 +192,7 @@ def _scores(
     scores = []
     for text, kind in zip(tokens, types, strict=True):
         if kind == TokenType.NORMAL:
-            # Tokens that no merge makes are single characters.
+            # A token without a merge is a single character.
             scores.append(-float(order.setdefault(text, len(order))))
         else:
             scores.append(0.0 if kind == TokenType.BYTE else _ADDED_SCORE)
@@ -209,10 +209,10 @@ def _prepends_space(raw: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizer(model_dir: Path, raw: Mapping[str, Any], notes: list[str]) -> str:
-    """Find llama.cpp's name for the way that a byte-level tokenizer splits text.
+    """Find llama.cpp's name of a byte-level tokenizer's pre-tokenizer.
 
-    llama.cpp's converter knows it by a hash of the ids of one text; here that text's pieces are
-    compared, which depend on no vocabulary.
+    llama.cpp's converter hashes the token ids of a probe text. This function compares the pieces
+    of the text, which do not depend on the vocabulary.
     """
     if raw.get("normalizer"):
         notes.append("llama.cpp does not normalize text as this tokenizer does")
@@ -239,7 +239,7 @@ def _eating(raw: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _model_name(raw: Mapping[str, Any], kind: str, notes: list[str]) -> str:
-    """Choose a name by which llama.cpp strips white space after markers as the tokenizer does."""
+    """Choose a model name for which llama.cpp strips white space like the tokenizer."""
     added = raw.get("added_tokens") or []
     contents = {token["content"] for token in added}
     eating = _eating(raw)

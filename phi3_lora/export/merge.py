@@ -9,17 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from phi3_lora.adapters.adapter import adapter_problems
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.deltas import Weighted, concatenated
 from phi3_lora.adapters.formats.folder import check_unused, write_adapter_folder
 from phi3_lora.errors import AdapterError, ConfigError, ModelError, listing
-from phi3_lora.export.gguf_model import (
-    OUT_TYPE_OF,
-    OUT_TYPES,
-    as_q8_0,
-    check_gguf,
-    unchanged_as_stored,
-)
+from phi3_lora.export.gguf_model import check_gguf, unchanged_as_stored
+from phi3_lora.export.gguf_tensors import OUT_TYPE_OF, OUT_TYPES, as_q8_0
 from phi3_lora.export.merged_tensors import MergedTensors, Survival
 from phi3_lora.export.ollama import fill_gguf_folder
 from phi3_lora.models.config import DTYPES, ModelConfig
@@ -34,21 +29,21 @@ MergeTarget = Literal["hf", "mlx", "gguf", "adapter"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """How a merge is to be written."""
+    """Settings of the result of a merge."""
 
     to: MergeTarget = "hf"
     dtype: str | None = None
-    """float32, bfloat16 or float16 of a model folder; None keeps the base's own."""
+    """float32, bfloat16 or float16 of a model folder; None keeps the base's."""
     out_type: str | None = None
-    """One of gguf_model's OUT_TYPES; None takes that of the base's dtype."""
+    """Name in gguf_tensors.OUT_TYPES; None takes the type of the base's dtype."""
     dequantize: bool = False
-    """Write a base on a shared grid in full; otherwise it is refused."""
+    """Write a quantised base on a shared grid unquantised; without it the merge fails."""
 
     def __post_init__(self) -> None:
         """Make sure that each option has an effect.
 
         Raises:
-            ConfigError: when one belongs to another target.
+            ConfigError: when an option belongs to another target.
         """
         if self.to == "adapter" and (self.dtype or self.out_type or self.dequantize):
             raise ConfigError("--dtype, --outtype and --dequantize are of models: leave them out")
@@ -63,10 +58,10 @@ class MergeRequest:
     """Inputs of a merge: the base model, the adapters and the place of the result."""
 
     source: Path
-    """The base model's folder, its weights checked."""
+    """The base model's folder, with checked weights."""
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
-    """Of source, by name; a merge to one adapter reads none."""
+    """Tensors of source, by name; a merge to one adapter does not read them."""
     parts: Sequence[Weighted]
     """At least one adapter, each checked against source."""
     target: Path
@@ -80,26 +75,26 @@ class MergedModel:
 
     path: str
     dtype: str
-    """Of a GGUF file its output type."""
+    """Dtype of a model folder, or output type of a GGUF file."""
     survival: dict[str, Survival]
-    """By module path, of the modules with a delta that is not 0."""
+    """Survival by module path, for modules whose delta is not 0."""
     notes: list[str] = field(default_factory=list)
-    """How llama.cpp and Ollama differ from the model."""
+    """Differences between llama.cpp or Ollama and the model, one sentence each."""
 
     @property
     def worst_module(self) -> str | None:
-        """The module that kept least of the direction of its delta."""
+        """The module with the smallest cosine."""
         return min(self.survival, key=lambda m: self.survival[m].cosine, default=None)
 
     @property
     def mean_cosine(self) -> float:
-        """Mean over the modules; 1 without any."""
+        """Mean cosine over the modules; 1 if there are no modules."""
         values = [s.cosine for s in self.survival.values()]
         return float(np.mean(values)) if values else 1.0
 
     @property
     def exact_option(self) -> str:
-        """The command-line option that keeps more of the adapters."""
+        """The command-line option that keeps the deltas more exactly."""
         return "--outtype f32" if self.dtype in OUT_TYPES else "--dtype float32"
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,9 +114,9 @@ class MergedAdapter:
     path: str
     num_modules: int
     ranks: list[int]
-    """Every rank that a module has, in order."""
+    """Ranks of the modules, sorted, each once."""
     notes: list[str]
-    """Layouts that were left out, with the reason."""
+    """Notes on formats that were left out, with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of --json."""
@@ -138,7 +133,7 @@ def merge(request: MergeRequest) -> MergeResult:
         AdapterError: when target is in use, or the sum cannot be written as an adapter.
         ModelError: when the base is quantised, a number is too large for the dtype, the package
             gguf is missing, or llama.cpp cannot hold the model.
-        StorageError: when the disk is full; target stays as it was.
+        StorageError: when the disk is full; target stays unchanged.
     """
     check_unused(request.target)
     if request.options.to == "adapter":

@@ -1,4 +1,4 @@
-"""Tensors of a base model with adapters folded in, made one at a time as they are written."""
+"""Tensors of a base model merged with adapters, computed one at a time during writing."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from phi3_lora.storage.safetensors import (
 )
 
 _BLOCK_ELEMENTS = 1 << 22
-"""Elements of a weight that are merged at once, in float64."""
+"""Number of elements of a weight that are merged at once, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """How much of the adapters' delta the stored weights of a module hold."""
+    """Measures of how much of a module's delta its stored weights keep."""
 
     cosine: float
-    """Between the delta and the change of the stored weights; 1 keeps the whole direction."""
+    """Cosine between delta and change of the stored weights; 1 keeps the whole direction."""
     norm_ratio: float
     """|change| / |delta|; 1 keeps the whole size."""
 
 
 class MergedTensors:
-    """Makes the tensors of the merged model and measures how much of each delta they hold."""
+    """Tensors of a merged model, with a measure of how much of each delta they keep."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class MergedTensors:
         stored_as: str,
         rounding: Callable[[Float32], Float32] | None = None,
     ) -> None:
-        """Make nothing yet.
+        """Store the inputs; tensors are computed later.
 
         Args:
-            config: of the base model.
-            tensors: of the base model, by name.
-            parts: the adapters and their weights.
-            stored_as: float type of the result, as safetensors names it.
-            rounding: gives a matrix on the coarser steps of the final file, if it has any.
+            config: configuration of the base model.
+            tensors: tensors of the base model, by name.
+            parts: the adapters and the factors of their deltas.
+            stored_as: float type of the result, by its safetensors name.
+            rounding: rounds a matrix to the coarser values of the final file, if needed.
         """
         self._config = config
         self._tensors = tensors
@@ -82,7 +82,7 @@ class MergedTensors:
             return read_raw(info)
         if info.dtype not in FLOAT_TYPES:
             return self._stored(name, self._base(name.removesuffix(".weight")))
-        # A large embedding in float32, several times over, would be the peak of a merge.
+        # Several float32 copies of a large embedding would be the memory peak of a merge.
         parts = [self._stored(name, to_float32(p, info.dtype)) for p in read_parts(info)]
         return np.concatenate(parts).reshape(info.shape)
 
@@ -116,7 +116,7 @@ class MergedTensors:
         return np.concatenate(stored)
 
     def _delta(self, module: str, base: Float32, start: int) -> np.ndarray:
-        """Add up all deltas in the rows of base, the first of which has the number start."""
+        """Add up all deltas in the rows of base; start is the number of the first row."""
         found: Any = 0.0
         for adapter, weight in self._parts:
             if adapter.has(module):

@@ -1,7 +1,7 @@
-"""Ollama's Modelfile, with a template taken from the tokenizer's own.
+"""Ollama's Modelfile, with a template derived from the tokenizer's chat template.
 
-Source: Ollama, docs/modelfile.md and docs/template.md; template/template.go (Execute) for how
-System, Prompt and Response are filled, turn by turn, and cut at Response for the last.
+Source: Ollama, docs/modelfile.md and docs/template.md; template/template.go (Execute), which
+fills System, Prompt and Response turn by turn, and cuts the last turn at Response.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from phi3_lora.storage.safetensors import NewTensor
 _MODEL = "model.gguf"
 _MODELFILE = "Modelfile"
 _SYSTEM, _USER, _ANSWER = "Q", "W", "Z"
-"""Contents to render; the text between them is the template's own."""
+"""Contents to render; the text between them comes from the template."""
 
 
 class Turns(NamedTuple):
-    """The text that a chat template puts around contents."""
+    """The texts of a chat template before and after each content."""
 
     system_open: str | None
-    """None: the template leaves system messages out."""
+    """None if the template ignores system messages."""
     system_close: str
     user_open: str
     user_close: str
@@ -38,7 +38,7 @@ class Turns(NamedTuple):
     answer_close: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Build a conversation as Ollama does from these turns, up to the next answer."""
+        """Build a conversation with Ollama's rules, up to the next answer."""
         text, answered = "", True
         for role, content in ((m["role"], m["content"]) for m in messages):
             if role == "system" and self.system_open is not None:
@@ -62,11 +62,11 @@ def modelfile(
     """Build the text of a Modelfile.
 
     Args:
-        from_line: what FROM names: a file, relative to the Modelfile, or a model of Ollama's.
-        adapter_line: what ADAPTER names; None is no adapter.
+        from_line: value of FROM: a file, relative to the Modelfile, or an Ollama model.
+        adapter_line: value of ADAPTER; None means no adapter.
         stops: texts of the tokens that end an answer.
-        turns: of the chat template; None lets Ollama take a template from the GGUF file.
-        num_ctx: tokens of context.
+        turns: texts of the chat template; None lets Ollama use the GGUF file's template.
+        num_ctx: number of context tokens.
     """
     lines = [f"FROM {from_line}"]
     if adapter_line is not None:
@@ -86,20 +86,21 @@ def fill_gguf_folder(
     *,
     out_type: str,
 ) -> list[str]:
-    """Write model.gguf and the Modelfile that makes it a model of Ollama's.
+    """Write model.gguf and its Modelfile for Ollama.
 
     Args:
-        folder: to fill.
-        model_dir: whose tokenizer and chat template the Modelfile follows.
-        config: of the model.
-        tensors: as write_gguf takes them.
-        out_type: one of gguf_model's OUT_TYPES.
+        folder: the folder to fill.
+        model_dir: model folder with the tokenizer and chat template.
+        config: configuration of the model.
+        tensors: tensors for write_gguf.
+        out_type: a name in gguf_tensors.OUT_TYPES.
 
     Returns:
-        How llama.cpp and Ollama differ from this model, one sentence each.
+        Differences between llama.cpp or Ollama and this model, one sentence each.
 
     Raises:
-        ModelError, StorageError: as write_gguf.
+        ModelError: when llama.cpp cannot hold the model, as in write_gguf.
+        StorageError: when a file cannot be written.
     """
     notes = write_gguf(folder / _MODEL, model_dir, config, tensors, out_type=out_type)
     content = modelfile_for(model_dir, config, f"./{_MODEL}")
@@ -118,13 +119,13 @@ def modelfile_for(
     """Build the Modelfile of a model folder's GGUF file, or of a base model with an adapter.
 
     Args:
-        model_dir: whose tokenizer and chat template the Modelfile follows.
-        config: of the model.
-        from_line: what FROM names.
-        adapter_line: what ADAPTER names; None is no adapter.
+        model_dir: model folder with the tokenizer and chat template.
+        config: configuration of the model.
+        from_line: value of FROM.
+        adapter_line: value of ADAPTER; None means no adapter.
 
     Raises:
-        ModelError: when the tokenizer cannot be read, or llama.cpp has no tokenizer like it.
+        ModelError: when the tokenizer cannot be read, or llama.cpp does not support it.
     """
     vocabulary = read_vocabulary(model_dir, config)
     chat = ChatTokenizer(model_dir, vocab_size=config.vocab_size)
@@ -142,15 +143,15 @@ def write_adapter_modelfile(folder: Path, model_dir: Path, config: ModelConfig) 
     """Write the Modelfile of an adapter in adapter.gguf, over a base model in base.gguf.
 
     Args:
-        folder: holds adapter.gguf.
+        folder: the folder with adapter.gguf.
         model_dir: the base model's folder, for its tokenizer and chat template.
-        config: of the base model.
+        config: configuration of the base model.
 
     Returns:
         A note on where the base model must be put.
 
     Raises:
-        ModelError: as modelfile_for.
+        ModelError: when the tokenizer cannot be read, or llama.cpp does not support it.
         StorageError: when the file cannot be written.
     """
     text = modelfile_for(model_dir, config, "./base.gguf", adapter_line="./adapter.gguf")
@@ -162,7 +163,7 @@ def write_adapter_modelfile(folder: Path, model_dir: Path, config: ModelConfig) 
 
 
 def _stop_texts(chat: ChatTokenizer, config: ModelConfig) -> list[str]:
-    """The texts of the tokens that end an answer, the end of turn first."""
+    """Return the texts of the tokens that end an answer, the end of turn first."""
     ids = config.answer_stop_ids(chat.end_of_turn_id)
     texts = [chat.decode([i], skip_special_tokens=False) for i in ids]
     return [text for text in texts if text and '"' not in text and "\n" not in text]
@@ -171,17 +172,17 @@ def _stop_texts(chat: ChatTokenizer, config: ModelConfig) -> list[str]:
 def template_turns(
     chat: ChatTokenizer, *, eating: Collection[str] = (), bos: str = ""
 ) -> Turns | None:
-    """Find the turns of a tokenizer's chat template.
+    """Derive the turns from a tokenizer's chat template.
 
     Args:
         chat: the tokenizer.
-        eating: markers that eat the white space after them, which is left out here: some readers
-            of the file keep it.
-        bos: the token that the reader puts before the text by itself, if it does.
+        eating: markers after which the tokenizer strips white space; the turns leave this space
+            out, because some readers of the file keep it.
+        bos: text of the token that the reader adds before the text; empty if there is none.
 
     Returns:
-        None where Ollama's three variables cannot say what the template says, for example where
-        it writes a system message of its own.
+        The turns, or None if Ollama's three variables cannot express the template, for example
+        if it adds a default system message.
     """
     try:
         turns = _turns(chat, bos)
@@ -196,7 +197,7 @@ def template_turns(
 
 
 def _between(chat: ChatTokenizer, roles: str) -> list[str]:
-    """Return the template's own text around contents; roles is a string of s, u and a."""
+    """Return the template's text around contents; roles is a string of s, u and a."""
     content = {"s": ("system", _SYSTEM), "u": ("user", _USER), "a": ("assistant", _ANSWER)}
     messages = [Message(role=content[r][0], content=content[r][1]) for r in roles]
     text, spans = chat.template.content_spans(messages, add_generation_prompt=roles[-1] == "u")
@@ -226,7 +227,7 @@ def _turns(chat: ChatTokenizer, bos: str) -> Turns | None:
 
 
 def _is_faithful(chat: ChatTokenizer, turns: Turns, bos: str) -> bool:
-    """Return whether Ollama's way to join turns gives the template's own text."""
+    """Return whether Ollama's rules give the same text as the template."""
     user, answer = Message(role="user", content="a b"), Message(role="assistant", content="c")
     system = Message(role="system", content="d")
     long = [user, answer, user, answer, user]

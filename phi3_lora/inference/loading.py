@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.fingerprint import base_identity
 from phi3_lora.adapters.formats.folder import TEMPLATE_NAME
 from phi3_lora.adapters.formats.missing_metadata import MissingMetadata

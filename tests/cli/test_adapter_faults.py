@@ -1,4 +1,4 @@
-"""Cases in which an adapter could be taken for another one in silence."""
+"""Cases in which an adapter could silently be read as a different one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_adapted_embedding_of_a_tied_model_is_refused_wherever_it_is_read(
     ):
         code, _, err = run(capsys, *words)
         assert code == 2 and "head is its embedding" in err, err
-    # Without a model it cannot be known, and is said.
+    # Without a model the check is not possible, and a note says so.
     _, _, err = run(capsys, "convert", tmp_path / "a", tmp_path / "c", "--to", "peft")
     assert f"it adapts {name}: on a model whose head is its embedding" in err
 
@@ -82,7 +82,7 @@ def spec_and_start(config: ModelConfig, folder: Path, **settings: object):
 
 
 def trained(spec, start: dict, config: ModelConfig) -> dict:
-    """Everything that trains, moved a little."""
+    """Add small random changes to all elements that train."""
     masks = trained_masks(spec, config.adaptable_shapes())
     rng = np.random.default_rng(0)
     return {
@@ -128,7 +128,7 @@ def test_magnitudes_of_rows_that_are_not_adapted_do_not_train(model: Path) -> No
 def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
     model: Path, tmp_path: Path, targets: str | tuple[str, ...]
 ) -> None:
-    """Halves that nearly cancel would be noise in half precision, and in another scale."""
+    """Two halves that nearly cancel would become noise in half precision or another scale."""
     config = read_model_config(model)
     settings = {"target_modules": targets, "init_lora_weights": "pissa"}
     if targets == "all-linear":
@@ -141,7 +141,7 @@ def test_an_exported_start_from_the_weights_has_nothing_that_cancels(
         a, b = (value.astype(np.float64) for value in found.pair(module))
         size = np.linalg.norm(a) * np.linalg.norm(b)
         assert size <= 20 * product_norm(b, a)
-    # What another tool wrote so is mended on the way to one scale.
+    # The conversion to one scale repairs such factors of another tool.
     for number, adapter in enumerate((raw, found)):
         write_adapter_folder(tmp_path / f"{number}", adapter, to="peft")
         result = convert(
@@ -161,7 +161,7 @@ def test_a_merged_linear_with_one_part_is_that_part(
     config = read_model_config(model) if with_model else None
     rng = np.random.default_rng(0)
     part, half = enable
-    # loralib's equal parts of 96 rows are none of this model's; gate and up are equal anyway.
+    # loralib's equal parts of 96 rows differ from the model's; gate and up are equal anyway.
     rows = {"q": 64, "v": 32}[part]
     gate_up = "model.layers.0.mlp.gate_up_proj"
     tensors = {
@@ -281,7 +281,7 @@ def test_numbers_that_no_float_holds_are_named(
 )
 def test_modules_that_no_phi3_has_are_refused(tmp_path: Path, module: str) -> None:
     write_adapter_folder(tmp_path / "a", plain({module: (64, 96)}), to="peft")
-    with pytest.raises(AdapterError, match="no module of a Phi-3 model"):
+    with pytest.raises(AdapterError, match="not a module of a Phi-3 model"):
         read_adapter(tmp_path / "a")
 
 
@@ -296,7 +296,7 @@ def test_targets_inside_their_sources_or_in_use_are_refused(
             *(capsys, "merge", "--model", model, "--adapter", tmp_path / "a"),
             *("--output", output, *words),
         )
-        assert code == 2 and "lies inside" in err and not output.exists()
+        assert code == 2 and "is inside" in err and not output.exists()
     (tmp_path / "o").mkdir()
     (tmp_path / "o/Modelfile").write_text("mine")
     code, _, err = run(

@@ -1,4 +1,4 @@
-"""Entries of a zip archive, which tell a file of loralib from an .npz."""
+"""Entry names of zip archives, which distinguish a .pt file from an .npz."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def entry_names(path: Path) -> list[str]:
     """Return the names in a zip archive; an empty list if the file does not start as one.
 
     Raises:
-        AdapterError: when it starts as an archive but is damaged.
+        AdapterError: when the file starts as an archive but is damaged.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -21,4 +21,4 @@ def entry_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError) as cause:
-        raise AdapterError(f"{path} is no whole archive: {cause}") from None
+        raise AdapterError(f"{path} is not a complete archive: {cause}") from None

@@ -1,4 +1,4 @@
-"""Adapter folders: one folder that PEFT, vLLM and mlx-lm load as it is."""
+"""Adapter folders, which PEFT, vLLM and mlx-lm load without a conversion."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from phi3_lora.adapters.adapter import Adapter, adapter_problems, module_of, uniform_pair
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.fingerprint import FINGERPRINT_NAME
+from phi3_lora.adapters.formats.agreement import check_agree
 from phi3_lora.adapters.formats.config_file import CONFIG_NAME, read_adapter_config
 from phi3_lora.adapters.formats.detect import find_layouts
 from phi3_lora.adapters.formats.fused import RowNorms, fuse
 from phi3_lora.adapters.formats.record import FileFormat
 from phi3_lora.adapters.formats.registry import FOLDER_FORMATS, TARGETS
-from phi3_lora.adapters.names import lora_a_name, lora_b_name
-from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.storage.atomic import check_folder_unused, replace_folder, write_bytes
 from phi3_lora.storage.safetensors import write_streamed
 
 TEMPLATE_NAME = "chat_template.jinja"
-"""The chat template, if training used another one than the model's; transformers uses this name."""
+"""Name of the chat template of training, if it differs from the model's; transformers' name."""
 
 
 def read_adapter(
@@ -35,13 +33,13 @@ def read_adapter(
     keep_parts: bool = False,
     row_norms: RowNorms | None = None,
 ) -> Adapter:
-    """The adapter in a folder of any layout, on fused modules; with two files, they must agree.
+    """Read the adapter in a folder of any format, on fused modules; two files must agree.
 
     Args:
-        folder: of the adapter.
-        base: the base model's shape, which an adapter of separate q, k, v may need.
-        keep_parts: leave q, k, v and gate, up apart where they are.
-        row_norms: of the base's weights, which DoRA of separate q, k, v may need.
+        folder: the adapter folder.
+        base: configuration of the base model; an adapter of separate q, k, v may need it.
+        keep_parts: keep separate q, k, v and gate, up separate.
+        row_norms: norms of the base's weight rows; DoRA of separate q, k, v may need them.
 
     Raises:
         AdapterError: when a file is missing, damaged, or contradicts another.
@@ -68,62 +66,28 @@ def read_adapter(
     if not keep_parts:
         adapters = [fuse(adapter, base, row_norms) for adapter in adapters]
     for other in adapters[1:]:
-        _check_agree(folder, adapters[0], other)
+        check_agree(folder, adapters[0], other)
     return adapters[0]
-
-
-def _check_agree(folder: Path, first: Adapter, second: Adapter) -> None:
-    problems = []
-    if abs(first.scaling - second.scaling) > 1e-6 * abs(first.scaling):
-        problems.append(f"scale {first.scaling:g} (PEFT) against {second.scaling:g} (mlx-lm)")
-    r = max((a.rank(m) for a in (first, second) for m in a.modules), default=0)
-    for name in sorted(set(first.weights) | set(second.weights)):
-        a, b = first.weights.get(name), second.weights.get(name)
-        if (a is None or b is None) and _is_empty_pair(first if b is None else second, name):
-            # A pair of zeros fills mlx-lm's layers up and is dropped in reading.
-            continue
-        if a is None or b is None:
-            problems.append(f"{name}: only in the {'mlx-lm' if a is None else 'PEFT'} file")
-        elif not np.array_equal(_as_uniform(first, name, r), _as_uniform(second, name, r)):
-            problems.append(f"{name}: different values")
-    if problems:
-        problems.append("delete the file that you do not trust")
-        raise AdapterError(listing(f"the two adapter files in {folder} disagree:", problems))
-
-
-def _is_empty_pair(adapter: Adapter, name: str) -> bool:
-    module = module_of(name)
-    return module in adapter.modules and not any(value.any() for value in adapter.pair(module))
-
-
-def _as_uniform(adapter: Adapter, name: str, r: int) -> Float32:
-    """A tensor in one rank and scale for all: mlx-lm's file holds no other, PEFT's may."""
-    module = module_of(name)
-    if name == lora_a_name(module):
-        return uniform_pair(adapter, module, r)[0]
-    if name == lora_b_name(module):
-        return uniform_pair(adapter, module, r)[1]
-    return adapter.weights[name]
 
 
 def check_unused(folder: Path) -> None:
     """Make sure that a folder is new or empty.
 
     Raises:
-        AdapterError: when it is not.
+        AdapterError: when the folder holds files.
     """
     check_folder_unused(folder, AdapterError, "is in use: choose a new or empty folder")
 
 
 def check_apart(target: Path, *sources: Path) -> None:
-    """Make sure that a new folder does not lie inside what it is made from.
+    """Make sure that a new folder is not inside one of its sources.
 
     Raises:
-        AdapterError: when it does.
+        AdapterError: when it is.
     """
     for source in sources:
         if source.resolve() in target.resolve().parents:
-            raise AdapterError(f"{target} lies inside {source}: choose a folder elsewhere")
+            raise AdapterError(f"{target} is inside {source}: choose a folder elsewhere")
 
 
 def check_replaceable(folder: Path) -> None:
@@ -156,17 +120,17 @@ def write_adapter_folder(
     """Write an adapter folder in one move.
 
     Args:
-        folder: where; an older adapter there is replaced.
-        adapter: what.
-        to: peft, mlx, both, or unfused (PEFT's layout with q, k, v and gate, up on their own).
-        base: the base model's shape, which unfused needs.
+        folder: the folder to write; an older adapter in it is replaced.
+        adapter: the adapter to write.
+        to: peft, mlx, both, or unfused (PEFT's format with separate q, k, v and gate, up).
+        base: configuration of the base model; unfused needs it.
         files: further files, by name.
 
     Returns:
-        Notes: which layout was left out and why.
+        Notes on formats that were left out, with the reason.
 
     Raises:
-        AdapterError: when the only layout asked for cannot hold the adapter.
+        AdapterError: when the only format asked for cannot hold the adapter.
         StorageError: when the folder cannot be written; the old content stays.
     """
     target = TARGETS[to]

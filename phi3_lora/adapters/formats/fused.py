@@ -1,7 +1,7 @@
-"""Adapters of q, k, v and gate, up on their own, as one adapter of the fused projections, and back.
+"""Conversion between separate q, k, v and gate, up adapters and adapters of fused projections.
 
-Llama-style copies of Phi-3 (Unsloth, litgpt, torchtune) split the fused weights by rows. Both ways
-are exact: a fused B is cut by rows; separate factors are stacked and laid out block-diagonally.
+Llama-style copies of Phi-3 (Unsloth, litgpt, torchtune) split the fused weights by rows. Both
+directions are exact: B is split by rows; separate A are stacked and separate B block-diagonal.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FUSED_PARTS = {
 }
 """Fused projection -> its parts, in the order of the rows."""
 RowNorms = Callable[[str], Float32]
-"""From a module of the base model to the norms of its weight's rows, (out,)."""
+"""From a module of the base model to the norms of its weight rows, (out,)."""
 _FUSED_OF = {part: fused for fused, parts in FUSED_PARTS.items() for part in parts}
 
 
 def fused_module(module: str) -> str | None:
-    """The fused module that a module is a part of, or None."""
+    """Return the fused module that a module is a part of, or None."""
     for part, fused in _FUSED_OF.items():
         if module.endswith(f".{part}"):
             return module.removesuffix(part) + fused
@@ -38,7 +38,7 @@ def fused_module(module: str) -> str | None:
 
 
 def part_rows(config: ModelConfig) -> dict[str, int]:
-    """Rows of each part of a fused projection."""
+    """Return the number of rows of each part of a fused projection."""
     sizes = (*config.qkv_rows, config.intermediate_size, config.intermediate_size)
     return dict(zip(_FUSED_OF, sizes, strict=True))
 
@@ -46,17 +46,18 @@ def part_rows(config: ModelConfig) -> dict[str, int]:
 def fuse(
     adapter: Adapter, config: ModelConfig | None, row_norms: RowNorms | None = None
 ) -> Adapter:
-    """Fuse separate q, k, v and gate, up: equal deltas on fused modules, whose ranks add up.
+    """Move an adapter to fused modules; its deltas stay the same.
 
-    Unchanged if nothing is split.
+    An adapter without separate parts is returned unchanged.
 
     Args:
-        adapter: whose tensors come in pairs.
-        config: the base model's shape; needed where a part is not adapted.
-        row_norms: of the base's weights; needed by DoRA where a part is not adapted.
+        adapter: an adapter whose tensors come in pairs.
+        config: configuration of the base model; needed where a part is not adapted.
+        row_norms: norms of the base's weight rows; DoRA needs them where a part is not adapted.
 
     Raises:
-        AdapterError: when a part is adapted beside its fused module, or its size is not known.
+        AdapterError: when both a part and its fused module are adapted, or the size of a part is
+            not known.
     """
     members: dict[str, list[str]] = {}
     for module in adapter.modules:
@@ -86,13 +87,13 @@ def fuse(
 
 
 def _own(adapter: Adapter, module: str) -> Tensors:
-    """A module's tensors as they are."""
+    """Return the tensors of a module, unchanged."""
     names = (lora_a_name(module), lora_b_name(module), magnitude_name(module))
     return {name: adapter.weights[name] for name in names if name in adapter.weights}
 
 
 class _Stack:
-    """The parts of a fused module, on their way to being one."""
+    """The adapted parts of one fused module."""
 
     def __init__(
         self, adapter: Adapter, module: str, found: set[str], config: ModelConfig | None
@@ -105,13 +106,13 @@ class _Stack:
         self.rows = _rows(adapter, self.parts, found, config)
 
     def fused(self, row_norms: RowNorms | None) -> tuple[Tensors, float]:
-        """The tensors of the fused module, and its lora_alpha."""
+        """Return the tensors of the fused module, and its lora_alpha."""
         adapter = self.adapter
         pairs = {part: adapter.pair(part) for part in self.found}
         first = self.found[0]
         scaling = adapter.scaling_of(first)
         shared_a = pairs[first][0]
-        # Parts that were cut from a fused adapter share A: then its own rank is enough.
+        # Parts that were split from a fused adapter share A, and one copy of A is enough.
         is_shared = all(np.array_equal(a, shared_a) for a, _ in pairs.values())
         ranks = [len(a) for a, _ in pairs.values()]
         r = ranks[0] if is_shared else sum(ranks)
@@ -132,7 +133,7 @@ class _Stack:
         return new, lora_alpha_of(scaling, r, use_rslora=adapter.use_rslora)
 
     def _magnitude(self, row_norms: RowNorms | None) -> Float32:
-        """Return the magnitude of all parts; one without LoRA has the norms of the base's rows."""
+        """Join the magnitudes; a part without an adapter has the base's row norms."""
         pieces, row = [], 0
         for part in self.parts:
             end = row + self.rows[part]
@@ -172,7 +173,7 @@ def _rows(
 
 
 def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
-    """Split fused modules into q, k, v and gate, up with equal deltas; rank and scale stay."""
+    """Split an adapter into q, k, v and gate, up; deltas, ranks and scales stay the same."""
     weights = adapter.saved_weights
     alphas: dict[str, float] = {}
     for module in adapter.modules:
@@ -190,7 +191,7 @@ def unfuse(adapter: Adapter, config: ModelConfig) -> Adapter:
 
 
 def part_slices(module: str, config: ModelConfig) -> dict[str, slice]:
-    """Full path -> rows of each part of a fused module; empty for any other module."""
+    """Return full path -> rows of each part of a fused module; empty for any other module."""
     fused = next((name for name in FUSED_PARTS if module.endswith(f".{name}")), None)
     if fused is None:
         return {}
@@ -202,10 +203,10 @@ def part_slices(module: str, config: ModelConfig) -> dict[str, slice]:
 
 
 def with_blocks(spec: LoraSpec, weights: Tensors, config: ModelConfig) -> LoraSpec:
-    """A spec in which each rank of a fused module trains only the parts that it acts on now.
+    """Restrict each rank of a fused module to the parts where its column of B is not 0.
 
-    An adapter of q and v alone is 0 in the rows of k, exactly, and stays so when it is trained on.
-    A rank that is 0 throughout trains the parts that any other acts on.
+    An adapter of q and v alone is exactly 0 in the rows of k, and further training keeps it 0.
+    A rank whose column is all 0 trains the parts of all other ranks.
     """
     layers = dict(spec.layers)
     for module, layer in spec.layers.items():
@@ -227,11 +228,11 @@ def with_blocks(spec: LoraSpec, weights: Tensors, config: ModelConfig) -> LoraSp
 
 
 def _runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """First and end index of each run of True."""
+    """Return first and end index of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]])))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def is_unfused(names: Mapping[str, object]) -> bool:
-    """Return whether PEFT tensor names contain parts of fused projections."""
+    """Return whether PEFT tensor names hold parts of fused projections."""
     return any(name.endswith(f".{part}.lora_A.weight") for name in names for part in _FUSED_OF)

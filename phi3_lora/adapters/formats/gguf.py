@@ -1,7 +1,6 @@
-"""llama.cpp's layout: one GGUF file of lora_a and lora_b, with one alpha for all.
+"""llama.cpp's adapter format: one GGUF file of lora_a and lora_b, with one alpha for all.
 
-llama.cpp multiplies by alpha / rank whatever the adapter was trained with, so an rsLoRA scale is
-put into alpha.
+llama.cpp always multiplies by alpha / rank, so the writer converts an rsLoRA scale to alpha.
 
 Source: llama.cpp, convert_lora_to_gguf.py, src/llama-adapter.cpp; llm_build_inp_embd for the
 embedding, whose lora_a is not transposed.
@@ -17,7 +16,7 @@ import numpy as np
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter, with_scalings
 from phi3_lora.adapters.formats.missing_metadata import MissingMetadata
-from phi3_lora.adapters.formats.record import FileFormat, Written
+from phi3_lora.adapters.formats.record import FileFormat, Written, whole_weights_reason
 from phi3_lora.adapters.names import EMBEDDING, HEAD, split_layer
 from phi3_lora.arrays import Float32
 from phi3_lora.errors import AdapterError, listing
@@ -31,11 +30,11 @@ _ALPHA = "adapter.lora.alpha"
 
 
 def why_not_gguf(adapter: Adapter) -> str | None:
-    """The reason why llama.cpp cannot hold an adapter, or None."""
+    """Return the reason why llama.cpp cannot hold an adapter, or None."""
     if adapter.use_dora:
         return "it uses DoRA"
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     foreign = [m for m in adapter.modules if _is_foreign(m)]
     return f"{foreign[0]} is no linear layer of Phi-3" if foreign else None
 
@@ -49,8 +48,8 @@ def write_gguf_adapter(path: Path, adapter: Adapter) -> None:
     """Write an adapter of fused modules as one file, in float32.
 
     Raises:
-        AdapterError: when llama.cpp cannot hold it, or the package gguf is missing.
-        StorageError: when it cannot be written.
+        AdapterError: when llama.cpp cannot hold the adapter, or the package gguf is missing.
+        StorageError: when the file cannot be written.
     """
     gguf = gguf_package(AdapterError)
     reason = why_not_gguf(adapter)
@@ -81,15 +80,15 @@ def _write(gguf: Any, path: Path, adapter: Adapter) -> None:
 
 
 def read_gguf_adapter(path: Path) -> Adapter:
-    """The adapter in a GGUF file; its numbers and pairs are still to be judged.
+    """Read the adapter in a GGUF file; the caller checks its numbers and pairs.
 
     Raises:
-        AdapterError: when it is not whole, is no LoRA adapter, or is none of Phi-3's.
+        AdapterError: when the file is damaged, or is not a LoRA adapter of Phi-3.
     """
     reader = _reader(path)
     kind, alpha = _field(reader, "general.type"), _field(reader, _ALPHA)
     if kind != "adapter" or _field(reader, "adapter.type") != "lora":
-        raise AdapterError(f"{path} is no LoRA adapter: its general.type is {kind!r}")
+        raise AdapterError(f"{path} is not a LoRA adapter: its general.type is {kind!r}")
     if not isinstance(alpha, float):
         raise AdapterError(f"{path} has no {_ALPHA}")
     pairs: dict[str, dict[str, Float32]] = {}
@@ -100,7 +99,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
         if match is None or module is None or _is_foreign(module):
             problems.append(f"{tensor.name}: not a LoRA tensor of Phi-3")
             continue
-        # In float32 that is the mapped file itself, not a second copy of it.
+        # A float32 tensor stays a view of the mapped file, not a copy.
         value = gguf_package(AdapterError).quants.dequantize(tensor.data, tensor.tensor_type)
         pairs.setdefault(module, {})[match[2]] = np.asarray(value, np.float32)
     for module, pair in pairs.items():
@@ -112,7 +111,7 @@ def read_gguf_adapter(path: Path) -> Adapter:
         m: (np.ascontiguousarray(p["a"].T) if m == EMBEDDING else p["a"], p["b"])
         for m, p in pairs.items()
     }
-    # llama.cpp takes an alpha of 0 for a scale of 1.
+    # llama.cpp reads alpha 0 as scale 1.
     scalings = {m: alpha / len(a) if alpha else 1.0 for m, (a, _) in found.items()}
     return with_scalings(found, scalings)
 
@@ -122,7 +121,7 @@ def _reader(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as cause:
-        raise AdapterError(f"{path} is no whole GGUF file: {cause}") from None
+        raise AdapterError(f"{path} is not a complete GGUF file: {cause}") from None
 
 
 def _field(reader: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""loralib's layout: a .pt file of lora_A and lora_B by module path, without rank, scale or config.
+"""loralib's format: a .pt file of lora_A and lora_B by module path, without alpha or config.
 
 Source: microsoft/LoRA, loralib/layers.py (Linear, Embedding, MergedLinear) and utils.py
 (lora_state_dict).
@@ -34,16 +34,16 @@ def from_loralib(
     where: str,
     config: ModelConfig | None = None,
 ) -> Adapter:
-    """The adapter in a state dict; what is no LoRA tensor (a full state dict) is left aside.
+    """Convert a state dict to an adapter; tensors that are not LoRA are ignored.
 
     Args:
-        tensors: by name.
-        missing: values that they do not store.
+        tensors: the state dict.
+        missing: values that the file does not store.
         where: the file, for messages.
-        config: the base model's shape; tells unequal parts of a MergedLinear from equal ones.
+        config: configuration of the base model, for the sizes of a MergedLinear's parts.
 
     Raises:
-        AdapterError: when alpha is not told, a pair is not whole, or a module is none of Phi-3's.
+        AdapterError: when alpha is missing, a pair is incomplete, or Phi-3 has no such module.
     """
     if missing.alpha is None:
         raise AdapterError(
@@ -74,8 +74,8 @@ def _module(path: str, prefix: str) -> str:
     match = _MODULE.search(path.removeprefix(prefix))
     if match is None:
         raise AdapterError(
-            f"{path}: no module path of Phi-3 (model.layers.N...); pass --prefix if it starts with "
-            "a name of your own"
+            f"{path}: not a module path of Phi-3 (model.layers.N...); pass --prefix if it starts "
+            "with a name of your own"
         )
     return match[1]
 
@@ -83,7 +83,7 @@ def _module(path: str, prefix: str) -> str:
 def _factors(
     path: str, pair: Mapping[str, Float32], missing: MissingMetadata, config: ModelConfig | None
 ) -> tuple[Float32, Float32]:
-    """A (ranks, in) and B (out, ranks) of Linear, or of MergedLinear."""
+    """Return A (ranks, in) and B (out, ranks) of a Linear or MergedLinear layer."""
     if set(pair) != {"lora_A", "lora_B"}:
         raise AdapterError(f"{path}: {' and '.join(pair)} without its pair")
     a, b = pair["lora_A"], pair["lora_B"]
@@ -93,7 +93,7 @@ def _factors(
     fused = next((name for name in FUSED_PARTS if path.endswith(name)), None)
     if fused is None:
         if count > 1:
-            raise AdapterError(f"{path}: {count} parts, but it is no fused projection")
+            raise AdapterError(f"{path}: {count} parts, but it is not a fused projection")
         return a, b
     parts = [part.split(".")[1].removesuffix("_proj") for part in FUSED_PARTS[fused]]
     whole = sum(_own_rows(parts, config).values())
@@ -105,7 +105,7 @@ def _factors(
             f"{path}: {count} of {', '.join(parts)} are adapted; pass --enable with their names"
         )
     own = _own_rows(parts, config) if missing.parts != "equal" else {}
-    rows = _part_rows(path, len(b), parts, chosen, own, told=missing.parts)
+    rows = _part_rows(path, len(b), parts, chosen, own, layout=missing.parts)
     wide = np.zeros((sum(rows.values()), len(a)), np.float32)
     start = used = column = 0
     for part in parts:
@@ -118,7 +118,7 @@ def _factors(
 
 
 def _own_rows(parts: Sequence[str], config: ModelConfig | None) -> dict[str, int]:
-    """Rows of the parts in the model; nothing where it is not known."""
+    """Return rows of each part in the model; an empty dict if the model is not known."""
     if config is None:
         return {}
     rows = {n.split(".")[1].removesuffix("_proj"): count for n, count in part_rows(config).items()}
@@ -132,20 +132,21 @@ def _part_rows(
     chosen: Sequence[str],
     own: Mapping[str, int],
     *,
-    told: str | None,
+    layout: str | None,
 ) -> dict[str, int]:
-    """Rows of each part: equal ones, as loralib cuts whatever the model's own are, or those."""
+    """Return rows of each part: equal, as loralib splits every MergedLinear, or the model's."""
     fits_own = bool(own) and sum(own[part] for part in chosen) == given
     equal = given // len(chosen)
     fits_equal = given % len(chosen) == 0 and (not own or equal * len(parts) == sum(own.values()))
-    if fits_own and fits_equal and len(set(own.values())) > 1 and told is None:
+    if fits_own and fits_equal and len(set(own.values())) > 1 and layout is None:
         raise AdapterError(
-            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib itself "
-            "cuts them, cannot be told from the model's own: pass --parts equal or --parts model"
+            f"{path}: all of {', '.join(parts)} are adapted, and equal parts, as loralib "
+            "splits them, cannot be distinguished from the model's: pass --parts equal or --parts "
+            "model"
         )
-    if fits_own and told != "equal":
+    if fits_own and layout != "equal":
         return dict(own)
-    if fits_equal and told != "model":
+    if fits_equal and layout != "model":
         return dict.fromkeys(parts, equal)
     raise AdapterError(
         f"{path}: B has {given} rows for {', '.join(chosen)}, which are neither equal parts nor "
@@ -154,11 +155,11 @@ def _part_rows(
 
 
 def to_loralib(adapter: Adapter, prefix: str = "") -> Tensors:
-    """The tensors of lora_state_dict of a model with loralib's Linear and Embedding layers.
+    """Return lora_state_dict of a model with loralib's Linear and Embedding layers.
 
     Args:
-        adapter: of one rank and scale (uniform_adapter).
-        prefix: before each name.
+        adapter: an adapter with one rank and one scale (uniform_adapter).
+        prefix: text before each name.
 
     Raises:
         AdapterError: when loralib cannot hold the adapter.

@@ -17,4 +17,4 @@ class MissingMetadata:
     enable: Sequence[str] = ()
     """Parts of a fused projection that MergedLinear adapts, such as q, v."""
     parts: str | None = None
-    """equal, as loralib cuts a MergedLinear, or model, by the model's own sizes."""
+    """equal: parts of one size, as in loralib; model: parts of the model's sizes."""

@@ -1,4 +1,4 @@
-"""mlx-lm's layout: adapters.safetensors with its keys in adapter_config.json.
+"""mlx-lm's format: adapters.safetensors, and keys in adapter_config.json.
 
 Source: mlx-lm, tuner/utils.py (linear_to_lora_layers, load_adapters), tuner/lora.py, tuner/dora.py.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
 from phi3_lora.adapters.formats.config_file import is_finite, is_number
 from phi3_lora.adapters.formats.peft import is_peft
-from phi3_lora.adapters.formats.record import FolderContent, FolderFormat
+from phi3_lora.adapters.formats.record import FolderContent, FolderFormat, whole_weights_reason
 from phi3_lora.adapters.names import (
     EMBEDDING,
     HEAD,
@@ -37,7 +37,7 @@ _MLX_KINDS = {"A": "lora_a", "B": "lora_b", "m": "m"}
 
 
 def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
-    """The adapter in an mlx-lm file; lora_alpha is scale times rank.
+    """Read the adapter in an mlx-lm file; lora_alpha becomes scale times rank.
 
     Raises:
         AdapterError: when the file is damaged or its configuration lacks rank or scale.
@@ -73,7 +73,7 @@ def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
 
 
 def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """lora_parameters, and what is wrong with them."""
+    """Return lora_parameters, and a list of their faults."""
     problems = []
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -95,9 +95,9 @@ def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def from_mlx_tensors(stored: Tensors) -> tuple[Tensors, list[str]]:
-    """Tensors under PEFT names without those that only fill layers up, and what is none at all.
+    """Rename tensors to PEFT names, drop pairs of zeros, and list names that are not LoRA.
 
-    Takes them out of stored one by one, so that they are not held twice.
+    The function removes tensors from stored one by one to save memory.
     """
     weights: Tensors = {}
     problems = []
@@ -121,7 +121,7 @@ def _rank(name: str, value: Any) -> int | None:
 
 
 def _without_empty_pairs(weights: Tensors) -> Tensors:
-    """Without the pairs that only fill a layer up: no trained A is 0 throughout."""
+    """Drop pairs of zeros, which only fill a layer up; a trained A is never all 0."""
     empty = set()
     for name, value in weights.items():
         part = split_name(name)
@@ -140,13 +140,13 @@ def scale_of(parameters: Mapping[str, Any], rank: int) -> float:
 
 
 def why_not_mlx(adapter: Adapter) -> str | None:
-    """The reason why mlx-lm cannot hold an adapter, or None.
+    """Return the reason why mlx-lm cannot hold an adapter, or None.
 
-    mlx-lm adapts the same modules in the last num_layers layers; a pair of zeros stands for a
-    module that is not adapted, which DoRA does not have.
+    mlx-lm adapts the same modules in the last num_layers layers. LoRA can fill gaps with pairs of
+    zeros; DoRA cannot.
     """
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     for module in adapter.modules:
         if split_layer(module) is None and module not in (EMBEDDING, HEAD):
             return f"{module} lies outside the decoder layers"
@@ -156,7 +156,7 @@ def why_not_mlx(adapter: Adapter) -> str | None:
 
 
 def _missing(adapter: Adapter) -> list[tuple[str, str]]:
-    """Modules that mlx-lm would adapt too, each with one of the same kind that is adapted."""
+    """List modules that mlx-lm would also adapt, each with an adapted module of its kind."""
     places = [(m, place) for m in adapter.modules if (place := split_layer(m)) is not None]
     if not places:
         return []
@@ -171,7 +171,7 @@ def _missing(adapter: Adapter) -> list[tuple[str, str]]:
 
 
 def for_mlx(adapter: Adapter) -> Adapter:
-    """Reshape an adapter for mlx-lm: one rank, one scale, equal modules in each layer."""
+    """Rewrite an adapter with one rank and scale, and fill the gaps in its last layers."""
     plain = uniform_adapter(adapter)
     weights = dict(plain.weights)
     for module, like in _missing(adapter):
@@ -182,7 +182,7 @@ def for_mlx(adapter: Adapter) -> Adapter:
 
 
 def mlx_config(adapter: Adapter) -> dict[str, Any]:
-    """The keys of adapter_config.json that mlx-lm reads, for an adapter of for_mlx."""
+    """Return the keys of adapter_config.json that mlx-lm reads, for a result of for_mlx."""
     places = [place for place in map(split_layer, adapter.modules) if place is not None]
     outside = [module for module in adapter.modules if split_layer(module) is None]
     return {
@@ -199,7 +199,7 @@ def mlx_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def mlx_tensors(adapter: Adapter) -> dict[str, NewTensor]:
-    """The tensors of adapters.safetensors: lora_a (in, R), lora_b (R, out), m (out,)."""
+    """Return the tensors of adapters.safetensors: lora_a (in, R), lora_b (R, out), m (out,)."""
     tensors = {}
     for name, value in adapter.weights.items():
         part = split_name(name)

@@ -44,7 +44,7 @@ def _read(path: Path, missing: MissingMetadata, config: ModelConfig | None) -> A
     pairs = {module: plain.pair(module) for module in modules}
     parameters = _parameters(path)
     if parameters is not None and missing.alpha is not None:
-        raise AdapterError(f"{path}: its {CONFIG_NAME} tells the scale: leave out --alpha")
+        raise AdapterError(f"{path}: its {CONFIG_NAME} stores the scale: leave out --alpha")
     if parameters is None and missing.alpha is None:
         ranks = sorted({len(a) for a, _ in pairs.values()})
         raise AdapterError(
@@ -73,18 +73,18 @@ def _parameters(path: Path) -> dict[str, Any] | None:
 
 
 def _read_arrays(path: Path) -> Tensors:
-    """Read the arrays of an .npz; numpy refuses arrays that would need pickle."""
+    """Read the arrays of an .npz; numpy rejects arrays that need pickle."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(info.file_size for info in archive.infolist())
         if size > _MAX_BYTES:
-            raise AdapterError(f"{path} unpacks to {size:,} bytes: that is no adapter")
+            raise AdapterError(f"{path} unpacks to {size:,} bytes: too large for an adapter")
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
         if not all(isinstance(value, np.ndarray) for value in found.values()):
-            raise ValueError("it holds something else than arrays")
+            raise ValueError("it holds objects that are not arrays")
     except (ValueError, OSError, KeyError, zipfile.BadZipFile, EOFError) as cause:
-        raise AdapterError(f"{path} is no whole .npz of numbers: {cause}") from None
+        raise AdapterError(f"{path} is not a complete .npz of numbers: {cause}") from None
     odd = [name for name, value in found.items() if value.dtype.kind != "f"]
     if odd:
         raise AdapterError(

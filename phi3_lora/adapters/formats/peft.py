@@ -1,4 +1,4 @@
-"""PEFT's layout: adapter_model.safetensors with adapter_config.json.
+"""PEFT's format: adapter_model.safetensors with adapter_config.json.
 
 Source: PEFT, tuners/lora/config.py and utils/save_and_load.py.
 """
@@ -39,21 +39,21 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     # The others (pissa, olora, corda, loftq ...) change the base weights.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""Values that can be used without loss; the first is meant where the key is missing."""
+"""Values that keep the adapter exact; the first is the default of a missing key."""
 _BASE_COPY = ".base_layer.weight"
 
 
 def is_peft(names: Mapping[str, Any]) -> bool:
     """Return whether tensor names are PEFT's."""
-    # The moments of an optimizer bear these names with something after them.
+    # Optimizer moments have these names with a further ending.
     return any(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in names)
 
 
 def read_peft(path: Path, config: Mapping[str, Any]) -> Adapter:
-    """The adapter in a PEFT file.
+    """Read the adapter in a PEFT file.
 
     Raises:
-        AdapterError: when the file is damaged or holds what cannot be used without loss.
+        AdapterError: when the file is damaged or uses a feature that is not supported.
     """
     stored = read_all_float32(path, AdapterError)
     # PEFT adds the base's own matrix where the embedding or the head is adapted.
@@ -112,7 +112,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _name_problems(weights: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Tensors of a kind that the configuration does not speak of, and the other way round."""
+    """List tensors that the configuration does not allow, and tensors that it needs."""
     parts = {name: split_name(name) for name in weights}
     kinds = {part[1] for part in parts.values() if part is not None}
     problems = [f"{n}: not a LoRA tensor of a linear layer" for n, p in parts.items() if p is None]
@@ -145,7 +145,7 @@ def _is_pattern(value: Any, *, is_whole: bool) -> bool:
 
 
 def _alphas(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, float]:
-    """lora_alpha of the modules to which alpha_pattern gives another one."""
+    """Return lora_alpha of the modules where alpha_pattern changes it."""
     pattern, default = config.get("alpha_pattern") or {}, float(config["lora_alpha"])
     modules = [part[0] for part in map(split_name, weights) if part is not None and part[1] == "A"]
     found = {module: float(by_pattern(pattern, module, default)) for module in modules}
@@ -166,10 +166,10 @@ def _rank_problems(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
 
 
 def by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first key that a module's path ends with; keys are regular expressions.
+    """Return the value of the first key, a regular expression, that matches a path's ending.
 
     Raises:
-        AdapterError: when a key is no regular expression.
+        AdapterError: when a key is not a regular expression.
 
     Source: PEFT, utils/other.py, get_pattern_key.
     """
@@ -178,12 +178,14 @@ def by_pattern(pattern: Mapping[str, float], module: str, default: float) -> flo
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error as cause:
-            raise AdapterError(f"the pattern {key!r} is no regular expression: {cause}") from None
+            raise AdapterError(
+                f"the pattern {key!r} is not a regular expression: {cause}"
+            ) from None
     return default
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The keys of adapter_config.json that PEFT reads."""
+    """Return the keys of adapter_config.json that PEFT reads."""
     modules = adapter.modules
     return {
         "peft_type": "LORA",
@@ -213,7 +215,7 @@ def _whole(alpha: float) -> float:
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Values other than the default, by ending where all modules of that ending share one."""
+    """Return values that are not the default, by ending if all modules of an ending agree."""
     by_ending: dict[str, set[float]] = {}
     for module, value in values.items():
         by_ending.setdefault(module.rsplit(".", 1)[-1], set()).add(value)
@@ -229,7 +231,7 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, NewTensor]:
-    """The tensors of adapter_model.safetensors."""
+    """Return the tensors of adapter_model.safetensors."""
     return {
         name: NewTensor("F32", value.shape, partial(np.asarray, value))
         for name, value in adapter.weights.items()

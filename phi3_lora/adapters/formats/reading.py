@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from phi3_lora.adapters.adapter import Adapter, adapter_problems
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import adapter_problems
 from phi3_lora.adapters.formats.detect import detect_file_format, find_adapter_file, find_layouts
 from phi3_lora.adapters.formats.folder import read_adapter
 from phi3_lora.adapters.formats.fused import RowNorms, fuse
@@ -20,7 +21,7 @@ class Source(NamedTuple):
 
     adapter: Adapter
     layout: str
-    """Names of the formats that it was found in, joined by +."""
+    """Names of the formats that the adapter was found in, joined by +."""
 
 
 def read_source(
@@ -34,12 +35,12 @@ def read_source(
     Args:
         path: a folder (PEFT, mlx-lm, unfused, or with one .gguf or adapters.npz), or a file of
             loralib (.pt), llama.cpp (.gguf) or the first mlx-lm (.npz).
-        config: the base model's shape, which separate q, k, v may need.
+        config: configuration of the base model; separate q, k, v may need it.
         missing: values that a .pt or .npz does not store.
-        row_norms: norms of the base's weights, which DoRA of separate q, k, v may need.
+        row_norms: norms of the base's weight rows; DoRA of separate q, k, v may need them.
 
     Raises:
-        AdapterError: when it is missing, damaged, or in no known format.
+        AdapterError: when the adapter is missing, damaged, or in no known format.
     """
     file = find_adapter_file(path)
     if file is None:

@@ -21,6 +21,11 @@ def hold_any(adapter: Adapter) -> str | None:
     return None
 
 
+def whole_weights_reason(adapter: Adapter) -> str:
+    """Return the reason why a format without modules_to_save cannot hold whole weights."""
+    return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+
+
 def _no_notes(adapter: Adapter) -> list[str]:
     return []
 

@@ -1,4 +1,4 @@
-"""Tools that load adapters: what each takes, and what each would do wrong in silence."""
+"""Tools that load adapters, with their formats and limits."""
 
 from __future__ import annotations
 
@@ -6,39 +6,56 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from phi3_lora.adapters.adapter import Adapter, uniform_adapter
-from phi3_lora.adapters.formats.gguf import why_not_gguf
-from phi3_lora.adapters.formats.mlx_lm import why_not_mlx
-from phi3_lora.adapters.formats.record import hold_any
+from phi3_lora.adapters.formats.gguf import GGUF
+from phi3_lora.adapters.formats.mlx_lm import MLX_LM
+from phi3_lora.adapters.formats.peft import PEFT
+from phi3_lora.adapters.formats.record import AdapterFormat, Refusal, hold_any, whole_weights_reason
 from phi3_lora.adapters.names import split_layer
 from phi3_lora.errors import AdapterError
 from phi3_lora.models.config import ModelConfig
 from phi3_lora.models.family import peer_differences
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's --max-lora-rank takes; 16 is its default."""
+"""Allowed values of vLLM's --max-lora-rank; 16 is the default."""
+
+
+def _no_hints(adapter: Adapter) -> list[str]:
+    return []
 
 
 class Consumer(NamedTuple):
     """A tool that loads adapters."""
 
-    layout: str
-    """The layout that the tool reads."""
-    refusal: Callable[[Adapter], str | None]
-    """Why it cannot hold an adapter, or None."""
-    is_uniform: bool
-    """True if the tool takes one rank and one alpha / r for all modules."""
-    hints: Callable[[Adapter], list[str]]
-    """Returns the options to start the tool with."""
+    format: AdapterFormat
+    """The format that the tool reads."""
+    is_uniform: bool = True
+    """True if the tool takes only one rank and one alpha / r for all modules."""
+    hints: Callable[[Adapter], list[str]] = _no_hints
+    """Return instructions on how to load an adapter in the tool."""
     peer: str | None = None
-    """The tool's name in peer_differences."""
+    """Name of the tool in peer_differences."""
+    own_refusal: Refusal = hold_any
+    """Limits of the tool beyond the limits of its format."""
+
+    @property
+    def layout(self) -> str:
+        """Name of the format that the tool reads."""
+        return self.format.name
+
+    def refusal(self, adapter: Adapter) -> str | None:
+        """Return the reason why the tool cannot hold an adapter, or None."""
+        return self.format.refusal(adapter) or self.own_refusal(adapter)
 
 
 def _vllm_refusal(adapter: Adapter) -> str | None:
-    """Source: vLLM, lora/peft_helper.py."""
+    """Return the reason why vLLM cannot hold an adapter, or None.
+
+    Source: vLLM, lora/peft_helper.py.
+    """
     if adapter.use_dora:
         return "it uses DoRA"
     if adapter.saved:
-        return f"it holds whole weights ({', '.join(adapter.saved[:3])})"
+        return whole_weights_reason(adapter)
     outside = [module for module in adapter.modules if split_layer(module) is None]
     if outside:
         return f"it adapts {outside[0]}, outside the decoder layers"
@@ -58,16 +75,12 @@ def _llama_hints(adapter: Adapter) -> list[str]:
     return ["llama.cpp loads it beside the base's GGUF: llama-cli -m BASE.gguf --lora FILE.gguf"]
 
 
-def _no_hints(adapter: Adapter) -> list[str]:
-    return []
-
-
 CONSUMERS: Mapping[str, Consumer] = {
-    "vllm": Consumer("peft", _vllm_refusal, True, _vllm_hints, "vLLM"),
-    "llama.cpp": Consumer("gguf", why_not_gguf, True, _llama_hints, "llama.cpp"),
-    "ollama": Consumer("gguf", why_not_gguf, True, _no_hints, "llama.cpp"),
-    "mlx-lm": Consumer("mlx", why_not_mlx, True, _no_hints, "mlx-lm"),
-    "peft": Consumer("peft", hold_any, False, _no_hints),
+    "vllm": Consumer(PEFT, hints=_vllm_hints, peer="vLLM", own_refusal=_vllm_refusal),
+    "llama.cpp": Consumer(GGUF, hints=_llama_hints, peer="llama.cpp"),
+    "ollama": Consumer(GGUF, peer="llama.cpp"),
+    "mlx-lm": Consumer(MLX_LM, peer="mlx-lm"),
+    "peft": Consumer(PEFT, is_uniform=False),
 }
 
 
@@ -78,10 +91,10 @@ def _largest_rank(adapter: Adapter) -> int:
 def adapted_for(
     name: str, adapter: Adapter, config: ModelConfig | None
 ) -> tuple[Adapter, list[str]]:
-    """Return the adapter in the shape that a tool takes, and notes for the user.
+    """Adjust an adapter to a tool, and return notes for the user.
 
     Raises:
-        AdapterError: when the tool cannot hold it.
+        AdapterError: when the tool cannot hold the adapter.
     """
     consumer = CONSUMERS[name]
     reason = consumer.refusal(adapter)
@@ -105,7 +118,7 @@ def adapted_for(
 
 
 def faults_of(name: str, adapter: Adapter, layouts: set[str]) -> str:
-    """Yes, or what a tool would do with an adapter as it is stored, and the way out."""
+    """Return yes, or why a tool cannot load the stored adapter and which command helps."""
     consumer = CONSUMERS[name]
     reason = consumer.refusal(adapter)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""A .pt file of tensors, read and written without torch: nothing in it can run code.
+"""Reader and writer of .pt files of tensors, without torch; a file cannot run code.
 
 Source: torch.serialization: a zip archive with data.pkl, whose tensors are calls of
 _rebuild_tensor_v2 on storages, and data/KEY, the storages' bytes.
@@ -28,7 +28,7 @@ _STORAGES: dict[str, tuple[str, Any]] = {
     "HalfStorage": ("F16", np.float16),
     "BFloat16Storage": ("BF16", np.uint16),
     "DoubleStorage": ("F64", np.float64),
-    # A whole state dict may hold buffers of these.
+    # A full state dict may hold buffers of these types.
     "LongStorage": ("I64", np.int64),
     "IntStorage": ("I32", np.int32),
     "ShortStorage": ("I16", np.int16),
@@ -48,10 +48,10 @@ class _Storage(NamedTuple):
 def _tensor(
     storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Float32:
-    """Make the array of a _rebuild_tensor_v2 call, after checking that the storage holds it."""
+    """Rebuild a tensor like _rebuild_tensor_v2, and check that it is inside its storage."""
     numbers = [offset, *size, *stride]
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError("a tensor's size, stride or offset is no whole number")
+        raise ValueError("a tensor's size, stride or offset is not a whole number >= 0")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if count and (last >= len(storage.content) or count > len(storage.content)):
@@ -72,7 +72,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Builds tensors, and nothing else."""
+    """Unpickler that builds only tensors."""
 
     def __init__(self, data: bytes, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(data))
@@ -85,11 +85,11 @@ class _Reader(pickle.Unpickler):
             return name
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        raise ValueError(f"it asks for {module}.{name}, which is no tensor")
+        raise ValueError(f"it asks for {module}.{name}, which is not a tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, _, count = pid
-        # Tied weights share a storage; hundreds of tensors on one would only fill the memory.
+        # Tied weights share a storage; many more tensors on one would exhaust the memory.
         self._times[key] += 1
         if self._times[key] > _MOST_SHARED:
             raise ValueError(f"storage {key} is used by more than {_MOST_SHARED} tensors")
@@ -102,22 +102,22 @@ class _Reader(pickle.Unpickler):
 
 
 def read_torch_file(path: Path) -> Tensors:
-    """The tensors of a state dict, by name, as float32.
+    """Read the tensors of a state dict, by name, as float32.
 
     Raises:
-        AdapterError: when the file is missing or damaged, or holds anything but named tensors.
+        AdapterError: when the file is missing or damaged, or does not hold named tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            # torch never compresses; a bomb would have to.
+            # torch never compresses; only a zip bomb would.
             if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
                 raise ValueError("its archive is compressed")
             (root,) = {e.filename.split("/")[0] for e in entries}
             state = _Reader(archive.read(f"{root}/data.pkl"), archive, root).load()
     except FileNotFoundError:
         raise AdapterError(f"no such file: {path}") from None
-    # Whatever a hostile pickle makes the reader do ends here.
+    # A hostile pickle can raise any exception.
     except Exception as cause:
         raise AdapterError(
             f"{path} is not a state dict of torch.save: {str(cause) or type(cause).__name__}"
@@ -126,12 +126,12 @@ def read_torch_file(path: Path) -> Tensors:
         isinstance(name, str) and isinstance(value, np.ndarray) for name, value in state.items()
     )
     if not named:
-        raise AdapterError(f"{path} holds something else than tensors by name")
+        raise AdapterError(f"{path} holds objects that are not named tensors")
     return dict(state)
 
 
 def encode_torch_file(tensors: Mapping[str, Float32]) -> bytes:
-    """Return the bytes that torch.save writes for a dict of float32 tensors."""
+    """Encode a dict of float32 tensors like torch.save."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         calls = b"".join(
@@ -146,7 +146,7 @@ def encode_torch_file(tensors: Mapping[str, Float32]) -> bytes:
 
 
 def _call(key: str, value: Float32) -> bytes:
-    """Opcodes of _rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())."""
+    """Encode the opcodes of _rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())."""
     stride = [int(np.prod(value.shape[i + 1 :])) for i in range(value.ndim)]
     storage = _text("storage") + b"ctorch\nFloatStorage\n" + _text(key) + _text("cpu")
     return (

@@ -1,4 +1,4 @@
-"""PEFT's format with q, k, v and gate, up as separate modules, as Unsloth has them."""
+"""PEFT's format with q, k, v and gate, up as separate modules, as in Unsloth."""
 
 from __future__ import annotations
 

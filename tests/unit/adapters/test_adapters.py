@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import (
     check_replaceable,
@@ -239,7 +240,7 @@ def test_an_adapter_is_not_written_over_other_files(tmp_path: Path) -> None:
 
 def test_conversion_into_the_source_is_refused(tmp_path: Path) -> None:
     write_adapter_folder(tmp_path / "a", make_adapter())
-    with pytest.raises(AdapterError, match="lies inside"):
+    with pytest.raises(AdapterError, match="is inside"):
         convert(ConversionRequest(source=tmp_path / "a", target=tmp_path / "a" / "b", to="peft"))
     assert not (tmp_path / "a" / "b").exists()
 

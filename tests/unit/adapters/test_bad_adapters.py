@@ -1,4 +1,4 @@
-"""Files that are no adapter, or not a whole one: one clear error, exit code 2, nothing written."""
+"""Damaged and foreign files give one clear error and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_cut(folder: Path, kept: int) -> None:
 
 
 def write_index(folder: Path, where: str = "../{}") -> None:
-    """Shards outside the folder."""
+    """Write an index whose shards are outside the folder."""
     write_adapter_folder(folder, adapter(), to="peft")
     (folder / PEFT_FILE).rename(folder.parent / PEFT_FILE)
     names = {name: where.format(PEFT_FILE) for name in adapter().weights}
@@ -178,17 +178,17 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "is not a safetensors file",
     ),
     "a path with ..": (write_index, "names files outside its folder"),
-    "a pickle with code": (write_pickle, "asks for posix.system, which is no tensor"),
+    "a pickle with code": (write_pickle, "asks for posix.system, which is not a tensor"),
     "an npz with objects": (
         lambda p: write_npz(p, evil=np.array([_Evil()], dtype=object)),
-        "no whole .npz of numbers",
+        "not a complete .npz of numbers",
     ),
     "an npz of integers": (lambda p: write_npz(p, n=np.arange(3)), "not of a float type"),
-    "half an npz": (lambda p: write_npz(p, kept=900), "no whole archive"),
-    "half a GGUF": (lambda p: write_gguf(p, kept=700), "no whole GGUF file"),
-    "a GGUF without its end": (lambda p: write_gguf(p, kept=-8), "no whole GGUF file"),
-    "a GGUF model": (write_model_gguf, "no LoRA adapter: its general.type is 'model'"),
-    "a text": (lambda p: p.write_text("GGUF is nice"), "no whole GGUF file"),
+    "half an npz": (lambda p: write_npz(p, kept=900), "not a complete archive"),
+    "half a GGUF": (lambda p: write_gguf(p, kept=700), "not a complete GGUF file"),
+    "a GGUF without its end": (lambda p: write_gguf(p, kept=-8), "not a complete GGUF file"),
+    "a GGUF model": (write_model_gguf, "not a LoRA adapter: its general.type is 'model'"),
+    "a text": (lambda p: p.write_text("GGUF is nice"), "not a complete GGUF file"),
     "nothing": (lambda p: p.write_bytes(b""), ""),
     "an empty folder": (lambda p: p.mkdir(), "holds no adapter"),
 }
@@ -243,7 +243,7 @@ def test_a_source_may_be_a_link_and_an_archive_is_never_unpacked(tmp_path: Path)
     ).lossless
     with zipfile.ZipFile(tmp_path / "slip.npz", "w") as archive:
         archive.writestr("../../owned.npy", b"x")
-    with pytest.raises(AdapterError, match=r"no whole \.npz"):
+    with pytest.raises(AdapterError, match=r"not a complete \.npz"):
         convert(ConversionRequest(source=tmp_path / "slip.npz", target=tmp_path / "c", to="peft"))
     assert not (tmp_path.parent / "owned.npy").exists()
 

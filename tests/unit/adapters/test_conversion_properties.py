@@ -1,4 +1,4 @@
-"""Every layout to every other and back, for random models, ranks, scales and dtypes."""
+"""Conversion of every format to every other and back, for random models and adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.convert import SAME, ConversionRequest, convert
 from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
@@ -46,7 +47,7 @@ Draw = st.DrawFn
 
 @st.composite
 def models(draw: Draw) -> ModelConfig:
-    """A shape with grouped key-value heads or without, tied or not."""
+    """Draw a model shape, with or without grouped key-value heads and tied embeddings."""
     groups = draw(st.sampled_from([1, 2, 4]))
     heads = groups * draw(st.integers(1, 2))
     head_dim = 2 * draw(st.integers(1, 4))
@@ -66,7 +67,7 @@ def models(draw: Draw) -> ModelConfig:
 
 @st.composite
 def adapters(draw: Draw) -> tuple[ModelConfig, Adapter, str]:
-    """A model, an adapter of it, and the dtype that its numbers are exact in."""
+    """Draw a model, an adapter for it, and a dtype that holds its numbers exactly."""
     config = draw(models())
     shapes = config.adaptable_shapes()
     use_dora = draw(st.booleans())
@@ -108,7 +109,7 @@ def adapters(draw: Draw) -> tuple[ModelConfig, Adapter, str]:
 
 
 def write_source(folder: Path, adapter: Adapter, layout: str, dtype: str) -> None:
-    """As another tool would have left it; PEFT's file in the dtype of its numbers."""
+    """Write an adapter like another tool; PEFT's file has the dtype of the numbers."""
     folder.mkdir()
     if layout == "npz":
         plain = for_mlx(adapter)
@@ -147,7 +148,7 @@ def can_hold(layout: str, adapter: Adapter) -> bool:
 
 
 def is_uneven(adapter: Adapter) -> bool:
-    """Whether a tail of layers with equal modules would have other modules too."""
+    """Return whether mlx-lm would also adapt modules that the adapter lacks."""
     return len(for_mlx(dataclasses.replace(adapter, weights=dict(adapter.weights))).modules) != len(
         adapter.modules
     )
@@ -156,14 +157,14 @@ def is_uneven(adapter: Adapter) -> bool:
 def moved(
     source: Path, target: Path, to: str, config: ModelConfig, alpha: float | None = None
 ) -> Any:
-    untold = MissingMetadata(alpha=alpha)
+    missing = MissingMetadata(alpha=alpha)
     return convert(
-        ConversionRequest(source=source, target=target, to=to, config=config, missing=untold)
+        ConversionRequest(source=source, target=target, to=to, config=config, missing=missing)
     )
 
 
 def assert_canonical(folder: Path, adapter: Adapter, config: ModelConfig) -> None:
-    """The names are the fused model's, and the config resolves to them as PEFT would."""
+    """Check that all names are fused modules, and that PEFT's config resolves to them."""
     raw = json.loads((folder / "adapter_config.json").read_text())
     found = read_adapter(folder, config)
     check_fits(found, config.adaptable_shapes(), "x", config.tensor_shapes())
@@ -207,11 +208,11 @@ def test_any_layout_to_any_other_and_back(
                 assert not target.exists() and not list(folder.glob(".*"))
                 continue
             found = moved(path, target, to, config, alpha)
-            # What a file of loralib does not say, the conversion that wrote it did.
-            told = [
+            # loralib's file has no alpha; the notes of the conversion name it.
+            alphas = [
                 float(note.rsplit(" ", 1)[-1]) for note in found.notes if "neither rank" in note
             ]
-            alpha = told[0] if told else None
+            alpha = alphas[0] if alphas else None
             assert found.max_relative_difference <= SAME, found.worst_module
             path = target
         final = read_adapter(path, config)
@@ -227,7 +228,7 @@ def test_any_layout_to_any_other_and_back(
 def test_a_file_with_one_number_changed_is_not_the_same_adapter(
     made: tuple[ModelConfig, Adapter, str], seed: int
 ) -> None:
-    """The comparison that --verify rests on sees a change of one part in 10,000."""
+    """The comparison behind --verify detects a change of one part in 10,000."""
     _, adapter, _ = made
     rng = np.random.default_rng(seed)
     name = sorted(adapter.weights)[rng.integers(len(adapter.weights))]
@@ -264,7 +265,7 @@ def test_a_damaged_file_is_one_error_and_leaves_the_target_alone(
         shutil.rmtree(folder)
 
 
-def test_every_layout_is_told_by_its_content(tmp_path: Path) -> None:
+def test_every_layout_is_detected_by_its_content(tmp_path: Path) -> None:
     shapes = {"model.layers.0.mlp.down_proj": (6, 4)}
     (tmp_path / "m").mkdir()
     raw = tiny_config(

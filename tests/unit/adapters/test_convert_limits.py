@@ -1,4 +1,4 @@
-"""What converting an adapter of 100 MB takes: no framework, 2 s, 3 times its size in memory.
+"""Limits of converting an adapter of 100 MB: no framework, 2 s, 3 times its size in memory.
 
 Seconds are the processor's, which other programs on the machine do not lengthen by much.
 """
@@ -43,7 +43,7 @@ LAYERS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phi-3-mini's shape at rank 16, with a scale of its own in half of the modules."""
+    """Build an adapter of Phi-3-mini at rank 16, with another scale in half of the modules."""
     shapes = {
         f"model.layers.{i}.{name}": shape for i in range(32) for name, shape in LAYERS.items()
     }
@@ -75,7 +75,7 @@ def test_a_large_adapter_is_converted_quickly_and_in_little_memory(
         )
         seconds, held, difference, frameworks = json.loads(run.stdout)
         assert difference <= 1e-6 and frameworks == []
-        # The folder for both tools is two files, which are read back and compared.
+        # A folder for both tools has two files; both are read back and compared.
         assert held <= (4 if to == "both" else 3) * size
         best = min(best, seconds)
         if best < 2:

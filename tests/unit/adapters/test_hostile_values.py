@@ -1,4 +1,4 @@
-"""Values that no tool writes, each refused with a message of ours."""
+"""Values that no tool writes; each gives a clear error message."""
 
 from __future__ import annotations
 

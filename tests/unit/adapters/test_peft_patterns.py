@@ -1,4 +1,4 @@
-"""Adapters of stock PEFT with ranks and alphas by module, and in shards."""
+"""Adapters of stock PEFT with a rank and alpha for each module, and with shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import check_fits
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.deltas import relative_difference
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.errors import AdapterError
@@ -52,12 +52,12 @@ def test_the_deltas_are_pefts(tmp_path: Path, use_rslora: bool) -> None:
         expected = layer.get_delta_weight("default").detach().numpy()
         gap = np.linalg.norm(adapter.delta(module) - expected) / np.linalg.norm(expected)
         assert gap <= 1e-6, module
-    # mlx-lm and servers know one rank and one scale.
+    # mlx-lm and servers support only one rank and one scale.
     assert write_adapter_folder(tmp_path / "b", adapter, to="mlx") == []
     plain = read_adapter(tmp_path / "b")
     assert plain.is_uniform and plain.r == 7
     assert max(relative_difference(adapter, plain).values()) <= 1e-7
-    # What PEFT reads keeps its patterns.
+    # PEFT's file keeps the patterns.
     assert write_adapter_folder(tmp_path / "c", adapter) == []
     again = peft.PeftModel.from_pretrained(model.unload(), tmp_path / "c")
     for module in adapter.modules:
@@ -72,7 +72,7 @@ def test_a_pattern_that_lies_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a/adapter_config.json"
     for pattern, phrase in (
         ({"o_proj": 3}, "does not hold rank 3, which adapter_config.json says"),
-        ({"(": 3}, "no regular expression"),
+        ({"(": 3}, "not a regular expression"),
         ({"o_proj": "x"}, "must map names to whole numbers"),
         (["o_proj"], "must map names to whole numbers"),
     ):

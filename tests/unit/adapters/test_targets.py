@@ -1,4 +1,4 @@
-"""From peft_config to layers: every name means something or is an error, as PEFT and Phi-3 need."""
+"""Resolution of peft_config to layers: every name matches a layer or is an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QKV = "model.layers.0.self_attn.qkv_proj"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """4 query heads, 2 key-value heads of size 16: q has 64 rows, k and v 32 each."""
+    """Build a model whose q has 64 rows (4 heads of size 16), and k and v 32 each (2 heads)."""
     return read_model_config(write_model(tmp_path_factory.mktemp("m"), num_key_value_heads=2))
 
 
@@ -76,8 +76,8 @@ def test_names_mean_modules_in_model_order(
         ({"layers_to_transform": (0, 2)}, "[2] names no layer; this model has 0 to 1"),
         ({"exclude_modules": ("embed_tokens",)}, "exclude_modules: 'embed_tokens' matches no"),
         ({"exclude_modules": ".*"}, "leaves nothing"),
-        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: 'lm_head' matches none of the adapted"),
-        ({"alpha_pattern": {"(": 4}}, "no regular expression"),
+        ({"rank_pattern": {"lm_head": 4}}, "rank_pattern: 'lm_head' matches no adapted layer"),
+        ({"alpha_pattern": {"(": 4}}, "not a regular expression"),
         ({"modules_to_save": ("score",)}, "modules_to_save: 'score' matches no layer"),
         ({"modules_to_save": ("o_proj",)}, "o_proj is in target_modules too"),
         ({"use_dora": True, "target_modules": ("embed_tokens",)}, "other maths in PEFT"),
@@ -139,13 +139,13 @@ def test_modules_to_save_takes_any_end_of_a_path_as_peft_does(model: ModelConfig
     assert len(spec.saved) == 2 * 2 + 2
 
 
-def test_a_part_beside_its_whole_is_told(model: ModelConfig) -> None:
+def test_a_part_beside_its_whole_is_reported(model: ModelConfig) -> None:
     found = resolve(LoraConfig(target_modules=("q_proj", "qkv_proj")), model)
     assert not found.spec.layers[QKV].blocks
     assert "q_proj are parts of a fused projection that is adapted as a whole" in found.notes[0]
 
 
-def test_a_bias_trains_nothing_and_that_is_told(model: ModelConfig) -> None:
+def test_a_bias_trains_nothing_and_is_reported(model: ModelConfig) -> None:
     assert "trains nothing" in resolve(LoraConfig(bias="all"), model).notes[0]
 
 

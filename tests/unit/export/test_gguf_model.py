@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from phi3_lora.errors import ModelError, StorageError
-from phi3_lora.export.gguf_model import OUT_TYPES, as_q8_0, unchanged_as_stored, write_gguf
+from phi3_lora.export.gguf_model import unchanged_as_stored, write_gguf
+from phi3_lora.export.gguf_tensors import OUT_TYPES, as_q8_0
 from phi3_lora.models.config_json import read_model_config
 from phi3_lora.models.weights import check_weights
 from phi3_lora.storage.safetensors import NewTensor, TensorInfo, from_float32, to_float32
@@ -49,7 +50,7 @@ def write(folder: Path, out_type: str, **given: Weights) -> tuple[gguf.GGUFReade
 
 
 def values(reader: gguf.GGUFReader) -> Weights:
-    """Each tensor as float32, by name."""
+    """Read every tensor of a file as float32, by name."""
     found = {}
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -168,7 +169,7 @@ class TestTensors:
 
     def test_of_many_blocks_are_whole(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = values(write(model, "q8_0")[0])
-        monkeypatch.setattr("phi3_lora.export.gguf_model._BLOCK_ELEMENTS", 200)
+        monkeypatch.setattr("phi3_lora.export.gguf_tensors._BLOCK_ELEMENTS", 200)
         blocks = values(write(model, "q8_0")[0])
         for name, value in whole.items():
             np.testing.assert_array_equal(blocks[name], value)
@@ -187,7 +188,7 @@ class TestUnchangedTensors:
         write_gguf(folder / "model.gguf", folder, config, tensors, out_type="bf16")
         found = values(gguf.GGUFReader(folder / "model.gguf"))
         for name, gguf_name in {**NAMES, **LAYER_0}.items():
-            # Vectors keep float32, for they are not rounded on the way.
+            # Vectors stay float32 because they are not rounded.
             kept = own[name] if own[name].ndim == 1 else rounded(own[name], "bf16")
             expected = merged[name] if name == f"{module}.weight" else kept
             np.testing.assert_array_equal(found[gguf_name], expected, err_msg=name)
@@ -314,7 +315,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "LongRoPE": LONGROPE,
 }
 MAX_ERROR = {"f32": 2e-5, "f16": 3e-2}
-"""Of logits whose standard deviation is 1; llama.cpp rounds activations to float16 too in f16."""
+"""Tolerances for logits of standard deviation 1; with f16 llama.cpp also rounds activations."""
 
 
 @pytest.mark.cuda

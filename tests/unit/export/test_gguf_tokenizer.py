@@ -42,7 +42,7 @@ def change(path: Path, **changes: Any) -> None:
 
 
 def write_byte_level(folder: Path, split: Any, markers: Sequence[str] = MARKERS) -> None:
-    """A tokenizer of bytes and one merge, with a way to split text."""
+    """Write a byte-level tokenizer with one merge and a pre-tokenizer pattern."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate([*alphabet, "ab"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
@@ -59,7 +59,7 @@ def by_pattern(pattern: str) -> Any:
 
 
 def write_llama(folder: Path, *, eats: Sequence[str] = MARKERS[1:], bos: str = "<s>") -> None:
-    """Phi-3's kind of tokenizer: merges of characters, bytes for what is left, ▁ for a space."""
+    """Write a tokenizer like Phi-3's: character merges, byte fallback, and ▁ for a space."""
     pieces = [*LLAMA_ADDED, *BYTES, "▁a", "bc", "▁abc", "abc", "▁", "a", "b", "c"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(

@@ -1,4 +1,4 @@
-"""Merges by one call: options that have no effect, and adapters as one adapter."""
+"""Merging: options without effect, and several adapters merged to one adapter."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def template(content: str) -> str:
 
 
 def filled(go: str, values: dict[str, str]) -> str:
-    """What Go's text/template makes of {{ if .X }} ... {{ end }} and {{ .X }}."""
+    """Evaluate {{ if .X }} ... {{ end }} and {{ .X }} like Go's text/template."""
 
     def chosen(match: re.Match[str]) -> str:
         return match[2] if values.get(match[1]) else ""
@@ -70,7 +70,7 @@ def filled(go: str, values: dict[str, str]) -> str:
 
 
 def as_ollama(go: str, messages: Messages) -> str:
-    """The prompt, as Ollama's template.Execute puts it together turn by turn."""
+    """Build a prompt turn by turn like Ollama's template.Execute."""
     done, turn = "", dict[str, str]()
     for message in messages:
         role, content = message["role"], message["content"]
@@ -79,7 +79,7 @@ def as_ollama(go: str, messages: Messages) -> str:
         ):
             done, turn = done + filled(go, turn), {}
         turn[{"system": "System", "user": "Prompt", "assistant": "Response"}[role]] = content
-    # The last turn ends where its answer begins.
+    # The last turn ends before its answer.
     return done + filled(go.partition("{{ .Response }}")[0], turn)
 
 
@@ -93,7 +93,7 @@ def test_the_template_gives_the_tokens_of_the_chat_template(
     messages = CONVERSATIONS[conversation]
     prompt = as_ollama(template(text(model)), messages)
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(prompt).ids
-    # llama.cpp puts the first token there by itself where the chat template does.
+    # llama.cpp adds the bos token itself if the chat template has it.
     bos = [256] if "{{ bos_token }}" in TEMPLATES[name].template else []
     assert bos + ids == chat.encode_prompt(messages)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_lora.adapters.adapter import Adapter, check_fits
+from phi3_lora.adapters.adapter import Adapter
+from phi3_lora.adapters.checks import check_fits
 from phi3_lora.adapters.convert import ConversionRequest, convert
 from phi3_lora.adapters.formats.folder import read_adapter, write_adapter_folder
 from phi3_lora.adapters.formats.fused import fuse, part_rows, unfuse

@@ -183,10 +183,10 @@ def test_state_dicts_of_loralib_itself_give_its_own_deltas(
         for name, value in lora.lora_state_dict(layer).items()
     }
     torch.save(state, tmp_path / "x.pt")
-    untold = MissingMetadata(6.0, "net.", ("q", "v"))
+    missing = MissingMetadata(6.0, "net.", ("q", "v"))
     if all(enable):
-        untold = MissingMetadata(6.0, "net.")
-    adapter = from_loralib(read_torch_file(tmp_path / "x.pt"), untold, "x.pt")
+        missing = MissingMetadata(6.0, "net.")
+    adapter = from_loralib(read_torch_file(tmp_path / "x.pt"), missing, "x.pt")
     x = torch.randn(5, 64)
     for name in ("qkv_proj", "o_proj"):
         module = getattr(layer, name)
@@ -274,8 +274,8 @@ def test_what_cannot_be_placed_is_told() -> None:
     cases = {
         "without its pair": {f"{qkv}.lora_A": a},
         "pass --enable": {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b},
-        "no module path of Phi-3": {"h.0.lora_A": a[:1], "h.0.lora_B": b},
-        "no fused projection": {
+        "not a module path of Phi-3": {"h.0.lora_A": a[:1], "h.0.lora_B": b},
+        "not a fused projection": {
             "model.layers.0.mlp.down_proj.lora_A": a,
             "model.layers.0.mlp.down_proj.lora_B": b,
         },
