@@ -8,7 +8,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,9 @@ def quiet_transformers() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) -> Any:
+def load_base(
+    request: LoadRequest, dtype: torch.dtype, device: torch.device
+) -> transformers.PreTrainedModel:
     """Load Phi3ForCausalLM from a folder; code that its auto_map names is never run.
 
     Raises:
@@ -68,7 +69,7 @@ def load_base(request: LoadRequest, dtype: torch.dtype, device: torch.device) ->
     return model
 
 
-def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
+def _empty_model(request: LoadRequest, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Make the model on the meta device: its weights have no memory yet."""
     config = transformers.Phi3Config.from_pretrained(
         request.model.path,
@@ -89,7 +90,10 @@ def _empty_model(request: LoadRequest, dtype: torch.dtype) -> Any:
 
 
 def _stream_weights(
-    model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.dtype, device: torch.device
+    model: transformers.PreTrainedModel,
+    tensors: Mapping[str, TensorInfo],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Load the weights into a model on the meta device, one tensor at a time."""
     wanted = model.state_dict().keys()

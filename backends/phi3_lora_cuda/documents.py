@@ -198,7 +198,7 @@ def _in_one_kernel(
     """Compute attention of all documents in one kernel without a mask, (1, T, heads, head_dim)."""
     heads = query.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    options: dict[str, Any] = {}
+    options: dict[str, bool | tuple[int, int]] = {}
     # The names of the arguments differ between PyTorch 2.11 and 2.13.
     if "enable_gqa" in _VARLEN_ARGUMENTS:
         options["enable_gqa"] = True

@@ -41,7 +41,7 @@ class LoadedPhi3:
         self.dropout_keys = DropoutKeys()
         self.layers: dict[str, Any] = {}
         self.saved: dict[str, TrainedWeight] = {}
-        self.peft_model: Any = None
+        self.peft_model: peft.PeftModel | None = None
         if request.lora is None:
             self.causal_lm.requires_grad_(False)
         else:

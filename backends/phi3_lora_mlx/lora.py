@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -142,13 +140,13 @@ class LoRAEmbedding(nn.Module):
         return y + (self._scaling * (self.lora_a[tokens] @ self.lora_b)).astype(y.dtype)
 
 
-def dense_weight(linear: Any) -> mx.array:
+def dense_weight(linear: nn.Linear | nn.QuantizedLinear) -> mx.array:
     """Return the weight (out, in) of a plain or quantised linear layer, in float32."""
     is_quantised = isinstance(linear, nn.QuantizedLinear)
     return (dequantized(linear) if is_quantised else linear.weight).astype(mx.float32)
 
 
-def linear_shape(linear: Any) -> tuple[int, int]:
+def linear_shape(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
     """Return (out, in) of a plain or quantised linear layer."""
     out_features, in_features = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
