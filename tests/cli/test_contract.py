@@ -118,7 +118,7 @@ def check_options(capsys: Capture, command: click.Command | None, *name: str) ->
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
-def test_options_are_those_promised(capsys: Capture, name: str) -> None:
+def test_the_commands_have_the_promised_options(capsys: Capture, name: str) -> None:
     check_options(capsys, group.get_command(click.Context(group), name), name)
 
 

@@ -156,7 +156,7 @@ def test_verify_asks_a_backend_and_the_stock_tools(
     assert all(answer["max_difference"] <= 1e-4 for answer in found["answers"])
 
 
-def test_verify_sees_a_stock_tool_that_answers_otherwise(
+def test_verify_finds_a_stock_tool_with_other_answers(
     capsys: Capture, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file that PEFT reads has lost its scale."""

@@ -57,7 +57,7 @@ def test_a_finished_run_is_not_trained_further(model: str, data: Path, tmp_path:
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
-def test_an_unstreamed_run_cannot_go_on_streamed_nor_the_reverse(
+def test_a_run_cannot_be_resumed_with_streaming_switched(
     model: str, data: Path, tmp_path: Path
 ) -> None:
     for name, options, other in (

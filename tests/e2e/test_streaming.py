@@ -120,7 +120,7 @@ def test_settings_that_need_a_pass_first_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_buffer_without_streaming_is_said_to_do_nothing(
+def test_a_buffer_without_streaming_is_reported_as_without_effect(
     model: str, data: Path, tmp_path: Path
 ) -> None:
     options = ["--set", "data.buffer_size=8", "--dry-run"]

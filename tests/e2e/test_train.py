@@ -131,7 +131,7 @@ def test_a_run_can_be_resumed_on_the_other_backend(inputs: tuple[str, str], tmp_
     assert json.loads(resumed.stdout)["final_loss"] == pytest.approx(expected, rel=2e-5)
 
 
-def test_wrong_input_is_exit_2_with_a_message_and_nothing_written(
+def test_wrong_input_exits_2_with_a_message_and_writes_nothing(
     inputs: tuple[str, str], tmp_path: Path
 ) -> None:
     model, data = inputs

@@ -116,7 +116,7 @@ def test_l5_a_hundred_steps_are_equal(plain: Path, name: str) -> None:
     ],
     ids=["no-decay", "eps", "no-clipping"],
 )
-def test_l5_sees_a_planted_bug(plain: Path, bug: OptimSpec) -> None:
+def test_l5_finds_a_planted_bug(plain: Path, bug: OptimSpec) -> None:
     right = OptimSpec(weight_decay=0.1)
     one = trace(open_both(plain, optim=right)["cuda"], "adamw", 100)
     other = trace(open_both(plain, optim=bug)["mlx"], "adamw", 100)

@@ -198,7 +198,7 @@ def test_nf4_weights_equal_stock_transformers_and_train(tmp_path: Path) -> None:
     assert_learns(engine)
 
 
-def test_mlx_affine_is_mlx_lms_own_and_trains(tmp_path: Path) -> None:
+def test_mlx_affine_equals_mlx_lms_own_and_trains(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", hidden_size=128, intermediate_size=256)
     engine = opened(folder, "mlx", quantize="mlx-affine")
     from mlx_lm.utils import quantize_model

@@ -89,7 +89,7 @@ def test_values_of_options_are_checked(model: LoadedModel) -> None:
         model.evaluate("demo", loss_on="none")  # type: ignore[arg-type]
 
 
-def test_it_shows_its_model_and_device(model: LoadedModel, tmp_path: Path) -> None:
+def test_the_repr_shows_model_and_device(model: LoadedModel, tmp_path: Path) -> None:
     assert repr(model) == f"<LoadedModel {tmp_path}/model, no adapter, float64 on numpy>"
 
 

@@ -111,7 +111,9 @@ def test_a_source_keeps_its_own_settings() -> None:
     assert config.data.sources == (source,) and not config.data.train
 
 
-def test_a_dry_run_is_the_command_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_equals_that_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_model(tmp_path / "model")
     data = write_rows(tmp_path / "d.jsonl", [chat("q", "a"), chat("r", "b")])
     output = tmp_path / "run"

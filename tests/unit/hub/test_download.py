@@ -37,7 +37,7 @@ def test_weights_and_no_code_are_downloaded(asked: dict[str, Any], tmp_path: Pat
     assert asked["allow_patterns"] == ["*.json", "*.jinja", "*.safetensors"]
 
 
-def test_a_look_downloads_no_weights(asked: dict[str, Any]) -> None:
+def test_without_weights_only_configs_and_templates_are_downloaded(asked: dict[str, Any]) -> None:
     resolve_model_dir("microsoft/Phi-3-mini-4k-instruct", with_weights=False)
     assert asked["allow_patterns"] == ["*.json", "*.jinja"]
 
@@ -70,7 +70,7 @@ def test_an_invalid_token_is_reported_and_not_shown(monkeypatch: pytest.MonkeyPa
     assert "hf_secret" not in str(caught.value)
 
 
-def test_an_adapter_that_exists_is_not_asked_for(
+def test_an_existing_adapter_is_not_requested(
     asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_a_downloaded_adapter_is_used_offline(hub: Hub, tmp_path: Path) -> None:
         ("ada/pickled", {}, "holds no adapter that can be read: *.safetensors missing"),
     ],
 )
-def test_an_adapter_that_cannot_be_had_exits_2(
+def test_an_unavailable_adapter_exits_2(
     hub: Hub, tmp_path: Path, name: str, changes: dict[str, Any], phrase: str
 ) -> None:
     found = hub.run(tmp_path / "cache", ["inspect", name], **changes)

@@ -106,7 +106,7 @@ def test_a_second_push_updates_and_deletes_what_the_adapter_no_longer_has(
     assert files["adapter_model.safetensors"] == weights
 
 
-def test_a_branch_is_made_where_it_is_missing(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+def test_a_missing_branch_is_made(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     done = hub.run(tmp_path / "cache", ["push", adapter, REPO, "--revision", "v2"])
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/{REPO}/tree/v2" in done.stdout and f"--adapter {REPO}@v2" in done.stdout
@@ -148,7 +148,7 @@ def test_a_damaged_adapter_is_refused_before_anything_is_sent(
         ("hf_with\x07bell", "characters that no token has"),
     ],
 )
-def test_a_token_that_does_not_serve_exits_2(
+def test_an_unusable_token_exits_2(
     hub: Hub, adapter: Path, tmp_path: Path, token: str | None, phrase: str
 ) -> None:
     found = hub.run(tmp_path / "cache", ["push", adapter, REPO], token=token)

@@ -46,7 +46,9 @@ def test_an_adapters_template_makes_a_new_model_and_leaves_the_first_alone(
     assert base.with_adapter_template(None) is base
 
 
-def test_a_template_that_the_user_named_wins_over_an_adapters(model: Path, tmp_path: Path) -> None:
+def test_a_template_of_the_user_overrides_the_adapters_template(
+    model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     named = find_base_model(str(model), chat_template=str(tmp_path / "own.jinja"))
     assert named.with_adapter_template(tmp_path / "missing.jinja") is named

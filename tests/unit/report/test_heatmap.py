@@ -117,7 +117,7 @@ def test_an_adapter_that_changes_nothing_has_a_map_without_a_scale(tmp_path: Pat
     assert (tmp_path / "map.png").exists()
 
 
-def test_a_page_is_whole_in_itself_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_page_is_one_file_and_runs_nothing(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>'
     text, page = write_page(tmp_path, {f'x"{evil}': 1.0, "lm_head": 0.5}, title=evil)
     assert page.tags.isdisjoint({"script", "link", "img", "iframe"})
@@ -150,7 +150,7 @@ def test_a_picture_shows_the_largest_darkest_and_hatches_zeros(tmp_path: Path) -
     assert len(in_cells) > 5, "above layer 3, where layer 0 is, and not in the legend alone"
 
 
-def test_a_title_is_text_and_no_formula(tmp_path: Path) -> None:
+def test_a_title_is_text_and_not_a_formula(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_heat_map(tmp_path / "map.png", NORMS, r"runs/$\frac{$/adapter")
 
