@@ -197,7 +197,7 @@ def _notes(config: ModelConfig, plan: list[PlannedTensor], out_type: str) -> lis
     if config.rope.long_factor is not None:
         limit = context_for(config)
         notes.append(
-            f"llama.cpp takes LongRoPE's factors by its context, not by the text: run with -c "
+            f"llama.cpp chooses LongRoPE's factors by -c, not by the text's length: run with -c "
             f"{limit} for texts of up to {limit:,} tokens, with more only for longer ones"
         )
     window = config.sliding_window

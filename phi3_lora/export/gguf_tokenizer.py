@@ -225,7 +225,7 @@ def _pre_tokenizer(model_dir: Path, raw: Mapping[str, Any], notes: list[str]) ->
         if own == _pieces(pre_tokenizers.Sequence([split, to_bytes])):
             return name
     notes.append(
-        f"llama.cpp splits text otherwise: this tokenizer's way is not one of {', '.join(_SPLITS)}"
+        f"llama.cpp splits differently: the tokenizer's pattern is not in {', '.join(_SPLITS)}"
     )
     return "default"
 

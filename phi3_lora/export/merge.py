@@ -46,11 +46,11 @@ class MergeOptions:
             ConfigError: when an option belongs to another target.
         """
         if self.to == "adapter" and (self.dtype or self.out_type or self.dequantize):
-            raise ConfigError("--dtype, --outtype and --dequantize are of models: leave them out")
+            raise ConfigError("--dtype, --outtype and --dequantize apply only to models: omit them")
         if self.to == "gguf" and self.dtype is not None:
-            raise ConfigError("--dtype is of model folders: with --to gguf use --outtype")
+            raise ConfigError("--dtype applies only to model folders: with --to gguf use --outtype")
         if self.to != "gguf" and self.out_type is not None:
-            raise ConfigError(f"--outtype is of GGUF files: with --to {self.to} use --dtype")
+            raise ConfigError(f"--outtype applies only to gguf: with --to {self.to} use --dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +197,6 @@ def _check_base(request: MergeRequest) -> None:
         )
     if not request.options.dequantize:
         raise ModelError(
-            f"{source} holds {config.grid_bits}-bit weights, on whose steps most of an adapter is "
+            f"{source} holds {config.grid_bits}-bit weights; on their grid most of an adapter is "
             "lost: add --dequantize to write the result in full, or keep base and adapter apart"
         )

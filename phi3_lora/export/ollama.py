@@ -107,7 +107,7 @@ def fill_gguf_folder(
     write_bytes(folder / _MODELFILE, content.encode())
     if "\nTEMPLATE " not in content:
         notes.append(
-            "the Modelfile has no TEMPLATE, for Ollama's cannot say what this chat template does: "
+            "the Modelfile has no TEMPLATE: Ollama's syntax cannot express this chat template: "
             "write one, or serve with llama.cpp's --jinja"
         )
     return notes

@@ -1,1 +1,1 @@
-"""Comparisons: between backends, after a conversion, with where an adapter was trained."""
+"""Comparisons: of backends, of conversions, and of an adapter here and where it was trained."""

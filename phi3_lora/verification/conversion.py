@@ -85,7 +85,7 @@ def verify_conversion(
         result: the finished conversion.
         target: the file or folder of the result.
         base: the base model with its weights; None compares the deltas only.
-        note: receives why a backend or a stock tool did not answer.
+        note: receives the reason why a backend or a stock tool was not run.
     """
     answers = None
     if base is not None:

@@ -37,7 +37,7 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The distance between an adapter's behaviour here and where it was trained."""
+    """The difference of an adapter's answers here from those on the machine that trained it."""
 
     max_difference: float
     """Nats, over all next tokens."""

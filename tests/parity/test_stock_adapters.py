@@ -175,7 +175,7 @@ def test_dora_of_separate_q_and_v_takes_the_base_rows_for_k(model: Path, tmp_pat
     split = read_adapter(tmp_path / "u", config, keep_parts=True)
     without_k = {n: v for n, v in split.weights.items() if "k_proj" not in n}
     write_adapter_folder(tmp_path / "qv", dataclasses.replace(split, weights=without_k), to="peft")
-    with pytest.raises(AdapterError, match="DoRA then needs the base's weights; pass --model"):
+    with pytest.raises(AdapterError, match="DoRA needs the base's weights for it: pass --model"):
         read_adapter(tmp_path / "qv", config)
     base = find_base_model(str(model))
     found = load_adapter(str(tmp_path / "qv"), base).adapter

@@ -141,7 +141,7 @@ class _Stack:
                 pieces.append(self.adapter.weights[magnitude_name(part)])
             elif row_norms is None:
                 raise AdapterError(
-                    f"{part}: not adapted, and DoRA then needs the base's weights; pass --model, a "
+                    f"{part}: not adapted; DoRA needs the base's weights for it: pass --model, a "
                     "folder with them"
                 )
             else:

@@ -48,7 +48,7 @@ def from_loralib(
     if missing.alpha is None:
         raise AdapterError(
             f"{where}: loralib stores no alpha; pass --alpha to phi3-lora convert, as the "
-            "layers had it"
+            "layers used it"
         )
     pairs: dict[str, dict[str, Float32]] = {}
     for name, value in tensors.items():

@@ -123,7 +123,7 @@ class TestByteLevel:
         write_byte_level(model, split)
         found = read(model)
         assert found.pre == "default"
-        assert any("splits text otherwise" in note for note in found.notes)
+        assert any("splits differently" in note for note in found.notes)
 
     def test_a_normalizer_is_noted(self, model: Path) -> None:
         write_byte_level(model, by_pattern(CL100K))

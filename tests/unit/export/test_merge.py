@@ -18,7 +18,7 @@ from tests.tiny import random_adapter, write_model
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ({"to": "adapter", "dequantize": True}, "are of models"),
+        ({"to": "adapter", "dequantize": True}, "apply only to models"),
         ({"to": "gguf", "dtype": "float32"}, "use --outtype"),
         ({"to": "mlx", "out_type": "f16"}, "with --to mlx use --dtype"),
     ],
