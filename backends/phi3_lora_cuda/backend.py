@@ -33,7 +33,7 @@ class CudaBackend:
         """Check that the device exists.
 
         Raises:
-            BackendUnavailableError: when a GPU is asked for and PyTorch sees none.
+            BackendUnavailableError: when a GPU is requested and PyTorch sees no GPU.
         """
         if device == "gpu" and not torch.cuda.is_available():
             built = torch.version.cuda or "no CUDA"

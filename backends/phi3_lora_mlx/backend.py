@@ -37,7 +37,7 @@ class MlxBackend:
         """Check that the device exists.
 
         Raises:
-            BackendUnavailableError: when a GPU is asked for and MLX has none.
+            BackendUnavailableError: when a GPU is requested and MLX has no GPU.
         """
         if device == "gpu" and not has_gpu():
             raise BackendUnavailableError(
