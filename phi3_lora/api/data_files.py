@@ -144,13 +144,19 @@ def split_data(
     splitting.write_split(rows, found, folder)
     _note_settings_needed(files, note)
     result = SplitResult(folder, found)
-    if abs(result.num_valid_rows - valid_fraction * found.num_rows) > 1:
-        share = result.num_valid_rows / found.num_rows
-        note(
-            f"{share:.1%} of the rows are set aside, not {valid_fraction:.1%}: rows that belong "
-            f"together stay together (the largest set has {found.largest_group:,})"
-        )
+    _note_other_share(result, valid_fraction, note)
     return result
+
+
+def _note_other_share(result: SplitResult, wanted: float, note: Note) -> None:
+    """Report the share of validation rows where it is not the share that was asked for."""
+    split = result.split
+    if abs(result.num_valid_rows - wanted * split.num_rows) > 1:
+        share = result.num_valid_rows / split.num_rows
+        note(
+            f"{share:.1%} of the rows are set aside, not {wanted:.1%}: rows that belong "
+            f"together stay together (the largest set has {split.largest_group:,})"
+        )
 
 
 def clean_data(

@@ -16,7 +16,7 @@ from phi3_lora.errors import ConfigError
 from phi3_lora.export.merge import MergedModel, MergeOptions, MergeRequest, MergeResult, MergeTarget
 from phi3_lora.export.merge import merge as merge_adapters
 from phi3_lora.hub.download import resolve_adapter_dir
-from phi3_lora.inference.base_model import find_base_model
+from phi3_lora.inference.base_model import FoundModel, find_base_model
 from phi3_lora.inference.loading import check_base_model, load_adapter, other_base_notes
 from phi3_lora.inference.quantize import QuantizeResult
 from phi3_lora.inference.quantize import quantize as quantize_base
@@ -69,11 +69,7 @@ def merge(
         raise OptionError(f"--dequantize has no effect: {model} is not quantised")
     target = folder_of(output)
     check_apart(target, base.path, *map(Path, folders))
-    parts = []
-    for path, factor in zip(folders, weights, strict=True):
-        loaded = load_adapter(path, base)
-        base = base.with_adapter_template(loaded.template)
-        parts.append(Weighted(loaded.adapter, factor))
+    base, parts = _load_parts(base, folders, weights)
     tensors: Mapping[str, TensorInfo] = {}
     if to != "adapter":
         checked = check_base_model(base)
@@ -95,6 +91,18 @@ def merge(
     for text in [*result.notes, *lost]:
         note(text)
     return result
+
+
+def _load_parts(
+    base: FoundModel, folders: Sequence[str], weights: Sequence[float]
+) -> tuple[FoundModel, list[Weighted]]:
+    """Load adapters with their factors; the base model takes their chat template."""
+    parts = []
+    for path, factor in zip(folders, weights, strict=True):
+        loaded = load_adapter(path, base)
+        base = base.with_adapter_template(loaded.template)
+        parts.append(Weighted(loaded.adapter, factor))
+    return base, parts
 
 
 def _options(
