@@ -12,8 +12,9 @@ DEVICE ?= auto
 ON := --backend $(BACKEND) --device $(DEVICE)
 # One thread a worker: on tiny models thread pools spin against each other.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-# A worker a core; a file's tests share a worker, and so its models.
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n logical --dist loadfile --durations=10
+# A worker a core. The tests of a file share a worker, and so its models; files keep their order,
+# in which the long ones come first and the short unit tests even out the workers' ends.
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder --durations=10
 
 EXTRAS := mlx,cuda,nf4,dev
 
