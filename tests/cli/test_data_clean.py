@@ -83,7 +83,7 @@ def test_plain_text_stays_plain_text(capsys: Capture, tmp_path: Path) -> None:
     [
         ((), "no step is chosen"),
         (("--max-tokens", "5"), "--max-tokens need --model"),
-        (("--pattern", "("), "no regular expression"),
+        (("--pattern", "("), "is not a regular expression"),
         (("--min-chars", "9", "--max-chars", "3"), "no row could stay"),
     ],
 )
