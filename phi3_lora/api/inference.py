@@ -48,37 +48,26 @@ class ModelToOpen:
         return LoadedModel(self.base, opened.engine, self.adapter, self.note)
 
 
-def find_model(
-    model: str,
-    *,
-    adapter: AnyPath | None = None,
-    revision: str | None = None,
-    backend: str = "auto",
-    device: Device = "auto",
-    dtype: DtypeOption = "auto",
-    quantize: Quantization = "none",
-    note: Note = log_note,
-) -> ModelToOpen:
+def find_model(model: str, **options: Unpack[ModelOptions]) -> ModelToOpen:
     """Find a base model and an adapter, and check that the adapter fits.
 
     Args:
-        model: as for load.
-        adapter: as for load.
-        revision: as for load.
-        backend: as for load.
-        device: as for load.
-        dtype: as for load.
-        quantize: as for load.
-        note: as for load.
+        model: a folder, a hub id, or demo.
+        options: the options of load, with the same defaults.
 
     Raises:
         AdapterError: when the adapter is damaged or does not fit.
         ModelError: when the base model cannot be used.
     """
-    base = find_base_model(model, revision, quantize=quantize)
+    quantize, adapter = options.get("quantize", "none"), options.get("adapter")
+    base = find_base_model(model, options.get("revision"), quantize=quantize)
     base, weights = with_adapter(base, None if adapter is None else os.fspath(adapter))
-    placement = Placement(backend=backend, device=device, dtype=dtype)
-    return ModelToOpen(base, weights, placement, note)
+    placement = Placement(
+        backend=options.get("backend", "auto"),
+        device=options.get("device", "auto"),
+        dtype=options.get("dtype", "auto"),
+    )
+    return ModelToOpen(base, weights, placement, options.get("note", log_note))
 
 
 def load(
