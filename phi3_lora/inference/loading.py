@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from phi3_lora.inference.base_model import CheckedModel, FoundModel
 from phi3_lora.models.quantization.cache import quantized_copy
 from phi3_lora.models.quantization.grid import GRID_BITS
 from phi3_lora.models.weights import check_model_files, model_identity
-
-Note = Callable[[str], None]
+from phi3_lora.storage.cache import Note
 
 
 def check_base_model(found: FoundModel) -> CheckedModel:

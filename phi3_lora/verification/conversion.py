@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from phi3_lora.engine.registry import available_backends
 from phi3_lora.inference.base_model import FoundModel
 from phi3_lora.inference.loading import Placement, open_engine
 from phi3_lora.models.family import peer_differences
+from phi3_lora.storage.cache import Note
 from phi3_lora.verification.fingerprint import probe_documents
 
 _GATE = 1e-4
 """Largest allowed difference of logits, divided by their standard deviation."""
 _DOCUMENTS = 2
-Note = Callable[[str], None]
 
 
 class Answers(NamedTuple):

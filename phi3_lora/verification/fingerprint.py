@@ -18,7 +18,8 @@ from phi3_lora.engine.protocol import Batch, Engine
 from phi3_lora.errors import AdapterError
 from phi3_lora.hub.download import resolve_adapter_dir
 from phi3_lora.inference.base_model import FoundModel
-from phi3_lora.inference.loading import Note, Placement, open_engine, with_adapter
+from phi3_lora.inference.loading import Placement, open_engine, with_adapter
+from phi3_lora.storage.cache import Note
 
 THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 """Largest allowed difference of a log-probability in nats; the coarser dtype decides."""
